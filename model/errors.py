@@ -1,0 +1,74 @@
+"""What can go wrong in the model package.
+
+ModelError
+|-- SpecError                a spec holds a value that cannot be right
+|   |-- CanonicalisationError  a spec holds something that has no canonical form, so no identity
+|-- EncoderError             an encoder folder is missing, incomplete or of an unknown family
+|-- LanguageModelError       a language model folder is missing, incomplete or unusable
+|-- ImageError               bytes that are not an image Loupe accepts
+|-- MissingMapError          a connector asks for a map that the features do not hold
+|-- ConversationError        a conversation cannot be tokenised with a correct loss mask
+|-- FrozenBlockChangedError  a block that a phase must not train was changed by it
+|-- ExportError              an export folder is incomplete or does not fit its encoder
+"""
+
+__all__ = [
+    "CanonicalisationError",
+    "ConversationError",
+    "EncoderError",
+    "ExportError",
+    "FrozenBlockChangedError",
+    "ImageError",
+    "LanguageModelError",
+    "MissingMapError",
+    "ModelError",
+    "SpecError",
+]
+
+
+class ModelError(Exception):
+    """Base of every error that the model package raises on purpose."""
+
+
+class SpecError(ModelError, ValueError):
+    """A spec holds a value that cannot be right; the message names the field, the value and what is allowed."""
+
+
+class CanonicalisationError(SpecError):
+    """A value has no canonical JSON form, so it cannot be part of an identity."""
+
+
+class EncoderError(ModelError):
+    """An encoder cannot be loaded or does not fit what is asked of it."""
+
+
+class LanguageModelError(ModelError):
+    """A language model cannot be loaded or does not fit what is asked of it."""
+
+
+class ImageError(ModelError):
+    """Bytes are not an image that Loupe accepts.
+
+    Attributes:
+        reason: closed vocabulary used as the quarantine's reason code.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class MissingMapError(ModelError):
+    """Features do not hold a map that a connector needs. Zeros would train, and be wrong."""
+
+
+class ConversationError(ModelError):
+    """A conversation cannot be tokenised with a loss mask that covers exactly its answers."""
+
+
+class FrozenBlockChangedError(ModelError):
+    """A block outside a phase's training set has other bytes at the phase's end than at its start."""
+
+
+class ExportError(ModelError):
+    """An export folder is incomplete, damaged or does not fit its encoder or language model."""
