@@ -224,7 +224,7 @@ class GatedMixtureSpec:
 
     kind: Literal["gated_mixture"] = "gated_mixture"
     attention_init: Literal["positional", "authors"] = "positional"
-    """`positional`: each query starts by looking at its own place in the grid. `authors`: random projections, which need 558K images to learn places."""
+    """`positional`: each query starts by looking at its own place in the grid. `authors`: random projections, which learn places from 558K images."""
     noise: bool = True
     """Gaussian noise on the gate's logits in training."""
 
