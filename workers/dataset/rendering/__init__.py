@@ -1,0 +1,156 @@
+"""High-detail pictures with questions whose answers are true by construction, in five families.
+
+`render` is a pure function of (family, number, spec): the same picture on every machine with the same library versions. Every question marked small
+has been checked to be readable in a local view and too small for the global one; a candidate that fails the check is never asked.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.views import plan_views
+from workers.dataset.rendering import charts, collages, geometry, maps, pages
+from workers.dataset.rendering.canvas import Canvas
+from workers.dataset.rendering.legibility import is_small_detail
+from workers.dataset.samples import Turn
+from workers.dataset.spec import DatasetSpec
+from workers.errors import WorkerError
+
+__all__ = ["FAMILIES", "Picture", "Rendered", "draw", "render"]
+
+_FAMILIES: dict[str, Callable[[Canvas, np.random.Generator], tuple[list[Turn], str]]] = {
+    "charts": charts.draw,
+    "maps": maps.draw,
+    "collages": collages.draw,
+    "pages": pages.draw,
+    "geometry": geometry.draw,
+}
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+
+WIDTH_PX = 672
+HEIGHT_PX = 448
+"""3:2, so that the slicing rule's 3 x 2 grid of square local views wastes nothing; 6 and 4 times a view of 112 px."""
+
+_MAX_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A drawn picture with its record, before questions are chosen."""
+
+    canvas: Canvas
+    turns: tuple[Turn, ...]
+    """Every question that the picture answers and that passed the legibility check."""
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A finished picture with the questions that are asked about it."""
+
+    png: bytes
+    width_px: int
+    height_px: int
+    turns: tuple[Turn, ...]
+    licence: str
+    detail_score: float
+    """Share of the questions whose evidence is too small for the global view."""
+
+
+def _generator(family: str, number: int, seed: int, attempt: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{family}:{number}:{seed}:{attempt}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def draw(family: str, number: int, spec: DatasetSpec) -> tuple[Picture, np.random.Generator]:
+    """Draw one picture and keep the questions that pass the check.
+
+    Args:
+        family: one of FAMILIES.
+        number: which picture of the family.
+        spec: seed, views and legibility limits.
+
+    Returns:
+        The picture and the generator that chooses among its questions.
+
+    Raises:
+        WorkerError: an unknown family, or limits that no drawing meets.
+    """
+    if family not in _FAMILIES:
+        raise WorkerError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
+    plan = plan_views(WIDTH_PX, HEIGHT_PX, spec.view_px, spec.views)
+    for attempt in range(_MAX_ATTEMPTS):
+        rng = _generator(family, number, spec.seed, attempt)
+        paper = rng.integers(244, 256, size=3)
+        canvas = Canvas(WIDTH_PX, HEIGHT_PX, (int(paper[0]), int(paper[1]), int(paper[2])), rng)
+        candidates, licence = _FAMILIES[family](canvas, rng)
+        kept = tuple(
+            turn for turn in candidates if turn.detail == "large" or is_small_detail(turn, _num_characters(canvas, turn), plan, spec.legibility)
+        )
+        if sum(turn.detail == "small" for turn in kept) >= 2:
+            return Picture(canvas=canvas, turns=kept, licence=licence), rng
+    raise WorkerError(
+        f"no drawing of {family} number {number} in {_MAX_ATTEMPTS} attempts has two questions that are readable from {spec.legibility.local_min_px} px in a "
+        f"local view and unreadable below {spec.legibility.global_max_px} px in the global one (views of {spec.view_px} px); relax the limits or use larger images"
+    )
+
+
+def _num_characters(canvas: Canvas, turn: Turn) -> int:
+    """How many marks lie inside the evidence of a question."""
+    if turn.evidence is None:
+        return 1
+    left, top, right, bottom = turn.evidence
+    inside = [
+        mark
+        for mark in canvas.marks
+        if left <= (mark.box.left + mark.box.right) / 2 <= right and top <= (mark.box.top + mark.box.bottom) / 2 <= bottom
+    ]
+    return max(len(inside), 1)
+
+
+def render(family: str, number: int, spec: DatasetSpec) -> Rendered:
+    """Draw one picture and choose its questions: at least half of them about small detail where the picture has enough.
+
+    Args:
+        family: one of FAMILIES.
+        number: which picture of the family.
+        spec: seed, views, legibility limits and questions per image.
+
+    Raises:
+        WorkerError: an unknown family, or limits that no drawing meets.
+    """
+    picture, rng = draw(family, number, spec)
+    turns = choose_turns(picture.turns, spec.turns_per_image, rng)
+    buffer = io.BytesIO()
+    picture.canvas.image.save(buffer, "PNG", compress_level=4)
+    width, height = picture.canvas.image.size
+    score = sum(turn.detail == "small" for turn in turns) / len(turns)
+    return Rendered(png=buffer.getvalue(), width_px=width, height_px=height, turns=turns, licence=picture.licence, detail_score=score)
+
+
+def choose_turns(candidates: tuple[Turn, ...], num_turns: int, rng: np.random.Generator) -> tuple[Turn, ...]:
+    """Choose questions without asking one twice, two thirds about small detail, spread over the kinds.
+
+    Args:
+        candidates: every question that may be asked.
+        num_turns: how many to ask; fewer come back when there are fewer.
+        rng: order and choice.
+    """
+    shuffled = [candidates[position] for position in rng.permutation(len(candidates))]
+    num_small = round(num_turns * 2 / 3)
+    chosen: list[Turn] = []
+    for detail, wanted in (("small", num_small), ("large", num_turns - num_small)):
+        by_kind: dict[str, list[Turn]] = {}
+        for turn in shuffled:
+            if turn.detail == detail:
+                by_kind.setdefault(turn.kind, []).append(turn)
+        kinds = list(by_kind.values())
+        while wanted and any(kinds):
+            for turns in kinds:
+                if turns and wanted:
+                    chosen.append(turns.pop())
+                    wanted -= 1
+    return tuple(chosen[position] for position in rng.permutation(len(chosen)))

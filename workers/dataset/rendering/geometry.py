@@ -1,0 +1,121 @@
+"""Triangles drawn to scale: computed side lengths written on coloured tags, computed angles, lettered corners."""
+
+from math import acos, degrees, hypot
+
+import numpy as np
+
+from model.views import Box
+from workers.dataset.rendering.canvas import COLOURS, Canvas, load_font
+from workers.dataset.samples import Turn
+
+__all__ = ["draw"]
+
+_INK = (20, 20, 20)
+_PX_PER_UNIT = 10.0
+_LETTERS = "ABCDEFGHKLMNPRSTVXYZ"
+
+
+def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
+    """Draw one triangle on squared paper, ten pixels to the unit.
+
+    Args:
+        canvas: where to draw.
+        rng: every choice comes from here.
+
+    Returns:
+        All questions that the drawing answers, and its licence.
+    """
+    width, height = canvas.image.size
+    for x in range(0, width, 28):
+        canvas.line([(x, 0), (x, height)], (232, 238, 244), 1)
+    for y in range(0, height, 28):
+        canvas.line([(0, y), (width, y)], (232, 238, 244), 1)
+    corners = _corners(width, height, rng)
+    letters = [_LETTERS[position] for position in rng.permutation(len(_LETTERS))[:3]]
+    colours = [list(COLOURS)[position] for position in rng.permutation(len(COLOURS))[:3]]
+    centre = (sum(x for x, _ in corners) / 3, sum(y for _, y in corners) / 3)
+    turns: list[Turn] = []
+    lengths = []
+    for side in range(3):
+        canvas.line([corners[side], corners[(side + 1) % 3]], colours[side], 6)
+    tag_font = load_font("sans-bold", 20)
+    for side in range(3):
+        (x0, y0), (x1, y1) = corners[side], corners[(side + 1) % 3]
+        length = round(hypot(x1 - x0, y1 - y0) / _PX_PER_UNIT)
+        lengths.append(length)
+        middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
+        tag = Box(left=middle_x - 23, top=middle_y - 14, right=middle_x + 23, bottom=middle_y + 14)
+        canvas.rectangle(tag, colours[side], outline=_INK, radius_px=4)
+        ink = (255, 255, 255) if sum(canvas.shade(colours[side])) < 330 else (0, 0, 0)
+        box = canvas.text(middle_x, middle_y, str(length), tag_font, ink)
+        turns.append(
+            Turn(
+                question=f"How long is the {colours[side]} side?",
+                answer=str(length),
+                kind="geometry/length",
+                detail="small",
+                evidence=(box.left, box.top, box.right, box.bottom),
+            )
+        )
+    letter_font = load_font("sans-bold", 22)
+    letter_boxes = []
+    for (x, y), letter in zip(corners, letters, strict=True):
+        away = hypot(x - centre[0], y - centre[1])
+        box = canvas.text(x + (x - centre[0]) / away * 24, y + (y - centre[1]) / away * 24, letter, letter_font, _INK)
+        letter_boxes.append((box.left, box.top, box.right, box.bottom))
+    by_height = sorted(range(3), key=lambda corner: corners[corner][1])
+    by_side = sorted(range(3), key=lambda corner: corners[corner][0])
+    for word, order, axis in (("top", by_height, 1), ("bottom", by_height[::-1], 1), ("leftmost", by_side, 0), ("rightmost", by_side[::-1], 0)):
+        if abs(corners[order[0]][axis] - corners[order[1]][axis]) >= 40:
+            corner = order[0]
+            turns.append(
+                Turn(
+                    question=f"Which letter is at the {word} corner?",
+                    answer=letters[corner],
+                    kind="geometry/letter",
+                    detail="small",
+                    evidence=letter_boxes[corner],
+                )
+            )
+    for corner in range(3):
+        angle = _angle(corners, corner)
+        exact = abs(angle - 90.0) < 0.5
+        if not exact and abs(angle - 90.0) < 12.0:
+            continue  # neither right nor clearly something else: nobody could tell from the picture
+        answer = "right" if exact else "acute" if angle < 90.0 else "obtuse"
+        for word, order in (("top", by_height), ("leftmost", by_side), ("rightmost", by_side[::-1])):
+            if order[0] == corner:
+                turns.append(
+                    Turn(
+                        question=f"Is the angle at the {word} corner acute, right or obtuse?", answer=answer, kind="geometry/angle", detail="large", evidence=None
+                    )
+                )
+    longest = [colour for length, colour in zip(lengths, colours, strict=True) if length == max(lengths)]
+    if len(longest) == 1 and sorted(lengths)[-1] - sorted(lengths)[-2] >= 3:
+        turns.append(Turn(question="Which colour is the longest side?", answer=longest[0], kind="geometry/longest", detail="large", evidence=None))
+    shortest = [colour for length, colour in zip(lengths, colours, strict=True) if length == min(lengths)]
+    if len(shortest) == 1 and sorted(lengths)[1] - sorted(lengths)[0] >= 3:
+        turns.append(Turn(question="Which colour is the shortest side?", answer=shortest[0], kind="geometry/shortest", detail="large", evidence=None))
+    return turns, "Apache-2.0 (drawn by Loupe)"
+
+
+def _angle(corners: list[tuple[float, float]], corner: int) -> float:
+    """The inner angle at a corner, in degrees."""
+    x, y = corners[corner]
+    (ax, ay), (bx, by) = corners[(corner + 1) % 3], corners[(corner + 2) % 3]
+    cosine = ((ax - x) * (bx - x) + (ay - y) * (by - y)) / (hypot(ax - x, ay - y) * hypot(bx - x, by - y))
+    return degrees(acos(max(-1.0, min(1.0, cosine))))
+
+
+def _corners(width: int, height: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Three corners that make a triangle fit to be lettered; a third of them with a right angle."""
+    while True:
+        corners = [(float(rng.uniform(60, width - 60)), float(rng.uniform(60, height - 60))) for _ in range(3)]
+        if rng.random() < 1 / 3:
+            (x0, y0), (x1, y1) = corners[0], corners[1]
+            stretch = float(rng.uniform(0.5, 1.5)) * (1 if rng.random() < 0.5 else -1)
+            corners[2] = (x0 - (y1 - y0) * stretch, y0 + (x1 - x0) * stretch)
+        inside = all(50 <= x <= width - 50 and 50 <= y <= height - 50 for x, y in corners)
+        sides = [hypot(corners[side][0] - corners[(side + 1) % 3][0], corners[side][1] - corners[(side + 1) % 3][1]) for side in range(3)]
+        if inside and min(sides) >= 150 and min(_angle(corners, corner) for corner in range(3)) >= 25:
+            return corners

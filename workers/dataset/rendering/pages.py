@@ -1,0 +1,82 @@
+"""Pages of real text: paragraphs in two or three columns, each with a numbered tag in its own colour and a drop cap."""
+
+import numpy as np
+
+from model.views import Box
+from workers.dataset.rendering.canvas import COLOURS, Canvas, load_font
+from workers.dataset.rendering.material import load_paragraphs
+from workers.dataset.samples import Turn
+
+__all__ = ["draw"]
+
+_INK = (40, 40, 40)
+
+
+def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
+    """Set one page of four or six paragraphs.
+
+    Args:
+        canvas: where to draw.
+        rng: every choice comes from here.
+
+    Returns:
+        All questions that the page answers, and the licence of its text.
+    """
+    width, height = canvas.image.size
+    paragraphs = load_paragraphs()
+    num_columns = int(rng.integers(2, 4))
+    num_paragraphs = 2 * num_columns
+    colours = [list(COLOURS)[position] for position in rng.permutation(len(COLOURS))[:num_paragraphs]]
+    letters_seen: set[str] = set()
+    chosen: list[str] = []
+    # First letters differ within a page, so that a letter names one paragraph.
+    for position in rng.permutation(len(paragraphs)):
+        text = paragraphs[int(position)]
+        if text[0] not in letters_seen:
+            letters_seen.add(text[0])
+            chosen.append(text)
+        if len(chosen) == num_paragraphs:
+            break
+    numbers = rng.permutation(np.arange(10, 100))[:num_paragraphs]
+    body = load_font("serif", int(rng.integers(10, 13)))
+    cap_font = load_font("serif-bold", 24)
+    tag_font = load_font("sans-bold", 20)
+    column_width = (width - 24.0) / num_columns
+    row_height = (height - 24.0) / 2
+    turns: list[Turn] = []
+    for position, (text, number, colour) in enumerate(zip(chosen, numbers, colours, strict=True)):
+        row, column = divmod(position, num_columns)
+        left, top = 16.0 + column * column_width, 14.0 + row * row_height
+        tag = Box(left=left, top=top, right=left + 44, bottom=top + 26)
+        canvas.rectangle(tag, colour, radius_px=4)
+        ink = (255, 255, 255) if sum(canvas.shade(colour)) < 330 else (0, 0, 0)
+        number_box = canvas.text(left + 22, top + 13, str(number), tag_font, ink)
+        cap_box = canvas.text(left + 12, top + 44, text[0], cap_font, _INK)
+        line_height = body.size + 4
+        x, y = left + 30, top + 32
+        for word in text[1:].split(" ") if text[1] != " " else text[2:].split(" "):
+            length = body.getlength(word + " ")
+            if x + length > left + column_width - 12:
+                x, y = (left + 30 if y + line_height < top + 58 else left), y + line_height
+                if y > top + row_height - line_height - 10:
+                    break
+            canvas.prose(x, y, word, body, _INK)
+            x += length
+        across = ("left", "right") if num_columns == 2 else ("left", "centre", "right")
+        where = f"{('top', 'bottom')[row]} {across[column]}"
+        number_evidence = (number_box.left, number_box.top, number_box.right, number_box.bottom)
+        cap_evidence = (cap_box.left, cap_box.top, cap_box.right, cap_box.bottom)
+        turns += [
+            Turn(
+                question=f"What number is on the {colour} tag?", answer=str(number), kind="pages/number of colour", detail="small", evidence=number_evidence
+            ),
+            Turn(
+                question=f"What number is on the tag at the {where}?", answer=str(number), kind="pages/number at place", detail="small", evidence=number_evidence
+            ),
+            Turn(
+                question=f"Which letter does the paragraph at the {where} begin with?", answer=text[0], kind="pages/letter", detail="small", evidence=cap_evidence
+            ),
+            Turn(question=f"Which colour is the tag at the {where}?", answer=colour, kind="pages/colour", detail="large", evidence=None),
+        ]
+    turns.append(Turn(question="How many paragraphs are on the page?", answer=str(num_paragraphs), kind="pages/count", detail="large", evidence=None))
+    return turns, "PSF-2.0 (Python documentation)"
