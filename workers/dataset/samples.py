@@ -1,0 +1,167 @@
+"""The rows of a dataset: one sample is one image with its conversation.
+
+Samples live in one Delta table, partitioned by the dataset's fingerprint, and are read back in one frozen order: by index.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from workers.errors import TableError
+from workers.storage import Store
+from workers.tables import read_partition
+
+__all__ = ["SAMPLES_SCHEMA", "SAMPLES_TABLE", "Detail", "Sample", "Split", "Turn", "read_samples", "samples_to_table"]
+
+Detail = Literal["small", "large"]
+Split = Literal["train", "held_out"]
+
+SAMPLES_TABLE = "samples"
+
+TURN_TYPE = pa.struct([
+    pa.field("question", pa.string(), nullable=False),
+    pa.field("answer", pa.string(), nullable=False),
+    pa.field("kind", pa.string(), nullable=False),
+    pa.field("detail", pa.string(), nullable=False),
+    pa.field("evidence_left_px", pa.float64()),
+    pa.field("evidence_top_px", pa.float64()),
+    pa.field("evidence_right_px", pa.float64()),
+    pa.field("evidence_bottom_px", pa.float64()),
+])
+
+SAMPLES_SCHEMA = pa.schema([
+    pa.field("sample_id", pa.string(), nullable=False),
+    pa.field("index", pa.int64(), nullable=False),
+    pa.field("image_sha256", pa.string(), nullable=False),
+    pa.field("image_path", pa.string(), nullable=False),
+    pa.field("width_px", pa.int32(), nullable=False),
+    pa.field("height_px", pa.int32(), nullable=False),
+    pa.field("family", pa.string(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+    pa.field("split", pa.string(), nullable=False),
+    pa.field("licence", pa.string(), nullable=False),
+    pa.field("detail_score", pa.float64(), nullable=False),
+    pa.field("turns", pa.list_(pa.field("element", TURN_TYPE, nullable=False)), nullable=False),
+])
+"""Columns of a samples file. The partition column `dataset` (first 16 characters of the fingerprint) is in the path alone, as Delta has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One question about an image, and its answer."""
+
+    question: str
+    """Without the image placeholder; the chat template places it."""
+    answer: str
+    kind: str
+    """Which kind of question, e.g. `charts/value`."""
+    detail: Detail
+    """`small`: readable in the local views and too small in the global one. `large`: readable in both."""
+    evidence: tuple[float, float, float, float] | None = None
+    """Where in the image the answer stands: left, top, right, bottom in image pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image with its conversation."""
+
+    sample_id: str
+    index: int
+    """Place in the frozen order. Ascending and unique; gaps are inputs that were quarantined or duplicates."""
+    image_sha256: str
+    """sha256 (hex) of the image file's bytes: the image's identity everywhere."""
+    image_path: str
+    """Relative to the root, or an absolute URL of an image that stays where it is."""
+    width_px: int
+    height_px: int
+    family: str
+    source: str
+    split: Split
+    licence: str
+    detail_score: float
+    """Share of the picture that a global view loses, 0 to 1."""
+    turns: tuple[Turn, ...]
+
+
+def samples_to_table(samples: list[Sample]) -> pa.Table:
+    """The Arrow table of some samples, columns as in SAMPLES_SCHEMA."""
+    rows = []
+    for sample in samples:
+        turns = []
+        for turn in sample.turns:
+            left, top, right, bottom = turn.evidence if turn.evidence is not None else (None, None, None, None)
+            turns.append({
+                "question": turn.question,
+                "answer": turn.answer,
+                "kind": turn.kind,
+                "detail": turn.detail,
+                "evidence_left_px": left,
+                "evidence_top_px": top,
+                "evidence_right_px": right,
+                "evidence_bottom_px": bottom,
+            })
+        rows.append({
+            "sample_id": sample.sample_id,
+            "index": sample.index,
+            "image_sha256": sample.image_sha256,
+            "image_path": sample.image_path,
+            "width_px": sample.width_px,
+            "height_px": sample.height_px,
+            "family": sample.family,
+            "source": sample.source,
+            "split": sample.split,
+            "licence": sample.licence,
+            "detail_score": sample.detail_score,
+            "turns": turns,
+        })
+    return pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
+
+
+def samples_from_table(table: pa.Table) -> list[Sample]:
+    """The samples in an Arrow table that `samples_to_table` made."""
+    samples = []
+    for row in table.select(SAMPLES_SCHEMA.names).to_pylist():
+        turns = []
+        for turn in row.pop("turns"):
+            evidence = (turn["evidence_left_px"], turn["evidence_top_px"], turn["evidence_right_px"], turn["evidence_bottom_px"])
+            turns.append(
+                Turn(
+                    question=turn["question"],
+                    answer=turn["answer"],
+                    kind=turn["kind"],
+                    detail=turn["detail"],
+                    evidence=None if evidence[0] is None else evidence,
+                )
+            )
+        samples.append(Sample(**row, turns=tuple(turns)))
+    return samples
+
+
+def read_samples(store: Store, dataset_fingerprint: str, split: Split | None = None) -> list[Sample]:
+    """The samples of one dataset in their frozen order.
+
+    Args:
+        store: where the tables are.
+        dataset_fingerprint: `fingerprint(dataset_spec)`, all of it or its first 16 characters.
+        split: one side of the dataset; None is both.
+
+    Returns:
+        Samples by ascending index.
+
+    Raises:
+        TableError: the dataset is not there, or holds an index or an image twice.
+    """
+    key = dataset_fingerprint[:16]
+    table = read_partition(store, SAMPLES_TABLE, {"dataset": key})
+    if table is None:
+        raise TableError(
+            f"{store.url(SAMPLES_TABLE)} holds no dataset {key}. Expected the samples that build-dataset commits; run `loupe build-dataset RECIPE` first."
+        )
+    samples = sorted(samples_from_table(table), key=lambda sample: sample.index)
+    for name, values in (("index", [s.index for s in samples]), ("image", [s.image_sha256 for s in samples])):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise TableError(f"{store.url(SAMPLES_TABLE)}: dataset {key} holds the {name} {twice[0]} more than once; rebuild it under another root")
+    return [sample for sample in samples if split is None or sample.split == split]

@@ -1,0 +1,108 @@
+"""What a dataset is made of: its identity, as frozen data.
+
+Needs the standard library alone, so planning a dataset loads neither torch nor Ray.
+"""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from model.errors import SpecError
+from model.views import ViewSpec
+
+__all__ = ["DatasetSpec", "LegibilitySpec", "LlavaJsonSourceSpec", "RenderedSourceSpec", "SourceSpec", "source_label"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedSourceSpec:
+    """Pictures that the project draws itself, with answers true by construction.
+
+    Raises:
+        SpecError: fewer than one image.
+    """
+
+    kind: Literal["rendered"] = "rendered"
+    family: str
+    num_images: int
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise SpecError(f"source {self.family!r}: num_images must be at least 1, found {self.num_images}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlavaJsonSourceSpec:
+    """A JSON array of records in LLaVA's format, and the folder that its image paths start from.
+
+    Raises:
+        SpecError: the digest is no sha256.
+    """
+
+    kind: Literal["llava_json"] = "llava_json"
+    records: str
+    """Path or URL of the JSON file."""
+    images: str
+    """Path or URL of the image folder. Images stay there; samples refer to them."""
+    records_sha256: str
+    """sha256 (hex) of the JSON file, so that edited records are another dataset."""
+
+    def __post_init__(self) -> None:
+        if len(self.records_sha256) != 64 or set(self.records_sha256) - set("0123456789abcdef"):
+            raise SpecError(f"source {self.records!r}: records_sha256 must be 64 hex digits, found {self.records_sha256!r}")
+
+
+SourceSpec = RenderedSourceSpec | LlavaJsonSourceSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LegibilitySpec:
+    """What the encoder can read, as glyph heights in the pixels of a view, measured for the encoder.
+
+    Raises:
+        SpecError: sizes that are not positive or leave no room for a detail to be small.
+    """
+
+    local_min_px: float
+    """Readable from this height up."""
+    global_max_px: float
+    """Unreadable up to this height."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.global_max_px <= self.local_min_px:
+            raise SpecError(f"legibility needs 0 < global_max_px <= local_min_px, found {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """Identity of a dataset: the same spec gives the same samples, in the same order, with the same split.
+
+    Raises:
+        SpecError: no sources, two alike, or a number out of range.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    seed: int
+    held_out_fraction: float
+    """Share of the images kept for evaluation; decided by each image's hash, so no image is ever on both sides."""
+    view_px: int
+    """Side of the encoder's view that the images are made for."""
+    views: ViewSpec
+    legibility: LegibilitySpec
+    turns_per_image: int = 6
+    generator_version: int = 1
+
+    def __post_init__(self) -> None:
+        labels = [source_label(source) for source in self.sources]
+        if not labels or len(set(labels)) != len(labels):
+            raise SpecError(f"dataset.sources must name at least one source and each once, found {labels}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise SpecError(f"dataset.held_out_fraction must lie in [0, 1), found {self.held_out_fraction}")
+        if self.turns_per_image < 1 or self.view_px < 1:
+            raise SpecError(f"dataset.turns_per_image and dataset.view_px must be at least 1, found {self.turns_per_image} and {self.view_px}")
+
+
+def source_label(source: SourceSpec) -> str:
+    """A source's name in rows, quarantine and budgets: `rendered/charts`, `llava_json/blip_558k`."""
+    if isinstance(source, RenderedSourceSpec):
+        return f"rendered/{source.family}"
+    return f"llava_json/{PurePosixPath(source.records).stem}"

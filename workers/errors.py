@@ -1,0 +1,154 @@
+"""What can go wrong in the worker package.
+
+WorkerError
+|-- StorageError             the store refused or lost something
+|   |-- ObjectNotFoundError    nothing lies at this path
+|   |-- AccessDeniedError      credentials are missing, wrong or not allowed to do this
+|   |-- StoreFullError         the disk or the quota is full
+|   |-- StoreUnavailableError  the store did not answer, or asks for patience  (retryable)
+|-- TableError               a Delta table is damaged or refused a commit
+|-- ClusterError             Ray did not start, or lost the work beyond its own retries  (retryable)
+|   |-- WorkFailedError        code that ran on the cluster raised an error of its own
+|-- SpecChangedError         work on record was done under another spec
+|-- RecordError              a record in the store cannot be read back as its type
+|-- SourceError              a dataset source is missing, damaged or not what the recipe says
+|-- ErrorBudgetError         more inputs were quarantined than the budget allows
+|-- IncompleteError          expected != committed + quarantined
+|-- DiskSpaceError           the planned work does not fit the free space
+|-- StaleCacheError          cached features are not what the encoder gives
+|-- MissingFeaturesError     the cache does not hold an image, or holds it damaged
+|-- LanguageModelPrepareError  a language model cannot be fetched or converted
+|-- TrainingError            training cannot start, resume or go on
+|-- EvaluationError          evaluation cannot run on what there is
+|-- ExportingError           an export cannot be written from what there is
+
+`retryable` tells a flow whether trying again, with nothing changed, can help.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+__all__ = [
+    "AccessDeniedError",
+    "ClusterError",
+    "DiskSpaceError",
+    "ErrorBudgetError",
+    "EvaluationError",
+    "ExportingError",
+    "IncompleteError",
+    "LanguageModelPrepareError",
+    "MissingFeaturesError",
+    "ObjectNotFoundError",
+    "RecordError",
+    "SourceError",
+    "SpecChangedError",
+    "StaleCacheError",
+    "StorageError",
+    "StoreFullError",
+    "StoreUnavailableError",
+    "TableError",
+    "TrainingError",
+    "WorkFailedError",
+    "WorkerError",
+]
+
+
+class WorkerError(Exception):
+    """Base of every error that the worker package raises on purpose."""
+
+    retryable: ClassVar[bool] = False
+    """Whether trying again, with nothing changed, can help."""
+
+
+class StorageError(WorkerError):
+    """The store refused or lost something; the message names the root and the path."""
+
+
+class ObjectNotFoundError(StorageError):
+    """Nothing lies at this path."""
+
+
+class AccessDeniedError(StorageError):
+    """Credentials are missing, wrong, or not allowed to do this."""
+
+
+class StoreFullError(StorageError):
+    """The disk or the quota is full."""
+
+
+class StoreUnavailableError(StorageError):
+    """The store did not answer in time, or asks for patience."""
+
+    retryable: ClassVar[bool] = True
+
+
+class TableError(WorkerError):
+    """A Delta table is damaged, has another schema, or refused a commit."""
+
+
+class ClusterError(WorkerError):
+    """Ray did not start, or lost the work beyond its own retries."""
+
+    retryable: ClassVar[bool] = True
+
+
+class WorkFailedError(ClusterError):
+    """Code that ran on the cluster raised an error that is none of ours; the message holds its first line."""
+
+    retryable: ClassVar[bool] = False
+
+
+class SpecChangedError(WorkerError):
+    """Work on record was done under another spec.
+
+    Attributes:
+        differences: one line per field that differs.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class RecordError(WorkerError):
+    """A record in the store cannot be read back as the type it should have."""
+
+
+class SourceError(WorkerError):
+    """A dataset source is missing, damaged, or not what the recipe says it is."""
+
+
+class ErrorBudgetError(WorkerError):
+    """More inputs of a source were quarantined than the budget allows; going on would hide a systematic fault."""
+
+
+class IncompleteError(WorkerError):
+    """A stage's books do not balance: expected is not committed plus quarantined."""
+
+
+class DiskSpaceError(WorkerError):
+    """What is planned does not fit the free space of the store."""
+
+
+class StaleCacheError(WorkerError):
+    """Cached features are not what the encoder gives now. Training on them would be wrong without a sign of it."""
+
+
+class MissingFeaturesError(WorkerError):
+    """The cache does not hold an image's features, or holds them damaged, and the policy is to fail."""
+
+
+class LanguageModelPrepareError(WorkerError):
+    """A language model cannot be fetched or converted."""
+
+
+class TrainingError(WorkerError):
+    """Training cannot start, resume or go on."""
+
+
+class EvaluationError(WorkerError):
+    """Evaluation cannot run on what there is."""
+
+
+class ExportingError(WorkerError):
+    """An export cannot be written from what there is."""

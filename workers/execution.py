@@ -1,0 +1,109 @@
+"""How work is executed: settings that never change a result's identity, and how a stage tells how far it is.
+
+Nothing here enters a hash. A setting may change speed, memory and the moment a run gives up, never which rows a table holds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+__all__ = ["ExecutionSettings", "Progress", "SilentProgress"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionSettings:
+    """Counts, sizes and limits of a run; `--set key=value` sets these fields.
+
+    Raises:
+        ValueError: a count below 1, or a fraction outside of 0..1.
+    """
+
+    num_cpus: int | None = None
+    """Ray CPUs; None is the machine's."""
+    encoder_actors: int = 1
+    """Processes that encode: one per accelerator."""
+    encoder_threads: int | None = None
+    """torch threads of an encoding process; None is every CPU of the run, shared among the actors."""
+    encode_batch_views: int = 64
+    """Views in one forward pass."""
+    images_in_flight_units: int = 2
+    """Work units per worker that may be under way at once: memory against idle time."""
+    images_per_build_unit: int = 32
+    """Items that one dataset building task handles. Frozen when the dataset's units are planned."""
+    feature_unit_bytes: int = 64 * 2**20
+    """Feature bytes that one work unit writes. Frozen when the cache's units are planned."""
+    max_quarantined_fraction: float = 0.05
+    """A source with a larger share of quarantined inputs stops its stage (a handful is always allowed)."""
+    train_workers: int = 1
+    train_threads: int | None = None
+    """torch threads of a training worker."""
+    micro_batch_size: int | None = None
+    """Samples in one forward and backward pass; None is the whole share of a rank."""
+    checkpoint_every_steps: int = 200
+    max_failures: int = 2
+    """Worker deaths that a training run survives."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_batch_size: int = 64
+    ray_temp_dir: str | None = None
+    """Folder for Ray's sockets and logs; short, since socket paths are limited to 107 bytes. None is the system's."""
+
+    def __post_init__(self) -> None:
+        counts = {
+            "num_cpus": self.num_cpus,
+            "encoder_actors": self.encoder_actors,
+            "encoder_threads": self.encoder_threads,
+            "encode_batch_views": self.encode_batch_views,
+            "images_in_flight_units": self.images_in_flight_units,
+            "images_per_build_unit": self.images_per_build_unit,
+            "feature_unit_bytes": self.feature_unit_bytes,
+            "train_workers": self.train_workers,
+            "train_threads": self.train_threads,
+            "micro_batch_size": self.micro_batch_size,
+            "checkpoint_every_steps": self.checkpoint_every_steps,
+            "eval_batch_size": self.eval_batch_size,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, found {count}")
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures must be at least 0, found {self.max_failures}")
+        if not 0 <= self.max_quarantined_fraction <= 1:
+            raise ValueError(f"max_quarantined_fraction must lie in 0..1, found {self.max_quarantined_fraction}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, found {self.device!r}")
+
+
+class Progress(Protocol):
+    """How a stage tells how far it is. One `start`, then any number of `advance`, then `finish`; may repeat."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Work begins.
+
+        Args:
+            what: a few words for people, e.g. "encoding images".
+            total: how much there is in all.
+            done: how much of it was done before this run.
+        """
+
+    def advance(self, count: int = 1, **facts: float | int | str) -> None:
+        """More is done.
+
+        Args:
+            count: how much more.
+            facts: numbers worth showing now, e.g. loss=1.2.
+        """
+
+    def finish(self) -> None:
+        """The work begun last is over, for good or for ill."""
+
+
+class SilentProgress:
+    """A Progress that tells nobody."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Ignore."""
+
+    def advance(self, count: int = 1, **facts: float | int | str) -> None:
+        """Ignore."""
+
+    def finish(self) -> None:
+        """Ignore."""

@@ -1,0 +1,562 @@
+"""Where everything durable lies: one root URL, `file://` or `s3://`, and the few operations that the rest is built on.
+
+Inputs are paths relative to the root, with forward slashes. Every write appears whole or not at all: locally through a temporary name and a
+rename, on S3 as one finished upload. Exclusive creation has exactly one winner. This module owns credentials, endpoint, retries and the
+translation of foreign errors; no other module sees an OSError of a store. Credentials come from the standard AWS environment and profile chain,
+the endpoint from AWS_ENDPOINT_URL.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs
+
+from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+
+__all__ = ["Store", "open_url", "translate_storage_error"]
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
+
+_DENIED_CODES = frozenset({
+    "AccessDenied",
+    "AllAccessDisabled",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "401",
+    "403",
+})
+_MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "404"})
+_BUSY_CODES = frozenset({
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "429",
+    "500",
+    "502",
+    "503",
+    "504",
+})
+_DENIED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_MISSING_ERRNOS = frozenset({errno.ENOENT})
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BUSY_ERRNOS = frozenset({
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETUNREACH,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+})
+_BUSY_TYPES = frozenset({
+    "ClientConnectorError",
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "ConnectionError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "ReadTimeoutError",
+    "ServerTimeoutError",
+    "TimeoutError",
+})
+_DENIED_TYPES = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"})
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from: s3fs wraps botocore's errors in OSErrors that tell less."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _service_code(error: BaseException) -> str | None:
+    """The S3 error code in an error or its causes."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            code = response.get("Error", {}).get("Code")
+            if code:
+                return str(code)
+    return None
+
+
+def translate_storage_error(error: BaseException, doing: str, url: str) -> StorageError:
+    """The StorageError for any foreign error. Total: what it does not know becomes a plain StorageError.
+
+    Args:
+        error: what a file system, botocore, s3fs or Arrow raised.
+        doing: what was being done, e.g. "read".
+        url: on which object.
+
+    Returns:
+        One of ours, with a message that says what to do.
+    """
+    if isinstance(error, StorageError):
+        return error
+    code = _service_code(error)
+    names = {type(cause).__name__ for cause in _causes(error)}
+    numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    # Arrow's S3 client reports the service's answer in its text alone.
+    said = {candidate for candidate in _DENIED_CODES | _MISSING_CODES | _BUSY_CODES if candidate.isalpha() and candidate in text}
+    codes = {code} if code is not None else said
+    if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
+        return ObjectNotFoundError(f"cannot {doing} {url}: nothing lies there ({text})")
+    if codes & _DENIED_CODES or names & _DENIED_TYPES or (not codes and (isinstance(error, PermissionError) or numbers & _DENIED_ERRNOS)):
+        return AccessDeniedError(
+            f"cannot {doing} {url}: access was denied ({text}). Check the folder's owner and permissions, or for S3 the AWS environment or profile."
+        )
+    if numbers & _FULL_ERRNOS:
+        return StoreFullError(f"cannot {doing} {url}: no space is left ({text}). Free some space or choose another --root, then run again.")
+    if codes & _BUSY_CODES or names & _BUSY_TYPES or numbers & _BUSY_ERRNOS:
+        return StoreUnavailableError(f"cannot {doing} {url}: the store did not answer ({text}). Check the endpoint and the network, then run again.")
+    return StorageError(f"cannot {doing} {url}: {type(error).__name__}: {text}")
+
+
+def _is_exists_error(error: BaseException) -> bool:
+    """Whether an exclusive create lost.
+
+    s3fs turns the 412 into FileExistsError only when the answer names the condition (AWS does); from other servers it comes as OSError(EINVAL).
+    """
+    return isinstance(error, FileExistsError) or _service_code(error) in {"PreconditionFailed", "ConditionalRequestConflict", "412"}
+
+
+@contextlib.contextmanager
+def _translated(doing: str, url: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise translate_storage_error(error, doing, url) from error
+    except Exception as error:
+        # botocore's errors share no base with OSError, and importing botocore for local roots costs 0.2 s.
+        if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}:
+            raise translate_storage_error(error, doing, url) from error
+        raise
+
+
+def _relative(path: str) -> str:
+    """A checked path below the root."""
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts or "://" in path:
+        raise StorageError(f"paths in a store are relative to its root and stay below it, found {path!r}")
+    return "/".join(parts)
+
+
+class Store:
+    """Everything below one root URL. Cheap to make, safe to send to another process.
+
+    Args:
+        root: `file:///...`, `s3://bucket/prefix`, or a plain path, which is made absolute.
+
+    Raises:
+        StorageError: a scheme that Loupe does not know, or a URL without a bucket.
+    """
+
+    root: str
+    """The root URL without a trailing slash."""
+
+    def __init__(self, root: str) -> None:
+        self.root, self._local = _normalise_root(root)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return (Store, (self.root,))
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a folder of this machine."""
+        return self._local is not None
+
+    def url(self, path: str = "") -> str:
+        """The absolute URL of a path."""
+        relative = _relative(path)
+        return f"{self.root}/{relative}" if relative else self.root
+
+    def local_path(self, path: str = "") -> Path | None:
+        """The path in the local file system; None for object stores."""
+        return None if self._local is None else self._local / _relative(path)
+
+    # -- whole objects
+
+    def read_bytes(self, path: str) -> bytes:
+        """All bytes of an object.
+
+        Raises:
+            ObjectNotFoundError: nothing lies there.
+            StorageError: it cannot be read.
+        """
+        with _translated("read", self.url(path)):
+            if self._local is not None:
+                return (self._local / _relative(path)).read_bytes()
+            return bytes(self._s3.cat_file(self._key(path)))
+
+    def exists(self, path: str) -> bool:
+        """Whether an object lies at this path. Folders are not objects."""
+        with _translated("look for", self.url(path)):
+            if self._local is not None:
+                return (self._local / _relative(path)).is_file()
+            return bool(self._s3.isfile(self._key(path)))
+
+    def size_bytes(self, path: str) -> int:
+        """Size of an object.
+
+        Raises:
+            ObjectNotFoundError: nothing lies there.
+        """
+        with _translated("look for", self.url(path)):
+            if self._local is not None:
+                return (self._local / _relative(path)).stat().st_size
+            return int(self._s3.info(self._key(path))["size"])
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all objects in a folder and below, sorted. Empty when there is no such folder."""
+        relative = _relative(prefix)
+        with _translated("list", self.url(prefix)):
+            if self._local is not None:
+                folder = self._local / relative
+                found = [
+                    (Path(directory) / name).relative_to(self._local).as_posix()
+                    for directory, _, names in os.walk(folder)
+                    for name in names
+                    if not name.startswith(TEMPORARY_PREFIX)
+                ]
+            else:
+                base = self._key("")
+                start = len(base) + 1 if base else 0
+                try:
+                    keys = self._s3.find(self._key(prefix))
+                except FileNotFoundError:
+                    keys = []
+                found = [key[start:] for key in keys if relative == "" or key[start:].startswith(relative + "/")]
+        return sorted(found)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Put an object there, whole, whatever lay there before.
+
+        Raises:
+            StorageError: it cannot be written; what lay there before is still whole.
+        """
+        with _translated("write", self.url(path)):
+            if self._local is not None:
+                target = self._local / _relative(path)
+                with self._temporary(target) as temporary:
+                    _write_synced(temporary, data)
+                    os.replace(temporary, target)  # noqa: PTH105 - the atomicity is the point
+                _sync_folder(target.parent)
+            else:
+                self._s3.pipe_file(self._key(path), data)
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Put an object there unless one is there already. Of any number of callers exactly one wins.
+
+        Returns:
+            Whether this call created it.
+
+        Raises:
+            StorageError: it can neither be written nor found.
+        """
+        with _translated("create", self.url(path)):
+            try:
+                if self._local is not None:
+                    target = self._local / _relative(path)
+                    with self._temporary(target) as temporary:
+                        _write_synced(temporary, data)
+                        os.link(temporary, target)  # noqa: PTH200 - fails when the target exists, and the target appears whole
+                    _sync_folder(target.parent)
+                else:
+                    self._s3.pipe_file(self._key(path), data, mode="create")
+            except Exception as error:
+                if _is_exists_error(error):
+                    return False
+                raise
+        return True
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        with _translated("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
+            if self._local is not None:
+                (self._local / _relative(path)).unlink()
+            else:
+                self._s3.rm_file(self._key(path))
+
+    # -- JSON
+
+    def read_json(self, path: str) -> Any:
+        """An object as JSON.
+
+        Raises:
+            ObjectNotFoundError: nothing lies there.
+            StorageError: it is no JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise StorageError(f"{self.url(path)} should be JSON but is not ({error}); delete it and run again") from error
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write a value as JSON, whole, whatever lay there before."""
+        self.write_bytes(path, _json_bytes(value))
+
+    def create_json(self, path: str, value: Any) -> bool:
+        """Write a value as JSON unless something lies there; whether this call created it."""
+        return self.create_bytes(path, _json_bytes(value))
+
+    # -- files and folders
+
+    @contextlib.contextmanager
+    def publishing(self, path: str) -> Iterator[Path]:
+        """A local file to write to, published at `path` whole when the block ends well, and dropped when it raises.
+
+        Bulk output is written this way because an exception inside an open S3 stream still commits what was written so far.
+
+        Args:
+            path: where the finished file shall lie.
+
+        Yields:
+            A path in the local file system that does not exist yet.
+
+        Raises:
+            StorageError: the file cannot be published.
+        """
+        if self._local is not None:
+            target = self._local / _relative(path)
+            with _translated("write", self.url(path)), self._temporary(target) as temporary:
+                yield temporary
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(temporary, target)  # noqa: PTH105
+                _sync_folder(target.parent)
+        else:
+            with tempfile.TemporaryDirectory(prefix="loupe-publish-") as folder:
+                temporary = Path(folder) / PurePosixPath(path).name
+                yield temporary
+                with _translated("write", self.url(path)):
+                    self._s3.put_file(str(temporary), self._key(path))
+
+    def upload_folder(self, local: Path, path: str) -> None:
+        """Copy every file of a local folder below `path`, in name order.
+
+        Args:
+            local: the folder.
+            path: where its files shall lie.
+        """
+        for file in sorted(file for file in local.rglob("*") if file.is_file()):
+            with self.publishing(f"{path}/{file.relative_to(local).as_posix()}") as target:
+                shutil.copyfile(file, target)
+
+    def download_folder(self, path: str, local: Path) -> None:
+        """Copy every object below `path` into a local folder.
+
+        Args:
+            path: the folder in the store.
+            local: where the files shall lie; made when it is not there.
+
+        Raises:
+            ObjectNotFoundError: there is nothing below `path`.
+        """
+        found = self.list(path)
+        if not found:
+            raise ObjectNotFoundError(f"{self.url(path)} holds nothing to copy")
+        prefix = _relative(path)
+        for item in found:
+            target = local / item[len(prefix) + 1 :]
+            with _translated("read", self.url(item)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if self._local is not None:
+                    shutil.copyfile(self._local / item, target)
+                else:
+                    self._s3.get_file(self._key(item), str(target))
+
+    # -- the root as a whole
+
+    def free_bytes(self) -> int | None:
+        """Free space for new files; None where there is no such limit (object stores)."""
+        if self._local is None:
+            return None
+        existing = self._local
+        while not existing.exists():
+            existing = existing.parent
+        with _translated("measure", self.root):
+            return shutil.disk_usage(existing).free
+
+    def check_writable(self) -> None:
+        """Prove that an object can be written, read and deleted here.
+
+        Raises:
+            StorageError: it cannot; the message names the root and says what to do.
+        """
+        path = f".writable-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(path, b"loupe")
+            found = self.read_bytes(path)
+            self.delete(path)
+        except StorageError as error:
+            raise type(error)(
+                f"the root {self.root} cannot be written. Expected a folder or bucket where files can be created and deleted; found: {error} "
+                "Choose another place with --root, or change its permissions."
+            ) from error
+        if found != b"loupe":
+            raise StorageError(f"the root {self.root} gives back other bytes than were written; choose another place with --root")
+
+    @property
+    def filesystem(self) -> pyarrow.fs.FileSystem:
+        """Arrow's file system for bulk reading, with `fs_path`."""
+        return self._arrow_filesystem
+
+    def fs_path(self, path: str = "") -> str:
+        """A path as `filesystem` wants it."""
+        if self._local is not None:
+            return str(self._local / _relative(path))
+        return self._key(path)
+
+    @property
+    def delta_options(self) -> dict[str, str]:
+        """Storage options for deltalake and polars. Holds no credentials: those come from the environment."""
+        if self._local is not None:
+            return {}
+        options = {"aws_conditional_put": "etag"}
+        endpoint = _s3_endpoint()
+        if endpoint is not None:
+            options["aws_endpoint"] = endpoint
+            if endpoint.startswith("http://"):
+                options["aws_allow_http"] = "true"
+        options["aws_region"] = _s3_region()
+        return options
+
+    @property
+    def delta_root(self) -> str:
+        """The root as deltalake, polars and DuckDB want it: a plain path for folders, else the URL."""
+        return self.root if self._local is None else str(self._local)
+
+    # -- inside
+
+    def _key(self, path: str) -> str:
+        base = self.root.removeprefix("s3://")
+        relative = _relative(path)
+        return f"{base}/{relative}" if relative else base
+
+    @cached_property
+    def _s3(self) -> Any:
+        import s3fs
+
+        # Listings are never cached: another process may have written. Large reads bypass s3fs, so it needs no read-ahead either.
+        return s3fs.S3FileSystem(use_listings_cache=False, default_cache_type="none", endpoint_url=_s3_endpoint())
+
+    @cached_property
+    def _arrow_filesystem(self) -> pyarrow.fs.FileSystem:
+        if self._local is not None:
+            return pyarrow.fs.LocalFileSystem(use_mmap=False)
+        endpoint = _s3_endpoint()
+        scheme, _, host = (endpoint or "").partition("://")
+        options: dict[str, Any] = {"region": _s3_region()}
+        if endpoint is not None:
+            options |= {"endpoint_override": host, "scheme": scheme}
+        return pyarrow.fs.S3FileSystem(**options)
+
+    @contextlib.contextmanager
+    def _temporary(self, target: Path) -> Iterator[Path]:
+        """A name beside the target, removed at the end when it is still there."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def open_url(url: str) -> tuple[Store, str]:
+    """The store and the path of one object that may lie anywhere.
+
+    Args:
+        url: `file:///...`, `s3://...` or a plain path, of an object.
+
+    Returns:
+        A store whose root is the object's folder, and the object's name in it.
+
+    Raises:
+        StorageError: the URL names no object.
+    """
+    folder, _, name = url.rstrip("/").rpartition("/")
+    if not name or not folder:
+        if "://" not in url and name:
+            return Store("."), name
+        raise StorageError(f"expected the URL or path of a file, found {url!r}")
+    return Store(folder), unquote(name) if url.startswith("file://") else name
+
+
+def _normalise_root(root: str) -> tuple[str, Path | None]:
+    scheme = urlsplit(root).scheme if "://" in root else ""
+    match scheme:
+        case "":
+            folder = Path(root).expanduser().absolute()
+            return folder.as_uri(), folder
+        case "file":
+            parts = urlsplit(root)
+            if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+                raise StorageError(f"a file root is file:// and an absolute path (three slashes), found {root!r}")
+            folder = Path(unquote(parts.path))
+            return folder.as_uri(), folder
+        case "s3":
+            if not urlsplit(root).netloc:
+                raise StorageError(f"an S3 root is s3://bucket/prefix, found {root!r}")
+            return root.rstrip("/"), None
+        case _:
+            raise StorageError(f"a root is a folder, file:///folder or s3://bucket/prefix, found {root!r}")
+
+
+def _s3_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _s3_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: without it a power cut may forget the name."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
