@@ -1,0 +1,1 @@
+"""What runs when: recipes, the Prefect flow, the loupe command, the report."""

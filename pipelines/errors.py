@@ -1,0 +1,35 @@
+"""What can go wrong in the pipelines package, all of it something that a user can put right.
+
+PipelineError
+|-- RecipeError         a recipe cannot be read, or holds something that is not allowed
+|-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
+|-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
+|-- DiskSpaceError      what is planned does not fit on the root's disk
+|-- FlowServerError     the flow's server did not start
+"""
+
+__all__ = ["DiskSpaceError", "FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
+
+
+class PipelineError(Exception):
+    """Base of every error that the pipelines package raises on purpose."""
+
+
+class RecipeError(PipelineError, ValueError):
+    """A recipe is refused. The message names file, field, what was found and what is allowed."""
+
+
+class SettingError(PipelineError, ValueError):
+    """An execution setting is refused. The message lists the settings."""
+
+
+class NothingThereError(PipelineError):
+    """What a command should show or use does not exist. The message names the command that makes it."""
+
+
+class DiskSpaceError(PipelineError):
+    """The planned bytes exceed what is free. Raised before anything is written."""
+
+
+class FlowServerError(PipelineError):
+    """The flow's own server did not answer in time."""

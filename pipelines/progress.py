@@ -1,0 +1,160 @@
+"""How far a stage is, for people: a bar on a terminal, one plain line every ten seconds in a log file.
+
+Both implement `workers.execution.Progress`. They write to standard error, so that standard output holds results alone.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from workers.execution import Progress
+
+__all__ = ["BarProgress", "LineProgress", "TeeProgress", "console_progress", "duration_text", "facts_text"]
+
+LINE_INTERVAL_S = 10.0
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def facts_text(facts: dict[str, float | int | str]) -> str:
+    """Facts on one line: `loss=1.234  step=20`."""
+    return "  ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in facts.items())
+
+
+class BarProgress:
+    """A bar per piece of work, for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Draw a bar that begins at what was done before."""
+        self.finish()
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[facts]}"),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, completed=done, facts="")
+
+    def advance(self, count: int = 1, **facts: float | str) -> None:
+        """Move the bar."""
+        if self._bar is None or self._task is None:
+            return
+        if facts:
+            self._bar.update(self._task, advance=count, facts=facts_text(facts))
+        else:
+            self._bar.update(self._task, advance=count)
+
+    def finish(self) -> None:
+        """Leave the bar standing as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+
+class LineProgress:
+    """Plain lines, for log files: the first, the last, and between them at most one every ten seconds."""
+
+    def __init__(self, stream: TextIO, *, interval_s: float = LINE_INTERVAL_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._interval_s = interval_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._what = ""
+        self._total = self._done = self._done_before = 0
+        self._began_s = self._printed_s = 0.0
+        self._facts: dict[str, float | int | str] = {}
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Say what begins."""
+        with self._lock:
+            self._what, self._total, self._done, self._done_before = what, total, done, done
+            self._began_s = self._printed_s = self._clock()
+            self._facts = {}
+            before = f", {done} done before" if done else ""
+            print(f"{what}: {total} to do{before}", file=self._stream, flush=True)
+
+    def advance(self, count: int = 1, **facts: float | str) -> None:
+        """Count, and print a line when the last one is old enough."""
+        with self._lock:
+            self._done += count
+            self._facts.update(facts)
+            if self._clock() - self._printed_s >= self._interval_s:
+                self._print_line()
+
+    def finish(self) -> None:
+        """Print where it ended."""
+        with self._lock:
+            if self._what:
+                self._print_line()
+            self._what = ""
+
+    def _print_line(self) -> None:
+        now_s = self._clock()
+        elapsed_s = now_s - self._began_s
+        fraction = self._done / self._total if self._total else 1.0
+        parts = [f"{self._what}: {self._done}/{self._total} ({fraction:.0%})", duration_text(elapsed_s)]
+        rate = (self._done - self._done_before) / elapsed_s if elapsed_s > 0 else 0.0
+        if rate > 0:
+            parts.append(f"{rate:.3g}/s")
+            if self._done < self._total:
+                parts.append(f"{duration_text((self._total - self._done) / rate)} left")
+        if self._facts:
+            parts.append(facts_text(self._facts))
+        print(", ".join(parts), file=self._stream, flush=True)
+        self._printed_s = now_s
+
+
+class TeeProgress:
+    """Tells several."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Pass on."""
+        for listener in self._listeners:
+            listener.start(what, total, done)
+
+    def advance(self, count: int = 1, **facts: float | str) -> None:
+        """Pass on."""
+        for listener in self._listeners:
+            listener.advance(count, **facts)
+
+    def finish(self) -> None:
+        """Pass on."""
+        for listener in self._listeners:
+            listener.finish()
+
+
+def console_progress(stream: TextIO = sys.stderr) -> Progress:
+    """A bar where the stream is a terminal, else lines.
+
+    Args:
+        stream: where to write.
+    """
+    if stream.isatty():
+        return BarProgress(Console(file=stream))
+    return LineProgress(stream)

@@ -1,0 +1,603 @@
+"""A recipe: the whole experiment as one TOML file, checked before anything starts and turned into the specs that bear identity.
+
+Input: a TOML file. Output: frozen specs (`DatasetSpec`, `FeatureSpec`, `ConnectorSpec`, `ScheduleSpec`). Invariant: everything in a recipe is
+identity, nothing in it says how fast or where a run happens; that is `--set`. Unknown keys are refused, since a misspelt one would train
+something else than what was asked for.
+"""
+
+import difflib
+import itertools
+import json
+import tomllib
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any, Literal, assert_never
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from model.errors import SpecError
+from model.specs import (
+    BLOCKS,
+    AdapterSpec,
+    Block,
+    BranchMix,
+    CompressionSpec,
+    ConnectorSpec,
+    DCISpec,
+    EncoderSpec,
+    FeatureSpec,
+    FusionSpec,
+    GatedMixtureSpec,
+    GlobalBranchSpec,
+    LocalBranchSpec,
+    MLPSpec,
+    PhaseSpec,
+    ScheduleSpec,
+    SCISpec,
+    SingleSpec,
+    STISpec,
+    fingerprint,
+)
+from model.views import ViewSpec
+from pipelines.errors import RecipeError
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
+
+__all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+Mode = Literal["blind", "global", "local", "both"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _closest(found: str, allowed: list[str]) -> str:
+    match = difflib.get_close_matches(found, allowed, n=1)
+    return f"did you mean {match[0]!r}? " if match else ""
+
+
+class Table(BaseModel):
+    """A TOML table: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_alias=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_key(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            allowed = [field.alias or name for name, field in cls.model_fields.items()]
+            for key in data:
+                if key not in allowed:
+                    raise PydanticCustomError(
+                        "unknown_key",
+                        "found the unknown key {key}; {hint}allowed here: {allowed}",
+                        {"key": repr(key), "hint": _closest(str(key), allowed), "allowed": ", ".join(allowed)},
+                    )
+        return data
+
+
+class RenderedSource(Table):
+    """Pictures that Loupe draws, with answers that are true by construction."""
+
+    kind: Literal["rendered"]
+    family: str
+    num_images: Count
+
+
+class LlavaJsonSource(Table):
+    """Records in LLaVA's JSON format and a folder of images."""
+
+    kind: Literal["llava_json"]
+    records: str
+    """Path or URL of the JSON file."""
+    images: str
+    """Path or URL of the folder that the records' image paths are relative to."""
+    records_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """Digest of the JSON file. Read from the file when empty; given, a changed file is refused."""
+
+
+class Legibility(Table):
+    """From which glyph height on the encoder reads, measured for the encoder, in pixels of a view."""
+
+    local_min_px: Positive = 7.0
+    """What is asked for is at least this high in a local view: readable."""
+    global_max_px: Positive = 5.0
+    """What is asked for as small detail is at most this high in the global view: not readable."""
+
+
+class Dataset(Table):
+    """Where samples come from, and how they are split."""
+
+    sources: Annotated[
+        tuple[Annotated[RenderedSource | LlavaJsonSource, Field(discriminator="kind")], ...],
+        Field(min_length=1),
+    ]
+    seed: int = 0
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images kept for evaluation."""
+    turns_per_image: Count = 6
+    legibility: Legibility = Legibility()
+
+
+class Encoder(Table):
+    """The frozen vision encoder: `builtin:vision-encoder`, a folder, or a hub id."""
+
+    model: Annotated[str, Field(min_length=1)]
+
+
+class Views(Table):
+    """How views are cut."""
+
+    rule: Literal["slime"] = "slime"
+    max_slices: Annotated[int, Field(ge=2, le=48)] = 6
+
+
+class Features(Table):
+    """How features are stored."""
+
+    precision: Literal["fp32", "fp16"] = "fp16"
+
+
+class SingleFusion(Table):
+    """One layer. The encoder's last but one when absent, as LLaVA takes it."""
+
+    kind: Literal["single"]
+    layer: Annotated[int, Field(ge=0)] | None = None
+
+    def spec(self, encoder: EncoderSpec) -> SingleSpec:
+        """The fusion over this encoder's layers."""
+        return SingleSpec(layer=_base(self.layer, encoder))
+
+
+class STIFusion(Table):
+    """Sparse token integration."""
+
+    kind: Literal["sti"]
+    base: Annotated[int, Field(ge=0)] | None = None
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    pool: Count = 8
+
+    def spec(self, encoder: EncoderSpec) -> STISpec:
+        """The fusion over this encoder's layers."""
+        return STISpec(base=_base(self.base, encoder), layers=self.layers, pool=self.pool)
+
+
+class SCIFusion(Table):
+    """Sparse channel integration."""
+
+    kind: Literal["sci"]
+    base: Annotated[int, Field(ge=0)] | None = None
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+
+    def spec(self, encoder: EncoderSpec) -> SCISpec:
+        """The fusion over this encoder's layers."""
+        return SCISpec(base=_base(self.base, encoder), layers=self.layers)
+
+
+class DCIFusion(Table):
+    """Dense channel integration. `groups` is how many equal groups, or their first and last layers."""
+
+    kind: Literal["dci"]
+    base: Annotated[int, Field(ge=0)] | None = None
+    groups: Annotated[int, Field(ge=1)] | Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] = 2
+
+    def spec(self, encoder: EncoderSpec) -> DCISpec:
+        """The fusion over this encoder's layers.
+
+        Raises:
+            SpecError: more groups than layers.
+
+        Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
+        """
+        base = _base(self.base, encoder)
+        if not isinstance(self.groups, int):
+            return DCISpec(base=base, groups=self.groups)
+        num_layers = base + 1 if encoder.family == "clip" else base
+        if self.groups > num_layers:
+            raise SpecError(f"fusion.groups: found {self.groups} groups, but there are {num_layers} layers to share out; use fewer")
+        edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
+        return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
+
+
+def _base(layer: int | None, encoder: EncoderSpec) -> int:
+    return encoder.num_blocks - 1 if layer is None else layer
+
+
+Fusion = Annotated[SingleFusion | STIFusion | SCIFusion | DCIFusion, Field(discriminator="kind")]
+
+
+class MLPAdapter(Table):
+    """The projector alone."""
+
+    kind: Literal["mlp"]
+
+    def spec(self) -> MLPSpec:
+        """The adapter's spec."""
+        return MLPSpec()
+
+
+class GatedMixtureAdapter(Table):
+    """The projector and a resampler behind a gate."""
+
+    kind: Literal["gated_mixture"]
+    attention_init: Literal["positional", "authors"] = "positional"
+    noise: bool = True
+
+    def spec(self) -> GatedMixtureSpec:
+        """The adapter's spec."""
+        return GatedMixtureSpec(attention_init=self.attention_init, noise=self.noise)
+
+
+class Compression(Table):
+    """Learnable queries per local view."""
+
+    queries: Count
+    attention_init: Literal["positional", "authors"] = "positional"
+
+
+class GlobalBranch(Table):
+    """What happens to the global view."""
+
+    fusion: Fusion
+    adapters: Annotated[MLPAdapter | GatedMixtureAdapter, Field(discriminator="kind")]
+
+
+class LocalBranch(Table):
+    """What happens to each local view."""
+
+    fusion: Fusion
+    compression: Compression
+    projector: Literal["shared", "own"] = "shared"
+
+
+class Connector(Table):
+    """Everything between the encoder and the language model."""
+
+    global_branch: GlobalBranch = Field(alias="global")
+    local_branch: LocalBranch | None = Field(alias="local", default=None)
+    separator: Annotated[str, Field(min_length=1)] = ","
+
+
+class LanguageModel(Table):
+    """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
+
+    model: Annotated[str, Field(min_length=1)]
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Shares(Table):
+    """Which share of a phase's samples sees which visual input."""
+
+    both: Share = 0.0
+    global_only: Share = Field(alias="global", default=0.0)
+    local_only: Share = Field(alias="local", default=0.0)
+    blind: Share = 0.0
+
+
+class Phase(Table):
+    """One phase of the schedule."""
+
+    name: str | None = None
+    """The trained blocks' names when absent."""
+    train: Annotated[
+        tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model", "connector"], ...], Field(min_length=1)
+    ]
+    """Blocks; `connector` stands for all blocks of the connector."""
+    branch: Mode | Shares
+    """What samples see: one word for all, or a table of shares."""
+    steps: Count | None = None
+    epochs: Positive | None = None
+    """Passes over the training images, instead of steps."""
+    batch_size: Count = 32
+    """Images in an optimizer step."""
+    learning_rate: Positive
+    language_model_learning_rate: Positive | None = None
+    warmup_fraction: Fraction = 0.03
+    max_grad_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _have_one_length(self) -> "Phase":
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise PydanticCustomError("phase_length", "found {found} of steps and epochs; allowed: exactly one", {"found": found})
+        return self
+
+    def blocks(self, connector: ConnectorSpec) -> tuple[Block, ...]:
+        """The blocks to train, in the order of BLOCKS.
+
+        Raises:
+            SpecError: a block that this connector does not have would silently train nothing.
+        """
+        asked: set[str] = set(self.train)
+        if "connector" in asked:
+            asked = (asked - {"connector"}) | set(connector.blocks)
+        present = {*connector.blocks, "language_model"}
+        if missing := sorted(asked - present):
+            raise SpecError(
+                f"train names {', '.join(missing)}, which this connector does not have; it has {', '.join(connector.blocks)}, "
+                "and language_model can be trained in schedule.sft"
+            )
+        return tuple(block for block in BLOCKS if block in asked)
+
+    def mix(self) -> BranchMix:
+        """The shares as a spec."""
+        match self.branch:
+            case "both":
+                return BranchMix(both=1.0)
+            case "global":
+                return BranchMix(global_only=1.0)
+            case "local":
+                return BranchMix(local_only=1.0)
+            case "blind":
+                return BranchMix(blind=1.0)
+            case Shares() as shares:
+                return BranchMix(both=shares.both, global_only=shares.global_only, local_only=shares.local_only, blind=shares.blind)
+            case _:
+                assert_never(self.branch)
+
+    def spec(self, connector: ConnectorSpec, num_train_samples: int | None) -> PhaseSpec:
+        """The phase over this connector's blocks.
+
+        Args:
+            connector: whose blocks are trained.
+            num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+
+        Raises:
+            SpecError: a block or branch that the connector lacks, or epochs of an unknown number of samples.
+        """
+        mix = self.mix()
+        if connector.local_branch is None and mix.both + mix.local_only > 0:
+            raise SpecError("branch uses local views, but the recipe has no [connector.local]; use 'global', or add the local branch")
+        if self.steps is not None:
+            steps = self.steps
+        elif num_train_samples is None:
+            raise SpecError(
+                "the length is in epochs, and the number of training images is known only once the dataset is built; run `loupe build-dataset` first"
+            )
+        else:
+            assert self.epochs is not None
+            steps = max(1, ceil(self.epochs * num_train_samples / self.batch_size))
+        return PhaseSpec(
+            name=self.name or "+".join(self.train),
+            train=self.blocks(connector),
+            branch=mix,
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            language_model_learning_rate=self.language_model_learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+
+class Schedule(Table):
+    """The alternating schedule: alignment phases, then joint fine-tuning."""
+
+    align: tuple[Phase, ...] = ()
+    sft: Phase | None = None
+
+
+class Evaluation(Table):
+    """What is asked of the held-out images."""
+
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("blind", "global", "local", "both")
+    max_questions: Count | None = None
+    """All questions when absent."""
+
+
+class Recipe(Table):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$")]
+    description: str = ""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Training seeds. Each is trained and evaluated; dataset and features are shared."""
+    dataset: Dataset
+    encoder: Encoder
+    views: Views = Views()
+    features: Features = Features()
+    connector: Connector
+    language_model: LanguageModel
+    schedule: Schedule
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _have_distinct_seeds(self) -> "Recipe":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise PydanticCustomError("seeds", "seeds: found {found}; allowed: different numbers", {"found": str(list(self.seeds))})
+        return self
+
+    @property
+    def uses_epochs(self) -> bool:
+        """Whether a phase's length depends on the number of training images."""
+        phases = [*self.schedule.align, *([self.schedule.sft] if self.schedule.sft else [])]
+        return any(phase.epochs is not None for phase in phases)
+
+    def view_spec(self) -> ViewSpec:
+        """How views are cut."""
+        return ViewSpec(rule=self.views.rule, max_slices=self.views.max_slices)
+
+    def connector_spec(self, encoder: EncoderSpec) -> ConnectorSpec:
+        """The connector over this encoder's layers."""
+        branch, local = self.connector.global_branch, self.connector.local_branch
+        local_spec = None
+        if local is not None:
+            compression = CompressionSpec(queries=local.compression.queries, attention_init=local.compression.attention_init)
+            local_spec = LocalBranchSpec(fusion=local.fusion.spec(encoder), compression=compression, projector=local.projector)
+        adapters: AdapterSpec = branch.adapters.spec()
+        fusion: FusionSpec = branch.fusion.spec(encoder)
+        return ConnectorSpec(
+            global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters), local_branch=local_spec, separator=self.connector.separator
+        )
+
+    def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
+        """The dataset, seen through this encoder's view size.
+
+        Args:
+            encoder: whose view size decides what can be read where.
+            records_sha256: digest by the address of each JSON file that the sources name.
+        """
+        sources: list[RenderedSourceSpec | LlavaJsonSourceSpec] = []
+        for source in self.dataset.sources:
+            match source:
+                case RenderedSource():
+                    sources.append(RenderedSourceSpec(family=source.family, num_images=source.num_images))
+                case LlavaJsonSource():
+                    digest = records_sha256[source.records]
+                    if source.records_sha256 not in ("", digest):
+                        raise SpecError(
+                            f"dataset.sources: {source.records} has the digest {digest}, the recipe expects {source.records_sha256}; "
+                            "use the file the recipe was written for, or change records_sha256"
+                        )
+                    sources.append(LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256=digest))
+                case _:
+                    assert_never(source)
+        legibility = self.dataset.legibility
+        return DatasetSpec(
+            sources=tuple(sources),
+            seed=self.dataset.seed,
+            held_out_fraction=self.dataset.held_out_fraction,
+            view_px=encoder.view_px,
+            views=self.view_spec(),
+            legibility=LegibilitySpec(local_min_px=legibility.local_min_px, global_max_px=legibility.global_max_px),
+            turns_per_image=self.dataset.turns_per_image,
+        )
+
+    def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:
+        """The cache that the connector reads: the union of its maps per branch."""
+        return FeatureSpec(
+            dataset_fingerprint=fingerprint(dataset),
+            encoder=encoder,
+            views=self.view_spec(),
+            global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),
+            local_maps=tuple(dict.fromkeys(connector.local_branch.fusion.maps)) if connector.local_branch is not None else (),
+            precision=self.features.precision,
+        )
+
+    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_samples: int | None = None) -> ScheduleSpec:
+        """The schedule of one seed.
+
+        Args:
+            connector: whose blocks the phases train.
+            seed: of initialisation, order and noise.
+            num_train_samples: training images, None while unknown.
+
+        Raises:
+            SpecError: a phase that cannot be; the message names it.
+        """
+
+        def build(path: str, phase: Phase) -> PhaseSpec:
+            try:
+                return phase.spec(connector, num_train_samples)
+            except SpecError as error:
+                raise SpecError(f"{path}: {error}") from error
+
+        align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
+        sft = None if self.schedule.sft is None else build("schedule.sft", self.schedule.sft)
+        return ScheduleSpec(align=align, sft=sft, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeFile:
+    """A checked recipe and the file it came from."""
+
+    path: Path
+    text: str
+    recipe: Recipe
+
+
+def recipe_files() -> dict[str, Path]:
+    """The recipes that come with Loupe, by name."""
+    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
+
+
+def _field_path(location: tuple[int | str, ...], data: Any) -> str:
+    """Dotted path in the file. Pydantic's location also names union members, which stand nowhere in the file; those are left out."""
+    path = ""
+    here = data
+    for position, part in enumerate(location):
+        if isinstance(part, int):
+            path += f"[{part}]"
+            here = here[part] if isinstance(here, list) and part < len(here) else None
+        elif isinstance(here, dict) and part in here:
+            path += f".{part}"
+            here = here[part]
+        elif position == len(location) - 1 and isinstance(here, dict):
+            path += f".{part}"
+    return path.lstrip(".") or "top level"
+
+
+def _describe(error: ErrorDetails, data: Any) -> str:
+    path = _field_path(error["loc"], data)
+    message = error["msg"]
+    match error["type"]:
+        case "missing":
+            return f"{path}: found nothing; this key is required"
+        case "unknown_key" | "phase_length" | "seeds":
+            return f"{path}: {message}"
+        case "union_tag_not_found":
+            return f"{path}: found no 'kind'; allowed kinds: {error['ctx']['discriminator'] and _kinds(error)}"
+        case "union_tag_invalid":
+            allowed = [tag.strip().strip("'") for tag in error["ctx"]["expected_tags"].split(",")]
+            tag = error["ctx"]["tag"]
+            return f"{path}.kind: found {tag!r}; {_closest(tag, allowed)}allowed: {', '.join(allowed)}"
+        case "literal_error":
+            allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+            hint = _closest(error["input"], allowed) if isinstance(error["input"], str) else ""
+            return f"{path}: found {error['input']!r}; {hint}allowed: {', '.join(allowed)}"
+        case _:
+            allowed_text = message.removeprefix("Input should be ").removeprefix("Value error, ")
+            return f"{path}: found {json.dumps(error['input'])}; allowed: {allowed_text}"
+
+
+def _kinds(error: ErrorDetails) -> str:
+    """The kinds of the union at an error's place, for tables that name none."""
+    match error["loc"][-1]:
+        case "fusion":
+            return "single, sti, sci, dci"
+        case "adapters":
+            return "mlp, gated_mixture"
+        case _:
+            return "rendered, llava_json"
+
+
+def _refuse(path: Path, lines: list[str]) -> RecipeError:
+    body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+    return RecipeError(f"recipe {path}: {body}" if len(lines) == 1 else f"recipe {path} has {len(lines)} mistakes:{body}")
+
+
+def load_recipe(name_or_path: str) -> RecipeFile:
+    """Read and check a recipe.
+
+    Args:
+        name_or_path: the name of a recipe that comes with Loupe, or the path of a TOML file.
+
+    Returns:
+        The recipe with its file.
+
+    Raises:
+        RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
+    """
+    shipped = recipe_files()
+    path = shipped.get(name_or_path) or Path(name_or_path)
+    if not path.is_file():
+        looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
+        what = f"no file {path}" if looks_like_path else f"no recipe named {name_or_path!r}"
+        raise RecipeError(f"found {what}; {_closest(name_or_path, list(shipped))}Give the path of a TOML file, or one of: {', '.join(shipped)}.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
+    try:
+        # Through JSON, so that strict validation takes arrays for tuples and still refuses "3" for 3.
+        recipe = Recipe.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_describe(detail, data) for detail in error.errors()))
+        raise _refuse(path, lines[:8]) from error
+    return RecipeFile(path=path, text=text, recipe=recipe)
