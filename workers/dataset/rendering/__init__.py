@@ -19,7 +19,7 @@ from workers.dataset.samples import Turn
 from workers.dataset.spec import DatasetSpec
 from workers.errors import WorkerError
 
-__all__ = ["FAMILIES", "Picture", "Rendered", "draw", "render"]
+__all__ = ["FAMILIES", "Picture", "Rendered", "choose_turns", "render", "sketch"]
 
 _FAMILIES: dict[str, Callable[[Canvas, np.random.Generator], tuple[list[Turn], str]]] = {
     "charts": charts.draw,
@@ -43,7 +43,7 @@ class Picture:
 
     canvas: Canvas
     turns: tuple[Turn, ...]
-    """Every question that the picture answers and that passed the legibility check."""
+    """The questions that the picture answers."""
     licence: str
 
 
@@ -60,38 +60,43 @@ class Rendered:
     """Share of the questions whose evidence is too small for the global view."""
 
 
-def _generator(family: str, number: int, seed: int, attempt: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{family}:{number}:{seed}:{attempt}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
-def draw(family: str, number: int, spec: DatasetSpec) -> tuple[Picture, np.random.Generator]:
-    """Draw one picture and keep the questions that pass the check.
+def sketch(family: str, number: int, seed: int, attempt: int = 0) -> tuple[Picture, np.random.Generator]:
+    """Draw one picture with every question that its family can ask, unchecked.
 
     Args:
         family: one of FAMILIES.
         number: which picture of the family.
-        spec: seed, views and legibility limits.
+        seed: of the dataset.
+        attempt: how many drawings of this number were refused before.
 
     Returns:
-        The picture and the generator that chooses among its questions.
+        The picture, and the generator in the state that drawing left it in.
 
     Raises:
-        WorkerError: an unknown family, or limits that no drawing meets.
+        WorkerError: an unknown family.
     """
     if family not in _FAMILIES:
         raise WorkerError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
+    digest = hashlib.sha256(f"{family}:{number}:{seed}:{attempt}".encode()).digest()
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    paper = rng.integers(244, 256, size=3)
+    canvas = Canvas(WIDTH_PX, HEIGHT_PX, (int(paper[0]), int(paper[1]), int(paper[2])), rng)
+    turns, licence = _FAMILIES[family](canvas, rng)
+    return Picture(canvas=canvas, turns=tuple(turns), licence=licence), rng
+
+
+def _checked(family: str, number: int, spec: DatasetSpec) -> tuple[Picture, np.random.Generator]:
+    """The first drawing of a number that leaves two small questions or more, with those that pass the check."""
     plan = plan_views(WIDTH_PX, HEIGHT_PX, spec.view_px, spec.views)
     for attempt in range(_MAX_ATTEMPTS):
-        rng = _generator(family, number, spec.seed, attempt)
-        paper = rng.integers(244, 256, size=3)
-        canvas = Canvas(WIDTH_PX, HEIGHT_PX, (int(paper[0]), int(paper[1]), int(paper[2])), rng)
-        candidates, licence = _FAMILIES[family](canvas, rng)
+        picture, rng = sketch(family, number, spec.seed, attempt)
         kept = tuple(
-            turn for turn in candidates if turn.detail == "large" or is_small_detail(turn, _num_characters(canvas, turn), plan, spec.legibility)
+            turn
+            for turn in picture.turns
+            if turn.detail == "large" or is_small_detail(turn, _num_characters(picture.canvas, turn), plan, spec.legibility)
         )
         if sum(turn.detail == "small" for turn in kept) >= 2:
-            return Picture(canvas=canvas, turns=kept, licence=licence), rng
+            return Picture(canvas=picture.canvas, turns=kept, licence=picture.licence), rng
     raise WorkerError(
         f"no drawing of {family} number {number} in {_MAX_ATTEMPTS} attempts has two questions that are readable from {spec.legibility.local_min_px} px in a "
         f"local view and unreadable below {spec.legibility.global_max_px} px in the global one (views of {spec.view_px} px); relax the limits or use larger images"
@@ -122,7 +127,7 @@ def render(family: str, number: int, spec: DatasetSpec) -> Rendered:
     Raises:
         WorkerError: an unknown family, or limits that no drawing meets.
     """
-    picture, rng = draw(family, number, spec)
+    picture, rng = _checked(family, number, spec)
     turns = choose_turns(picture.turns, spec.turns_per_image, rng)
     buffer = io.BytesIO()
     picture.canvas.image.save(buffer, "PNG", compress_level=4)

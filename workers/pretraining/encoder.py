@@ -1,0 +1,273 @@
+"""Train the small vision encoder that Loupe ships, in CLIPVisionModel format.
+
+Pictures of the five families, seen through global, local and random views, with three objectives on every patch: which named colours cover it, which
+glyphs stand in it, and its own pixels at quarter resolution. No pretrained weights are used and no third-party picture is shown.
+
+    python -m workers.pretraining.encoder --output model/assets/vision-encoder
+
+The card that is written beside the weights holds the measured accuracy on pictures that were never trained on, and the legibility curve from which
+recipes take their limits.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from model.views import Box, View, ViewSpec, plan_views
+from workers.dataset.rendering import FAMILIES, sketch
+from workers.dataset.rendering.canvas import Canvas
+from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, colour_shares, place_glyphs
+
+VIEW_PX = 112
+PATCH_PX = 14
+GRID = VIEW_PX // PATCH_PX
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+_READABLE_FROM_PX = 3.5
+"""Glyphs below this size carry no label: asking for them would teach guessing. Well below what the trained encoder reads (see its card)."""
+_HELD_OUT_FROM = 1_000_000
+"""Picture numbers from here on are never trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Views with their labels, as arrays over all views."""
+
+    pixels: np.ndarray
+    """uint8 [views, px, px, 3]."""
+    colours: np.ndarray
+    """bool [views, patches, colours]: the colour covers 12 % of the patch or more."""
+    glyphs: np.ndarray
+    """bool [views, patches, glyphs]."""
+    ignored: np.ndarray
+    """bool [views, patches]: a glyph too small to ask for stands here."""
+    sizes: list[list[tuple[int, float, tuple[int, ...]]]]
+    """Per view: (glyph, size in view pixels, patches) of every glyph."""
+
+
+def _random_view(width: int, height: int, rng: np.random.Generator) -> View:
+    side = float(rng.uniform(150, 520))
+    stretch = float(rng.uniform(0.8, 1.5))
+    left = float(rng.uniform(-20, max(width - side * stretch + 20, 1)))
+    top = float(rng.uniform(-20, max(height - side + 20, 1)))
+    source = Box(left=left, top=top, right=left + side * stretch, bottom=top + side)
+    return View(branch="local", index=0, row=0, column=0, source=source, view_px=VIEW_PX)
+
+
+def _cut(image: Image.Image, view: View) -> np.ndarray:
+    box = (view.source.left, view.source.top, view.source.right, view.source.bottom)
+    inside = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
+    landed = view.project(Box(left=inside[0], top=inside[1], right=inside[2], bottom=inside[3]))
+    width, height = max(round(landed.width_px), 1), max(round(landed.height_px), 1)
+    tile = Image.new("RGB", (VIEW_PX, VIEW_PX))
+    tile.paste(image.resize((width, height), Image.Resampling.BICUBIC, box=inside), (round(landed.left), round(landed.top)))
+    return np.asarray(tile)
+
+
+def _labelled(canvas: Canvas, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, float, tuple[int, ...]]]]:
+    colours = colour_shares(canvas, view, GRID) >= 0.12
+    glyphs = np.zeros((GRID * GRID, len(GLYPH_CLASSES)), dtype=bool)
+    ignored = np.zeros(GRID * GRID, dtype=bool)
+    placed = place_glyphs(canvas, view, GRID)
+    for glyph in placed:
+        for patch in glyph.patches:
+            if glyph.size_px >= _READABLE_FROM_PX:
+                glyphs[patch, glyph.glyph] = True
+            else:
+                ignored[patch] = True
+    return colours, glyphs, ignored, [(glyph.glyph, glyph.size_px, glyph.patches) for glyph in placed]
+
+
+def make_views(first: int, num_pictures: int, seed: int, num_random: int = 3) -> Views:
+    """Render pictures and cut each into its global, its local and some random views, leaving out most views with nothing on them.
+
+    Args:
+        first: number of the first picture in every family.
+        num_pictures: pictures in all, over the families in turn.
+        seed: of the pictures and of the random views.
+        num_random: random views a picture.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed * 7919 + first))
+    pixels, colours, glyphs, ignored, sizes = [], [], [], [], []
+    for position in range(num_pictures):
+        picture, _ = sketch(FAMILIES[position % len(FAMILIES)], first + position // len(FAMILIES), seed)
+        image = picture.canvas.image
+        plan = plan_views(image.width, image.height, VIEW_PX, ViewSpec())
+        views = [*plan.views, *(_random_view(image.width, image.height, rng) for _ in range(num_random))]
+        for view in views:
+            labels = _labelled(picture.canvas, view)
+            if not labels[3] and rng.random() < 0.7:
+                continue
+            pixels.append(_cut(image, view))
+            for column, value in zip((colours, glyphs, ignored, sizes), labels, strict=True):
+                column.append(value)
+    return Views(np.stack(pixels), np.stack(colours), np.stack(glyphs), np.stack(ignored), sizes)
+
+
+class Heads(nn.Module):
+    """The three objectives' linear heads; thrown away after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.colours = nn.Linear(width, len(COLOUR_CLASSES))
+        self.glyphs = nn.Linear(width, len(GLYPH_CLASSES))
+        self.pixels = nn.Linear(width, 3 * 7 * 7)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of colours and glyphs, and pixels, per patch."""
+        hidden = self.norm(hidden)
+        return self.colours(hidden), self.glyphs(hidden), self.pixels(hidden)
+
+
+def _normalise(pixels: np.ndarray) -> Tensor:
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+    return (scaled - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def _patch_pixels(normalised: Tensor) -> Tensor:
+    """[batch, patches, 3 * 7 * 7]: each patch at half resolution."""
+    small = nn.functional.avg_pool2d(normalised, 2)
+    batch = small.shape[0]
+    return small.view(batch, 3, GRID, 7, GRID, 7).permute(0, 2, 4, 1, 3, 5).reshape(batch, GRID * GRID, 3 * 49)
+
+
+def train(steps: int, batch_size: int, num_pictures: int, seed: int, learning_rate: float, threads: int) -> tuple[CLIPVisionModel, Heads, list[str]]:
+    """Train from random weights.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: views in a step.
+        num_pictures: pictures rendered, before cutting.
+        seed: of weights, pictures and order.
+        learning_rate: peak of a one-cycle cosine.
+        threads: torch threads.
+
+    Returns:
+        The encoder, the heads, and the log.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6, image_size=VIEW_PX, patch_size=PATCH_PX,
+        hidden_act="gelu", projection_dim=192,
+    )  # fmt: skip
+    encoder = CLIPVisionModel(config)
+    heads = Heads(config.hidden_size)
+    started = time.monotonic()
+    data = make_views(0, num_pictures, seed)
+    log = [f"{len(data.pixels)} views of {num_pictures} pictures rendered in {time.monotonic() - started:.0f} s"]
+    print(log[-1], flush=True)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.08)
+    rng = np.random.Generator(np.random.Philox(key=seed + 1))
+    order = np.concatenate([rng.permutation(len(data.pixels)) for _ in range(steps * batch_size // len(data.pixels) + 1)])
+    glyph_weight = torch.full((len(GLYPH_CLASSES),), 8.0)
+    for step in range(steps):
+        rows = order[step * batch_size : (step + 1) * batch_size]
+        normalised = _normalise(data.pixels[rows])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = encoder(normalised, output_hidden_states=True).hidden_states[-1][:, 1:]
+        colour_logits, glyph_logits, pixels = heads(hidden.float())
+        colour_loss = nn.functional.binary_cross_entropy_with_logits(colour_logits, torch.from_numpy(data.colours[rows]).float())
+        keep = torch.from_numpy(~data.ignored[rows])
+        target = torch.from_numpy(data.glyphs[rows]).float()
+        glyph_loss = nn.functional.binary_cross_entropy_with_logits(glyph_logits[keep], target[keep], pos_weight=glyph_weight)
+        pixel_loss = nn.functional.mse_loss(pixels, _patch_pixels(normalised))
+        loss = colour_loss + 8.0 * glyph_loss + 0.1 * pixel_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            log.append(
+                f"step {step + 1}: colour {colour_loss.item():.4f} glyph {glyph_loss.item():.5f} pixel {pixel_loss.item():.3f} "
+                f"({time.monotonic() - started:.0f} s)"
+            )
+            print(log[-1], flush=True)
+    return encoder.eval(), heads.eval(), log
+
+
+@torch.no_grad()
+def measure(encoder: CLIPVisionModel, heads: Heads, num_pictures: int, seed: int) -> dict[str, object]:
+    """Accuracy on pictures never trained on, and reading accuracy against glyph size.
+
+    Returns:
+        `colour_f1`; and per size bin in view pixels, for characters and objects, the share read rightly (best class of its kind at the glyph's
+        patches) with the number of glyphs.
+    """
+    data = make_views(_HELD_OUT_FROM, num_pictures, seed, num_random=6)
+    true_positive = false_positive = false_negative = 0
+    bins: dict[str, dict[str, list[int]]] = {"digits": {}, "letters": {}, "objects": {}}
+    groups = {"digits": slice(0, 20), "letters": slice(20, 46), "objects": slice(46, len(GLYPH_CLASSES))}
+    for start in range(0, len(data.pixels), 128):
+        rows = slice(start, start + 128)
+        hidden = encoder(_normalise(data.pixels[rows]), output_hidden_states=True).hidden_states[-1][:, 1:]
+        colour_logits, glyph_logits, _ = heads(hidden)
+        found, truth = (colour_logits > 0).numpy(), data.colours[rows]
+        true_positive += int((found & truth).sum())
+        false_positive += int((found & ~truth).sum())
+        false_negative += int((~found & truth).sum())
+        for view, placed in enumerate(data.sizes[rows]):
+            for glyph, size_px, patches in placed:
+                kind = "digits" if glyph < 20 else "letters" if glyph < 46 else "objects"
+                best = int(glyph_logits[view, list(patches)].amax(dim=0)[groups[kind]].argmax())
+                bin_name = f"{int(size_px * 2) / 2:.1f}" if size_px < 12 else "12.0"
+                right_total = bins[kind].setdefault(bin_name, [0, 0])
+                right_total[0] += int(best == glyph - (groups[kind].start or 0))
+                right_total[1] += 1
+    curve = {
+        kind: {name: {"accuracy": round(right / total, 4), "glyphs": total} for name, (right, total) in sorted(found.items(), key=lambda item: float(item[0]))}
+        for kind, found in bins.items()
+    }
+    return {"colour_f1": round(2 * true_positive / (2 * true_positive + false_positive + false_negative), 4), "legibility": curve, "views": len(data.pixels)}
+
+
+def main() -> None:
+    """Train, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    encoder, heads, log = train(
+        arguments.steps, arguments.batch_size, arguments.pictures, arguments.seed, arguments.learning_rate, arguments.threads
+    )
+    seconds = time.monotonic() - started
+    measured = measure(encoder, heads, 400, arguments.seed)
+    print(json.dumps(measured, indent=1), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    encoder.save_pretrained(arguments.output)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": VIEW_PX}, crop_size={"height": VIEW_PX, "width": VIEW_PX}, image_mean=list(MEAN), image_std=list(STD)
+    ).save_pretrained(arguments.output)
+    weights = (arguments.output / "model.safetensors").read_bytes()
+    record = {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "output"},
+        "seconds": round(seconds),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_bytes": len(weights),
+        "measured": measured,
+        "log": log,
+    }
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
