@@ -29,61 +29,69 @@ __all__ = ["Store", "open_url", "translate_storage_error"]
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
 
-_DENIED_CODES = frozenset({
-    "AccessDenied",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-    "401",
-    "403",
-})
+_DENIED_CODES = frozenset(
+    {
+        "AccessDenied",
+        "AllAccessDisabled",
+        "ExpiredToken",
+        "Forbidden",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "401",
+        "403",
+    }
+)
 _MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "404"})
-_BUSY_CODES = frozenset({
-    "InternalError",
-    "OperationAborted",
-    "RequestTimeout",
-    "RequestTimeTooSkewed",
-    "ServiceUnavailable",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "429",
-    "500",
-    "502",
-    "503",
-    "504",
-})
+_BUSY_CODES = frozenset(
+    {
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "429",
+        "500",
+        "502",
+        "503",
+        "504",
+    }
+)
 _DENIED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MISSING_ERRNOS = frozenset({errno.ENOENT})
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_BUSY_ERRNOS = frozenset({
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTUNREACH,
-    errno.EIO,
-    errno.ENETUNREACH,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-})
-_BUSY_TYPES = frozenset({
-    "ClientConnectorError",
-    "ConnectTimeoutError",
-    "ConnectionClosedError",
-    "ConnectionError",
-    "EndpointConnectionError",
-    "HTTPClientError",
-    "ReadTimeoutError",
-    "ServerTimeoutError",
-    "TimeoutError",
-})
+_BUSY_ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTUNREACH,
+        errno.EIO,
+        errno.ENETUNREACH,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
+_BUSY_TYPES = frozenset(
+    {
+        "ClientConnectorError",
+        "ConnectTimeoutError",
+        "ConnectionClosedError",
+        "ConnectionError",
+        "EndpointConnectionError",
+        "HTTPClientError",
+        "ReadTimeoutError",
+        "ServerTimeoutError",
+        "TimeoutError",
+    }
+)
 _DENIED_TYPES = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"})
 
 
@@ -291,7 +299,7 @@ class Store:
                     target = self._local / _relative(path)
                     with self._temporary(target) as temporary:
                         _write_synced(temporary, data)
-                        os.link(temporary, target)  # noqa: PTH200 - fails when the target exists, and the target appears whole
+                        os.link(temporary, target)
                     _sync_folder(target.parent)
                 else:
                     self._s3.pipe_file(self._key(path), data, mode="create")

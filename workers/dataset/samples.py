@@ -20,31 +20,35 @@ Split = Literal["train", "held_out"]
 
 SAMPLES_TABLE = "samples"
 
-TURN_TYPE = pa.struct([
-    pa.field("question", pa.string(), nullable=False),
-    pa.field("answer", pa.string(), nullable=False),
-    pa.field("kind", pa.string(), nullable=False),
-    pa.field("detail", pa.string(), nullable=False),
-    pa.field("evidence_left_px", pa.float64()),
-    pa.field("evidence_top_px", pa.float64()),
-    pa.field("evidence_right_px", pa.float64()),
-    pa.field("evidence_bottom_px", pa.float64()),
-])
+TURN_TYPE = pa.struct(
+    [
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("evidence_left_px", pa.float64()),
+        pa.field("evidence_top_px", pa.float64()),
+        pa.field("evidence_right_px", pa.float64()),
+        pa.field("evidence_bottom_px", pa.float64()),
+    ]
+)
 
-SAMPLES_SCHEMA = pa.schema([
-    pa.field("sample_id", pa.string(), nullable=False),
-    pa.field("index", pa.int64(), nullable=False),
-    pa.field("image_sha256", pa.string(), nullable=False),
-    pa.field("image_path", pa.string(), nullable=False),
-    pa.field("width_px", pa.int32(), nullable=False),
-    pa.field("height_px", pa.int32(), nullable=False),
-    pa.field("family", pa.string(), nullable=False),
-    pa.field("source", pa.string(), nullable=False),
-    pa.field("split", pa.string(), nullable=False),
-    pa.field("licence", pa.string(), nullable=False),
-    pa.field("detail_score", pa.float64(), nullable=False),
-    pa.field("turns", pa.list_(pa.field("element", TURN_TYPE, nullable=False)), nullable=False),
-])
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("image_sha256", pa.string(), nullable=False),
+        pa.field("image_path", pa.string(), nullable=False),
+        pa.field("width_px", pa.int32(), nullable=False),
+        pa.field("height_px", pa.int32(), nullable=False),
+        pa.field("family", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("licence", pa.string(), nullable=False),
+        pa.field("detail_score", pa.float64(), nullable=False),
+        pa.field("turns", pa.list_(pa.field("element", TURN_TYPE, nullable=False)), nullable=False),
+    ]
+)
 """Columns of a samples file. The partition column `dataset` (first 16 characters of the fingerprint) is in the path alone, as Delta has it."""
 
 
@@ -92,30 +96,34 @@ def samples_to_table(samples: list[Sample]) -> pa.Table:
         turns = []
         for turn in sample.turns:
             left, top, right, bottom = turn.evidence if turn.evidence is not None else (None, None, None, None)
-            turns.append({
-                "question": turn.question,
-                "answer": turn.answer,
-                "kind": turn.kind,
-                "detail": turn.detail,
-                "evidence_left_px": left,
-                "evidence_top_px": top,
-                "evidence_right_px": right,
-                "evidence_bottom_px": bottom,
-            })
-        rows.append({
-            "sample_id": sample.sample_id,
-            "index": sample.index,
-            "image_sha256": sample.image_sha256,
-            "image_path": sample.image_path,
-            "width_px": sample.width_px,
-            "height_px": sample.height_px,
-            "family": sample.family,
-            "source": sample.source,
-            "split": sample.split,
-            "licence": sample.licence,
-            "detail_score": sample.detail_score,
-            "turns": turns,
-        })
+            turns.append(
+                {
+                    "question": turn.question,
+                    "answer": turn.answer,
+                    "kind": turn.kind,
+                    "detail": turn.detail,
+                    "evidence_left_px": left,
+                    "evidence_top_px": top,
+                    "evidence_right_px": right,
+                    "evidence_bottom_px": bottom,
+                }
+            )
+        rows.append(
+            {
+                "sample_id": sample.sample_id,
+                "index": sample.index,
+                "image_sha256": sample.image_sha256,
+                "image_path": sample.image_path,
+                "width_px": sample.width_px,
+                "height_px": sample.height_px,
+                "family": sample.family,
+                "source": sample.source,
+                "split": sample.split,
+                "licence": sample.licence,
+                "detail_score": sample.detail_score,
+                "turns": turns,
+            }
+        )
     return pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
 
 
@@ -157,7 +165,8 @@ def read_samples(store: Store, dataset_fingerprint: str, split: Split | None = N
     table = read_partition(store, SAMPLES_TABLE, {"dataset": key})
     if table is None:
         raise TableError(
-            f"{store.url(SAMPLES_TABLE)} holds no dataset {key}. Expected the samples that build-dataset commits; run `loupe build-dataset RECIPE` first."
+            f"{store.url(SAMPLES_TABLE)} holds no dataset {key}. Expected the samples that build-dataset commits; "
+            "run `loupe build-dataset RECIPE` first."
         )
     samples = sorted(samples_from_table(table), key=lambda sample: sample.index)
     for name, values in (("index", [s.index for s in samples]), ("image", [s.image_sha256 for s in samples])):

@@ -1,0 +1,175 @@
+"""From bytes to views: decode an image safely, cut the views of a plan, measure how much detail a squashed view loses.
+
+Bytes are probed before they are decoded: a header that promises too many pixels is refused while it is still cheap. Every accepted image comes
+out as upright 8-bit RGB. Invariants: refused bytes raise ImageError with one of REASONS; views come out in the plan's order; the same bytes and
+plan give the same pixels on every machine with the same Pillow.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from model.errors import ImageError, SpecError
+from model.views import Branch, ViewPlan
+
+__all__ = ["REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score"]
+
+Reason = Literal["empty", "too_many_bytes", "not_an_image", "too_many_pixels", "extreme_aspect", "truncated", "undecodable"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+"""Everything that can be wrong with an image's bytes; the quarantine's reason codes of the decoder."""
+
+_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are tried. Others that Pillow knows (PSD, EPS, ...) start programs, need plug-ins, or are no pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What is refused before it is decoded."""
+
+    max_bytes: int = 100 * 2**20
+    max_pixels: int = 64_000_000
+    """64 Mpx. Pillow's own limit only warns, at 89 Mpx."""
+    max_aspect: float = 100.0
+    """Longer to shorter side; beyond it every view is a smear."""
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def _refuse(reason: Reason, message: str) -> ImageError:
+    return ImageError(reason, message)
+
+
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode bytes into an upright RGB image.
+
+    Of an animation the first frame is taken, EXIF rotation is applied, an embedded colour profile is converted to sRGB (a broken one is ignored,
+    as browsers do), transparency is laid on black, 16-bit greys are scaled to 8 bits.
+
+    Args:
+        data: the file.
+        limits: what to refuse.
+
+    Returns:
+        Mode RGB, at least 1 x 1.
+
+    Raises:
+        ImageError: with a reason out of REASONS.
+    """
+    if not data:
+        raise _refuse("empty", "the file has no bytes")
+    if len(data) > limits.max_bytes:
+        raise _refuse("too_many_bytes", f"the file has {len(data)} bytes; at most {limits.max_bytes} are allowed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata and about sizes that are limited here anyway
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            raise _refuse("not_an_image", f"the bytes are none of {', '.join(_FORMATS)}; they start with {data[:8]!r}") from error
+        except Image.DecompressionBombError as error:
+            raise _refuse("too_many_pixels", str(error)) from error
+        except Exception as error:
+            # Headers are hostile input: Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error ...
+            raise _refuse("undecodable", f"the header cannot be read: {type(error).__name__}: {error}") from error
+        with image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise _refuse("too_many_pixels", f"the image has {width}x{height} pixels; at most {limits.max_pixels} are allowed")
+            if min(width, height) < 1 or max(width, height) > limits.max_aspect * min(width, height):
+                raise _refuse("extreme_aspect", f"the image is {width}x{height}; one side may be at most {limits.max_aspect:g} times the other")
+            try:
+                image.seek(0)
+                image.load()
+                return _to_rgb(image)
+            except Exception as error:
+                text = str(error)
+                truncated = "truncated" in text.lower() or "broken data stream" in text or isinstance(error, EOFError)
+                reason: Reason = "truncated" if truncated else "undecodable"
+                raise _refuse(reason, f"the pixels cannot be decoded: {type(error).__name__}: {text}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "F"):
+        raise ValueError("32-bit samples have no defined white")
+    if upright.mode.startswith("I;16"):
+        # Scaled by the format's range, not by the picture's: the same scene must not change with its brightest pixel.
+        upright = Image.fromarray((np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8))
+    if upright.has_transparency_data:
+        # Laid on black, like the padding of local views; plain convert() would show whatever lies under transparent pixels.
+        layer = upright.convert("RGBA")
+        base = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+        upright = Image.alpha_composite(base, layer).convert("RGB")
+    elif profile and upright.mode in ("RGB", "CMYK", "L"):
+        upright = _to_srgb(upright, profile)
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return image if converted is None else converted
+
+
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def cut_views(image: Image.Image, plan: ViewPlan, branch: Branch | None = None) -> UInt8[np.ndarray, "views 3 px px"]:
+    """Cut the views of a plan out of an image.
+
+    Args:
+        image: RGB, of the size that the plan was made for.
+        plan: which views.
+        branch: only the global or only the local views; None is all, global first.
+
+    Returns:
+        uint8 array [views, 3, view_px, view_px], in the plan's order.
+
+    Raises:
+        SpecError: the plan is for an image of another size.
+
+    Source: SliME's code: bicubic resize of the whole image into the canvas, black padding, tiles row by row; the global view is a bicubic squash.
+    """
+    if image.size != (plan.image_width_px, plan.image_height_px):
+        raise SpecError(f"the plan is for an image of {plan.image_width_px}x{plan.image_height_px} px, found {image.size[0]}x{image.size[1]}")
+    side = plan.view_px
+    parts = []
+    if branch != "local":
+        squashed = image.resize((side, side), Image.Resampling.BICUBIC)
+        parts.append(np.asarray(squashed, dtype=np.uint8)[None])
+    if branch != "global":
+        scaled = np.asarray(image.resize((plan.scaled_width_px, plan.scaled_height_px), Image.Resampling.BICUBIC), dtype=np.uint8)
+        canvas = np.zeros((plan.canvas_height_px, plan.canvas_width_px, 3), dtype=np.uint8)
+        top, left = plan.offset_y_px, plan.offset_x_px
+        canvas[top : top + plan.scaled_height_px, left : left + plan.scaled_width_px] = scaled
+        tiles = canvas.reshape(plan.rows, side, plan.columns, side, 3).transpose(0, 2, 1, 3, 4)
+        parts.append(tiles.reshape(plan.rows * plan.columns, side, side, 3))
+    return np.ascontiguousarray(np.concatenate(parts).transpose(0, 3, 1, 2))
+
+
+def detail_score(image: Image.Image, view_px: int) -> float:
+    """Share of a picture's contrast that a squashed view of it loses.
+
+    Args:
+        image: RGB.
+        view_px: side of the view.
+
+    Returns:
+        0 (the view shows everything) to 1: the mean absolute difference between the image's luminance and the view scaled back, over the mean
+        absolute deviation of the luminance.
+    """
+    grey = image.convert("L")
+    back = grey.resize((view_px, view_px), Image.Resampling.BICUBIC).resize(grey.size, Image.Resampling.BICUBIC)
+    full = np.asarray(grey, dtype=np.float32)
+    contrast = float(np.abs(full - full.mean()).mean())
+    lost = float(np.abs(full - np.asarray(back, dtype=np.float32)).mean())
+    return 0.0 if contrast < 1e-6 else min(1.0, lost / contrast)
