@@ -57,6 +57,9 @@ class ImageError(ModelError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return (ImageError, (self.reason, str(self)))  # so that it survives the way between processes
+
 
 class MissingMapError(ModelError):
     """Features do not hold a map that a connector needs. Zeros would train, and be wrong."""

@@ -109,6 +109,9 @@ class SpecChangedError(WorkerError):
         super().__init__(message)
         self.differences = tuple(differences)
 
+    def __reduce__(self) -> tuple[type["SpecChangedError"], tuple[str, tuple[str, ...]]]:
+        return (SpecChangedError, (str(self), self.differences))
+
 
 class RecordError(WorkerError):
     """A record in the store cannot be read back as the type it should have."""

@@ -4,7 +4,7 @@ Nothing here enters a hash. A setting may change speed, memory and the moment a 
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 __all__ = ["ExecutionSettings", "Progress", "SilentProgress"]
 
@@ -43,6 +43,8 @@ class ExecutionSettings:
     """Worker deaths that a training run survives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_batch_size: int = 64
+    object_store_bytes: int = 256 * 2**20
+    """Shared memory that Ray may use between processes; prepared views pass through it, features never do."""
     ray_temp_dir: str | None = None
     """Folder for Ray's sockets and logs; short, since socket paths are limited to 107 bytes. None is the system's."""
 
@@ -55,6 +57,7 @@ class ExecutionSettings:
             "images_in_flight_units": self.images_in_flight_units,
             "images_per_build_unit": self.images_per_build_unit,
             "feature_unit_bytes": self.feature_unit_bytes,
+            "object_store_bytes": self.object_store_bytes,
             "train_workers": self.train_workers,
             "train_threads": self.train_threads,
             "micro_batch_size": self.micro_batch_size,
@@ -72,6 +75,7 @@ class ExecutionSettings:
             raise ValueError(f"device must be auto, cpu or cuda, found {self.device!r}")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """How a stage tells how far it is. One `start`, then any number of `advance`, then `finish`; may repeat."""
 
@@ -84,7 +88,7 @@ class Progress(Protocol):
             done: how much of it was done before this run.
         """
 
-    def advance(self, count: int = 1, **facts: float | int | str) -> None:
+    def advance(self, count: int = 1, **facts: float | str) -> None:
         """More is done.
 
         Args:
@@ -102,7 +106,7 @@ class SilentProgress:
     def start(self, what: str, total: int, done: int = 0) -> None:
         """Ignore."""
 
-    def advance(self, count: int = 1, **facts: float | int | str) -> None:
+    def advance(self, count: int = 1, **facts: float | str) -> None:
         """Ignore."""
 
     def finish(self) -> None:

@@ -24,7 +24,7 @@ import pyarrow.fs
 
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
 
-__all__ = ["Store", "open_url", "translate_storage_error"]
+__all__ = ["Store", "open_url", "translate_storage_error", "translated"]
 
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
@@ -158,7 +158,19 @@ def _is_exists_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _translated(doing: str, url: str) -> Iterator[None]:
+def translated(doing: str, url: str) -> Iterator[None]:
+    """Foreign errors of a store leave the block as StorageErrors; all others as they are.
+
+    Args:
+        doing: what is being done, e.g. "read".
+        url: on which object.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StorageError: for what the store raised.
+    """
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -223,14 +235,14 @@ class Store:
             ObjectNotFoundError: nothing lies there.
             StorageError: it cannot be read.
         """
-        with _translated("read", self.url(path)):
+        with translated("read", self.url(path)):
             if self._local is not None:
                 return (self._local / _relative(path)).read_bytes()
             return bytes(self._s3.cat_file(self._key(path)))
 
     def exists(self, path: str) -> bool:
         """Whether an object lies at this path. Folders are not objects."""
-        with _translated("look for", self.url(path)):
+        with translated("look for", self.url(path)):
             if self._local is not None:
                 return (self._local / _relative(path)).is_file()
             return bool(self._s3.isfile(self._key(path)))
@@ -241,7 +253,7 @@ class Store:
         Raises:
             ObjectNotFoundError: nothing lies there.
         """
-        with _translated("look for", self.url(path)):
+        with translated("look for", self.url(path)):
             if self._local is not None:
                 return (self._local / _relative(path)).stat().st_size
             return int(self._s3.info(self._key(path))["size"])
@@ -249,7 +261,7 @@ class Store:
     def list(self, prefix: str = "") -> list[str]:
         """Paths of all objects in a folder and below, sorted. Empty when there is no such folder."""
         relative = _relative(prefix)
-        with _translated("list", self.url(prefix)):
+        with translated("list", self.url(prefix)):
             if self._local is not None:
                 folder = self._local / relative
                 found = [
@@ -274,7 +286,7 @@ class Store:
         Raises:
             StorageError: it cannot be written; what lay there before is still whole.
         """
-        with _translated("write", self.url(path)):
+        with translated("write", self.url(path)):
             if self._local is not None:
                 target = self._local / _relative(path)
                 with self._temporary(target) as temporary:
@@ -293,7 +305,7 @@ class Store:
         Raises:
             StorageError: it can neither be written nor found.
         """
-        with _translated("create", self.url(path)):
+        with translated("create", self.url(path)):
             try:
                 if self._local is not None:
                     target = self._local / _relative(path)
@@ -311,7 +323,7 @@ class Store:
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens when there is none."""
-        with _translated("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
+        with translated("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
             if self._local is not None:
                 (self._local / _relative(path)).unlink()
             else:
@@ -358,7 +370,7 @@ class Store:
         """
         if self._local is not None:
             target = self._local / _relative(path)
-            with _translated("write", self.url(path)), self._temporary(target) as temporary:
+            with translated("write", self.url(path)), self._temporary(target) as temporary:
                 yield temporary
                 with temporary.open("rb") as written:
                     os.fsync(written.fileno())
@@ -368,7 +380,7 @@ class Store:
             with tempfile.TemporaryDirectory(prefix="loupe-publish-") as folder:
                 temporary = Path(folder) / PurePosixPath(path).name
                 yield temporary
-                with _translated("write", self.url(path)):
+                with translated("write", self.url(path)):
                     self._s3.put_file(str(temporary), self._key(path))
 
     def upload_folder(self, local: Path, path: str) -> None:
@@ -398,7 +410,7 @@ class Store:
         prefix = _relative(path)
         for item in found:
             target = local / item[len(prefix) + 1 :]
-            with _translated("read", self.url(item)):
+            with translated("read", self.url(item)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if self._local is not None:
                     shutil.copyfile(self._local / item, target)
@@ -414,7 +426,7 @@ class Store:
         existing = self._local
         while not existing.exists():
             existing = existing.parent
-        with _translated("measure", self.root):
+        with translated("measure", self.root):
             return shutil.disk_usage(existing).free
 
     def check_writable(self) -> None:

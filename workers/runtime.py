@@ -1,0 +1,323 @@
+"""Where work runs: on Ray, or here.
+
+A `Cluster` runs plain functions over plain jobs with a bounded number under way. `RayCluster` is the only place that starts Ray and the only one
+that sees its exceptions; `InlineCluster` runs the same functions in this process, for tests and small jobs. Both give the same results, since
+every unit of work is a pure function with deterministic output names.
+
+Ray listens on the loopback address alone, without dashboard and telemetry. One process has at most one Ray: stages that follow each other share
+it, and it ends with the process. With RAY_ADDRESS in the environment that cluster is used instead.
+"""
+
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from model.errors import ModelError
+from workers.errors import ClusterError, WorkerError, WorkFailedError
+from workers.execution import ExecutionSettings
+
+__all__ = ["Cluster", "InlineCluster", "RayCluster", "ray_runtime", "translate_ray_error"]
+
+Job = TypeVar("Job")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+_MAX_TEMP_DIR_CHARS = 40
+"""Ray appends about 65 characters for its sockets, and a socket's path may have 107."""
+
+
+class Cluster(Protocol):
+    """Runs functions over jobs."""
+
+    def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
+        """Run `work` on every job, at most `in_flight` at once.
+
+        Args:
+            work: a pure function; may run twice for a job.
+            jobs: small values; taken only as room becomes free.
+            in_flight: bound on jobs under way.
+
+        Returns:
+            Results as they come, in any order.
+        """
+
+    def pipeline(
+        self,
+        prepare: Callable[[Job], Prepared],
+        finisher: Callable[[], Callable[[Prepared], Result]],
+        jobs: Iterable[Job],
+        *,
+        finishers: int,
+        in_flight: int,
+    ) -> Iterator[Result]:
+        """Run every job through `prepare` (anywhere) and then through one of a few long-lived finishers.
+
+        Args:
+            prepare: a pure function; may run twice for a job.
+            finisher: makes a finisher, once per process that finishes; it is called from two threads at a time, so that one unit's output
+                is written while the next is computed.
+            jobs: small values.
+            finishers: how many.
+            in_flight: bound on jobs under way, over all finishers.
+
+        Returns:
+            Results as they come, in any order.
+        """
+
+
+class InlineCluster:
+    """Runs everything in this process, one after the other, in the order of the jobs."""
+
+    def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
+        """As Cluster.stream."""
+        assert in_flight >= 1
+        for job in jobs:
+            yield work(job)
+
+    def pipeline(
+        self,
+        prepare: Callable[[Job], Prepared],
+        finisher: Callable[[], Callable[[Prepared], Result]],
+        jobs: Iterable[Job],
+        *,
+        finishers: int,
+        in_flight: int,
+    ) -> Iterator[Result]:
+        """As Cluster.pipeline."""
+        assert finishers >= 1
+        assert in_flight >= 1
+        finish: Callable[[Prepared], Result] | None = None
+        for job in jobs:
+            prepared = prepare(job)
+            finish = finish or finisher()
+            yield finish(prepared)
+
+
+class _Finisher:
+    """The actor that holds one finisher."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self._finish = make()
+
+    def finish(self, prepared: Any) -> Any:
+        """Run one prepared job."""
+        return self._finish(prepared)
+
+
+class RayCluster:
+    """Runs functions as Ray tasks and actors. Ray must be running: see `ray_runtime`.
+
+    Args:
+        execution: settings of the run.
+    """
+
+    def __init__(self, execution: ExecutionSettings) -> None:
+        self._execution = execution
+
+    def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
+        """As Cluster.stream."""
+        import ray
+
+        # A dead worker process is retried by Ray; a function that raises is not, since its answer would be the same.
+        remote: Any = ray.remote
+        task = remote(num_cpus=1, max_retries=self._execution.max_failures)(work)
+        yield from self._drain(task.remote, jobs, in_flight)
+
+    def pipeline(
+        self,
+        prepare: Callable[[Job], Prepared],
+        finisher: Callable[[], Callable[[Prepared], Result]],
+        jobs: Iterable[Job],
+        *,
+        finishers: int,
+        in_flight: int,
+    ) -> Iterator[Result]:
+        """As Cluster.pipeline."""
+        import ray
+
+        remote: Any = ray.remote
+        on_gpu = self._execution.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= finishers
+        if self._execution.device == "cuda" and not on_gpu:
+            raise ClusterError(f"device is cuda, but the cluster has {ray.cluster_resources().get('GPU', 0):g} GPUs for {finishers} encoders")
+        # No CPU is reserved for finishers: on a machine with one CPU, preparing tasks could never run beside a reserving actor.
+        actor = remote(
+            num_cpus=0,
+            num_gpus=1 if on_gpu else 0,
+            max_restarts=self._execution.max_failures,
+            max_task_retries=self._execution.max_failures,
+            max_concurrency=2,
+        )(_Finisher)
+        actors = [actor.remote(finisher) for _ in range(finishers)]
+        task = remote(num_cpus=1, max_retries=self._execution.max_failures)(prepare)
+        load = [0] * finishers
+        places: dict[Any, int] = {}
+
+        def submit(job: Job) -> Any:
+            place = min(range(finishers), key=load.__getitem__)
+            load[place] += 1
+            # The actor takes the prepared views straight from the object store; they never come here.
+            reference = actors[place].finish.remote(task.remote(job))
+            places[reference] = place
+            return reference
+
+        def done(reference: Any) -> None:
+            load[places.pop(reference)] -= 1
+
+        try:
+            yield from self._drain(submit, jobs, in_flight, done)
+        finally:
+            for handle in actors:
+                ray.kill(handle)
+
+    def _drain(self, submit: Callable[[Job], Any], jobs: Iterable[Job], in_flight: int, done: Callable[[Any], None] | None = None) -> Iterator[Any]:
+        import ray
+
+        assert in_flight >= 1
+        waiting = iter(jobs)
+        running: list[Any] = []
+        exhausted = False
+        try:
+            while running or not exhausted:
+                while not exhausted and len(running) < in_flight:
+                    try:
+                        job = next(waiting)
+                    except StopIteration:
+                        exhausted = True
+                    else:
+                        running.append(submit(job))
+                if not running:
+                    break
+                ready, running = ray.wait(running, num_returns=1)
+                for reference in ready:
+                    if done is not None:
+                        done(reference)
+                    with _ray_errors_translated():
+                        result = ray.get(reference)
+                    yield result
+        finally:
+            # Reached with work under way only when something failed or the caller went away (Ctrl-C): nobody will want these results.
+            for reference in running:
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    ray.cancel(reference)
+
+
+@contextlib.contextmanager
+def ray_runtime(execution: ExecutionSettings) -> Iterator[RayCluster]:
+    """A running Ray. Started on first use, shared by everything in this process, stopped when the process ends.
+
+    Args:
+        execution: `num_cpus` and `ray_temp_dir` count at the first use only.
+
+    Yields:
+        The cluster to run work on.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    _start_ray(execution)
+    with _ray_errors_translated():
+        yield RayCluster(execution)
+
+
+def _start_ray(execution: ExecutionSettings) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of cancelled work, which nobody waits for any more
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Every CPU is given to tasks here; Ray's warning about overriding that on accelerator machines is for its next release.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and os.environ.get("RAY_AUTH_MODE") != "disabled":
+        # A token for this process and its children only; by default Ray would keep one in the user's home.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if address is not None:
+                ray.init(address=address, **quiet)
+                return
+            temp_dir = _temp_dir(execution)
+            ray.init(
+                address="local",
+                num_cpus=execution.num_cpus,
+                include_dashboard=False,
+                object_store_memory=execution.object_store_bytes,
+                _temp_dir=str(temp_dir),
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+        raise ClusterError(
+            f"Ray did not start ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Expected room for its sockets and logs in "
+            f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder, then run again."
+        ) from error
+    atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
+
+
+def _stop_ray(temp_dir: Path, *, keep: bool) -> None:
+    import ray
+
+    ray.shutdown()
+    if not keep:
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _temp_dir(execution: ExecutionSettings) -> Path:
+    if execution.ray_temp_dir is not None:
+        folder = Path(execution.ray_temp_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _MAX_TEMP_DIR_CHARS - 15 and os.access("/tmp", os.W_OK):  # noqa: S108 - the one folder that is sure to be short
+        parent = Path("/tmp")  # noqa: S108
+    return Path(tempfile.mkdtemp(prefix="loupe-ray-", dir=parent))
+
+
+def translate_ray_error(error: BaseException) -> Exception:
+    """One of ours for anything that Ray raises: the error that our own code raised on the cluster, or a ClusterError.
+
+    Args:
+        error: what ray.get, ray.wait or a Ray call raised.
+
+    Returns:
+        A WorkerError or ModelError.
+    """
+    import ray
+
+    if isinstance(error, (WorkerError, ModelError)) and not isinstance(error, ray.exceptions.RayError):
+        return error
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, (WorkerError, ModelError)):
+            return cause
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        return WorkFailedError(f"work on the cluster failed with {type(cause).__name__}: {first}")
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return ClusterError(
+            "the machine ran out of memory and a worker was ended; lower images_in_flight_units or encode_batch_views, then run again"
+        )
+    lines = str(error).strip().splitlines() or [""]
+    return ClusterError(f"Ray lost work beyond its retries ({type(error).__name__}: {lines[0]}); run again, finished units are kept")
+
+
+@contextlib.contextmanager
+def _ray_errors_translated() -> Iterator[None]:
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise translate_ray_error(error) from error
