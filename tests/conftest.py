@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import tests.typechecker  # noqa: F401 - jaxtyping's hook looks it up as an attribute of `tests`
+
 _SESSION_HOME = Path(tempfile.mkdtemp(prefix="loupe-test-", dir="/tmp"))  # short: Ray puts sockets below it
 
 # Before anything imports Ray, Prefect or transformers: they read their environment when imported, and their workers inherit it.
