@@ -44,7 +44,7 @@ __all__ = [
     "spec_differences",
 ]
 
-SpecValue = None | bool | int | float | str | list["SpecValue"] | dict[str, "SpecValue"]
+SpecValue = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 Block = Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model"]
 BLOCKS: tuple[Block, ...] = ("global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model")
@@ -274,6 +274,9 @@ class ConnectorSpec:
     local_branch: LocalBranchSpec | None
     separator: str = ","
     """Its first token's input embedding stands between global and local tokens."""
+    standardise_inputs: bool = True
+    """Fused tokens are centred and scaled per channel, by numbers measured once on training images. An affine map in front of a linear layer, so it
+    folds exactly into it. Differs from both papers, which train long enough not to need it."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -336,8 +339,12 @@ class PhaseSpec:
     """The language model's own rate where it trains; `learning_rate` when absent."""
     warmup_fraction: float = 0.03
     max_grad_norm: float = 1.0
+    experts: Literal["mixture", "mlp", "resampler"] = "mixture"
+    """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
 
     def __post_init__(self) -> None:
+        if ("gate" in self.train and self.experts != "mixture") or ("resampler" in self.train and self.experts == "mlp"):
+            raise SpecError(f"phase {self.name!r} trains {list(self.train)}, but experts = {self.experts!r} leaves a block without effect; use 'mixture'")
         if not self.train or len(set(self.train)) != len(self.train) or set(self.train) - set(BLOCKS):
             raise SpecError(f"phase {self.name!r}: train must name each block once, out of {list(BLOCKS)}; found {list(self.train)}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

@@ -1,0 +1,86 @@
+"""Adapters: fused tokens into the language model's width, by a projector alone or by a gated mixture of two experts.
+
+Input: fused tokens [batch, tokens, width]. Output: visual tokens [batch, tokens, hidden]. Invariant: the gate's weights of a token are positive and
+sum to 1. Nothing here draws random numbers in a forward pass: the gate's noise is an argument.
+
+Source: LLaVA's mlp2x_gelu; SliME (arXiv 2406.08487) section 2.2.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["NUM_EXPERTS", "Gate", "Projector", "init_linear"]
+
+NUM_EXPERTS = 2
+"""The projector on the tokens, and the same projector behind the resampler."""
+
+NOISE_FLOOR = 0.01
+"""Least standard deviation of the gate's noise."""
+
+
+def init_linear(linear: nn.Linear, generator: torch.Generator) -> None:
+    """Torch's default initialisation of a linear layer, drawn from a generator of our own.
+
+    Args:
+        linear: the layer; changed in place.
+        generator: where the numbers come from.
+    """
+    bound = 1.0 / math.sqrt(linear.in_features)
+    with torch.no_grad():
+        linear.weight.uniform_(-bound, bound, generator=generator)
+        linear.bias.uniform_(-bound, bound, generator=generator)
+
+
+class Projector(nn.Module):
+    """Linear, exact GELU, Linear.
+
+    Source: LLaVA's mlp2x_gelu. Differs: the second layer starts scaled so that tokens of unit variance come out with a root mean square of 1.
+    """
+
+    def __init__(self, width: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+        init_linear(self.linear_1, generator)
+        init_linear(self.linear_2, generator)
+        with torch.no_grad():
+            probe = self(torch.randn(256, width, generator=generator))
+            self.linear_2.weight /= probe.square().mean().sqrt()
+            self.linear_2.bias.zero_()
+
+    def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch hidden"]:
+        """Project tokens into the language model's width."""
+        projected: Tensor = self.linear_2(F.gelu(self.linear_1(tokens)))
+        return projected
+
+
+class Gate(nn.Module):
+    """Weights of the two experts, per token.
+
+    Source: SliME section 2.2. Differs from the authors' code, equals the paper: the noise has a matrix of its own. Both experts are always kept
+    (k = 2 of 2), so nothing is sparse and no load is balanced; their renormalisation with +1e-6 is left out, since a softmax already sums to 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, NUM_EXPERTS))
+        self.noise_weight = nn.Parameter(torch.zeros(width, NUM_EXPERTS))
+
+    def forward(self, tokens: Float[Tensor, "*batch width"], noise: Float[Tensor, "*batch experts"] | None = None) -> Float[Tensor, "*batch experts"]:
+        """How much each expert counts for each token.
+
+        Args:
+            tokens: fused tokens.
+            noise: standard normal numbers in training, None else.
+
+        Returns:
+            Weights that sum to 1 over the experts, in fp32.
+        """
+        logits = (tokens @ self.weight).float()
+        if noise is not None:
+            logits = logits + noise * (F.softplus((tokens @ self.noise_weight).float()) + NOISE_FLOOR)
+        return torch.softmax(logits, dim=-1)

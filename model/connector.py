@@ -1,0 +1,240 @@
+"""The connector: an encoder's maps of global and local views become visual tokens of the language model.
+
+Input: maps by name, [images, patches, width] for global views and [views, patches, width] for local ones. Output: visual tokens in the scale of the
+language model's input embeddings. Every trainable part is a child named after its block (`global_mlp`, `local_mlp`, `resampler`, `gate`,
+`compression`), so a parameter's first name tells which phase trains it. Invariant: what the connector computes depends on its spec, its weights and
+its inputs alone; noise is an argument.
+
+Source: Dense Connector (arXiv 2405.13800) for fusion, SliME (arXiv 2406.08487) for adapters and compression.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, assert_never
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.adapters import NUM_EXPERTS, Gate, Projector
+from model.compression import Resampler
+from model.errors import MissingMapError
+from model.fusion import fuse, fused_tokens, fused_width
+from model.specs import ConnectorSpec, EncoderSpec, GatedMixtureSpec, MLPSpec
+
+__all__ = ["Connector", "Experts", "Standardiser", "build_connector"]
+
+Experts = Literal["mixture", "mlp", "resampler"]
+"""Which of the global branch's experts count; see `PhaseSpec.experts`."""
+
+MIN_DEVIATION = 1e-6
+"""A channel that never varies is centred and left at 0."""
+
+
+class Standardiser(nn.Module):
+    """Centres and scales channels by numbers measured once; the identity until then.
+
+    Differs: neither paper has it. It is affine and stands before linear layers only, so it folds into them exactly.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    @torch.no_grad()
+    def measure(self, tokens: Float[Tensor, "batch tokens width"]) -> None:
+        """Set the numbers so that these tokens come out with mean 0 and deviation 1 per channel.
+
+        Args:
+            tokens: of enough images to be typical.
+        """
+        flat = tokens.reshape(-1, tokens.shape[-1]).double()
+        deviation = flat.std(dim=0, correction=0)
+        self.mean.copy_(flat.mean(dim=0))
+        self.scale.copy_(torch.where(deviation > MIN_DEVIATION, 1 / deviation.clamp(min=MIN_DEVIATION), torch.zeros_like(deviation)))
+
+    def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Centre and scale."""
+        return (tokens - self.mean) * self.scale
+
+
+class Connector(nn.Module):
+    """Global and local branch; make it with `build_connector`."""
+
+    token_scale: Tensor
+
+    def __init__(
+        self, spec: ConnectorSpec, *, encoder_width: int, num_patches: int, hidden: int, embedding_rms: float, generator: torch.Generator
+    ) -> None:
+        """Build and initialise.
+
+        Args:
+            spec: what to build.
+            encoder_width: channels of a map.
+            num_patches: patches in a view.
+            hidden: the language model's width.
+            embedding_rms: root mean square of the language model's input embeddings.
+            generator: where the initial numbers come from.
+        """
+        super().__init__()
+        self.spec, self.num_patches, self.hidden = spec, num_patches, hidden
+        global_width = fused_width(spec.global_branch.fusion, encoder_width)
+        self.global_input = Standardiser(global_width)
+        self.global_mlp = Projector(global_width, hidden, generator)
+        self.resampler: Resampler | None = None
+        self.gate: Gate | None = None
+        match spec.global_branch.adapters:
+            case MLPSpec():
+                pass
+            case GatedMixtureSpec(attention_init=attention_init):
+                self.resampler = Resampler(
+                    num_queries=num_patches, num_patches=num_patches, width=global_width, attention_init=attention_init, generator=generator
+                )
+                self.gate = Gate(global_width)
+            case _:
+                assert_never(spec.global_branch.adapters)
+        self.local_input: Standardiser | None = None
+        self.compression: Resampler | None = None
+        self.local_mlp: Projector | None = None
+        if spec.local_branch is not None:
+            local_width = fused_width(spec.local_branch.fusion, encoder_width)
+            self.local_input = Standardiser(local_width)
+            self.compression = Resampler(
+                num_queries=spec.local_branch.compression.queries,
+                num_patches=num_patches,
+                width=local_width,
+                attention_init=spec.local_branch.compression.attention_init,
+                generator=generator,
+            )
+            if spec.local_branch.projector == "own":
+                self.local_mlp = Projector(local_width, hidden, generator)
+        # A scale outside of the weights, so that a learning rate means the same whatever the embeddings' scale; it folds into the last layer.
+        # Differs: the papers' tokens start in whatever scale the initialisation gives; a small language model never recovers from that.
+        self.register_buffer("token_scale", torch.tensor(embedding_rms))
+
+    @property
+    def tokens_per_global_view(self) -> int:
+        """Visual tokens of a global view."""
+        return fused_tokens(self.spec.global_branch.fusion, self.num_patches)
+
+    @property
+    def tokens_per_local_view(self) -> int:
+        """Visual tokens of a local view; 0 without a local branch."""
+        return 0 if self.spec.local_branch is None else self.spec.local_branch.compression.queries
+
+    def fuse_global(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens wide"]:
+        """Fused, not yet standardised tokens of global views."""
+        return fuse(maps, self.spec.global_branch.fusion)
+
+    def fuse_local(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views patches wide"]:
+        """Fused, not yet standardised tokens of local views.
+
+        Raises:
+            MissingMapError: there is no local branch.
+        """
+        if self.spec.local_branch is None:
+            raise MissingMapError("this connector has no local branch; give it global views only, or a recipe with [connector.local]")
+        return fuse(maps, self.spec.local_branch.fusion)
+
+    def measure_inputs(
+        self, global_maps: Mapping[str, Float[Tensor, "images patches width"]], local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None
+    ) -> None:
+        """Set the standardisation from some images' features, where the spec asks for it.
+
+        Args:
+            global_maps: maps of their global views.
+            local_maps: maps of their local views; needed with a local branch.
+
+        Raises:
+            MissingMapError: the local branch is there and its maps are not.
+        """
+        if not self.spec.standardise_inputs:
+            return
+        self.global_input.measure(self.fuse_global(global_maps))
+        if self.local_input is not None:
+            if local_maps is None:
+                raise MissingMapError("the connector's local branch needs local maps to measure its inputs, found none")
+            self.local_input.measure(self.fuse_local(local_maps))
+
+    def global_tokens(
+        self,
+        maps: Mapping[str, Float[Tensor, "images patches width"]],
+        *,
+        experts: Experts = "mixture",
+        noise: Float[Tensor, "images tokens experts"] | None = None,
+    ) -> Float[Tensor, "images tokens hidden"]:
+        """Visual tokens of global views.
+
+        Args:
+            maps: maps by name.
+            experts: which experts count; a connector without a mixture has the projector alone, whatever this says.
+            noise: standard normal numbers for the gate in training, None else.
+
+        Returns:
+            g0 * MLP(x) + g1 * MLP(R(x)) with a mixture, MLP(x) without, in the embeddings' scale.
+        """
+        tokens = self.global_input(self.fuse_global(maps))
+        if self.resampler is None or self.gate is None or experts == "mlp":
+            projected: Tensor = self.global_mlp(tokens).float()
+        elif experts == "resampler":
+            projected = self.global_mlp(self.resampler(tokens)).float()
+        else:
+            both = self.global_mlp(torch.stack([tokens, self.resampler(tokens)]))  # one matrix product for both experts
+            weights = self.gate(tokens, noise)
+            projected = weights[..., 0:1] * both[0] + weights[..., 1:2] * both[1]
+        return projected * self.token_scale
+
+    def local_tokens(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views queries hidden"]:
+        """Visual tokens of local views, each by itself.
+
+        Args:
+            maps: maps by name.
+
+        Returns:
+            MLP(compression(x)) per view, in the embeddings' scale.
+
+        Raises:
+            MissingMapError: there is no local branch.
+        """
+        fused = self.fuse_local(maps)
+        assert self.local_input is not None
+        assert self.compression is not None
+        compressed = self.compression(self.local_input(fused))
+        projector = self.global_mlp if self.local_mlp is None else self.local_mlp
+        projected: Tensor = projector(compressed)
+        return projected.float() * self.token_scale
+
+    @torch.no_grad()
+    def gate_weights(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens experts"] | None:
+        """Noise-free weights of the experts, for health figures; None without a mixture."""
+        if self.gate is None:
+            return None
+        weights: Tensor = self.gate(self.global_input(self.fuse_global(maps)))
+        assert weights.shape[-1] == NUM_EXPERTS
+        return weights
+
+
+def build_connector(spec: ConnectorSpec, encoder: EncoderSpec, *, hidden: int, embedding_rms: float, seed: int) -> Connector:
+    """Build a connector with its initial weights.
+
+    Args:
+        spec: what to build.
+        encoder: whose maps it reads.
+        hidden: the language model's width.
+        embedding_rms: root mean square of the language model's input embeddings.
+        seed: of the initial weights; the same seed gives the same bytes.
+
+    Returns:
+        The connector, in fp32, its input standardisation still the identity.
+    """
+    return Connector(
+        spec,
+        encoder_width=encoder.width,
+        num_patches=encoder.num_patches,
+        hidden=hidden,
+        embedding_rms=embedding_rms,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,219 @@
+"""A causal language model from a folder: its identity, its weights, and what a connector has to know of it.
+
+Input: `builtin:language-model`, a folder in transformers' layout, or a hub id. Output: a LanguageModelSpec (what it is) and a LanguageModel (the
+loaded thing). Weights are read from safetensors only. Invariant: the spec's digest covers everything that decides an answer: weights, config,
+tokenizer and chat template.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from model.errors import LanguageModelError
+
+__all__ = [
+    "BUILTIN_LANGUAGE_MODEL",
+    "LanguageModel",
+    "LanguageModelSpec",
+    "check_folder",
+    "decoder",
+    "describe_folder",
+    "embed",
+    "embedding_rms",
+    "first_token",
+    "load_language_model",
+    "resolve_folder",
+]
+
+BUILTIN_LANGUAGE_MODEL = "builtin:language-model"
+
+_IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModelSpec:
+    """Which language model, told by its bytes."""
+
+    model: str
+    """Folder, hub id or name, for people. Identity rests on the digest."""
+    weights_sha256: str
+    """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModel:
+    """A loaded model with its tokenizer."""
+
+    network: nn.Module
+    tokenizer: Any
+    max_tokens: int
+    """Longest sequence that the model's positions allow."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the input embeddings."""
+        return int(self.network.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder of a language model, fetched from the hub if it is a hub id.
+
+    Args:
+        name: `builtin:language-model`, a folder, or a hub id.
+
+    Returns:
+        A folder with config.json, safetensors and a tokenizer.
+
+    Raises:
+        LanguageModelError: there is no such folder or id, or it lacks a part.
+    """
+    if name == BUILTIN_LANGUAGE_MODEL:
+        return check_folder(Path(__file__).parent / "assets" / "language-model", name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return check_folder(folder, name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "builtin:")):
+        raise LanguageModelError(
+            f"language model {name!r}: no such folder. Expected {BUILTIN_LANGUAGE_MODEL!r}, 'smollm2-135m-instruct', a folder in transformers' "
+            "layout or "
+            "a hub id like 'owner/name'"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return check_folder(Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS)), name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise LanguageModelError(
+            f"language model {name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Check the name and the "
+            "connection, or give a folder"
+        ) from error
+
+
+def check_folder(folder: Path, name: str) -> Path:
+    """A folder if it has all parts of a language model.
+
+    Args:
+        folder: to look at.
+        name: how the user called it, for the message.
+
+    Raises:
+        LanguageModelError: a part is missing.
+    """
+    parts = {
+        "config.json": (folder / "config.json").is_file(),
+        "weights (*.safetensors)": any(folder.glob("*.safetensors")),
+        "a tokenizer (tokenizer.json or tokenizer.model)": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")),
+    }
+    if missing := [part for part, there in parts.items() if not there]:
+        raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+    return folder
+
+
+def describe_folder(folder: Path, name: str) -> LanguageModelSpec:
+    """The identity of the model in a folder.
+
+    Args:
+        folder: in transformers' layout.
+        name: how the user calls it.
+
+    Raises:
+        LanguageModelError: a part is missing.
+    """
+    check_folder(folder, name)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *(folder / part for part in _IDENTITY_FILES if (folder / part).is_file())]):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+    return LanguageModelSpec(model=name, weights_sha256=digest.hexdigest())
+
+
+def load_language_model(folder: Path) -> LanguageModel:
+    """Load a model with its tokenizer, in fp32 on the CPU, dropout off.
+
+    Args:
+        folder: in transformers' layout.
+
+    Returns:
+        The model.
+
+    Raises:
+        LanguageModelError: it cannot be read, has no chat template, or its logits are more than its head on its last hidden state.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise LanguageModelError(f"language model {folder}: transformers cannot load it ({error}); it must be a causal language model") from error
+    if not tokenizer.chat_template:
+        raise LanguageModelError(f"language model {folder}: its tokenizer has no chat template, so questions and answers have no form; add one")
+    if tokenizer.eos_token_id is None:
+        raise LanguageModelError(f"language model {folder}: its tokenizer names no end token, so an answer would never end; set eos_token")
+    network.train(mode=False)
+    limit = getattr(network.config, "max_position_embeddings", None)
+    loaded = LanguageModel(network=network, tokenizer=tokenizer, max_tokens=int(limit) if limit else 2**20)
+    _check_head(loaded, folder)
+    return loaded
+
+
+@torch.no_grad()
+def _check_head(model: LanguageModel, folder: Path) -> None:
+    """Soft caps, scales and the like behind the head would silently be lost when hidden states are selected before it."""
+    network: Any = model.network
+    ids = torch.arange(3)[None] % network.config.vocab_size
+    expected = network(input_ids=ids, use_cache=False).logits
+    found = network.get_output_embeddings()(decoder(network)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(expected, found, atol=1e-4, rtol=1e-4):
+        raise LanguageModelError(
+            f"language model {folder}: a {type(network).__name__} changes its logits behind the head (a soft cap or a scale), which Loupe's loss "
+            "does not "
+            "follow; use a model without"
+        )
+
+
+def decoder(network: nn.Module) -> Any:
+    """The part of a causal language model below its head."""
+    found: Any = getattr(network, str(network.base_model_prefix))
+    return found
+
+
+def embedding_rms(network: nn.Module) -> float:
+    """Root mean square of the input embeddings: the scale in which visual tokens must start.
+
+    Args:
+        network: a causal language model.
+    """
+    table: Float[Tensor, "vocabulary hidden"] = network.get_input_embeddings().weight  # type: ignore[operator]
+    return float(table.detach().float().square().mean().sqrt())
+
+
+def first_token(tokenizer: Any, text: str) -> int:
+    """The first token of a text, e.g. of the separator.
+
+    Args:
+        tokenizer: whose.
+        text: not empty.
+
+    Raises:
+        LanguageModelError: the text has no token.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise LanguageModelError(f"the separator {text!r} has no token in this tokenizer; choose another")
+    return ids[0]
+
+
+def embed(network: nn.Module, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens hidden"]:
+    """Input embeddings of tokens."""
+    embedded: Tensor = network.get_input_embeddings()(ids)  # type: ignore[operator]
+    return embedded

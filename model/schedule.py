@@ -1,0 +1,164 @@
+"""The alternating schedule at work: where a step lies, its learning rates, which blocks train, and the proof that the others did not.
+
+Input: a ScheduleSpec and a step counted over all phases. Invariant: everything here is a pure function of its arguments, so a run that resumes at
+step k does what an uninterrupted one does; a block that a phase must not train has the same bytes at its end as at its start, or the phase fails.
+
+Source: SliME's schedule (one launch per phase, cosine with warm-up each). Differs: phases alternate inside one run, blocks keep their optimizer
+state.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model.errors import FrozenBlockChangedError
+from model.specs import BLOCKS, Block, PhaseSpec
+
+__all__ = [
+    "Place",
+    "assert_frozen",
+    "block_hashes",
+    "learning_rates",
+    "locate",
+    "parameters_by_block",
+    "schedule_factor",
+    "set_active_blocks",
+    "steps_before",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a step lies in a run of phases."""
+
+    phase: int
+    """Index of the phase."""
+    step: int
+    """Steps of the phase that are done before this one."""
+
+
+def steps_before(phases: Sequence[PhaseSpec], index: int) -> int:
+    """Steps of all phases before one."""
+    return sum(phase.steps for phase in phases[:index])
+
+
+def locate(phases: Sequence[PhaseSpec], step: int) -> Place:
+    """The phase that a step belongs to.
+
+    Args:
+        phases: in the order they run.
+        step: counted from 0 over all of them.
+
+    Raises:
+        IndexError: the step lies behind the last phase.
+    """
+    for index, phase in enumerate(phases):
+        if step < phase.steps:
+            return Place(phase=index, step=step)
+        step -= phase.steps
+    raise IndexError(f"step lies {step} behind the last phase")
+
+
+def schedule_factor(phase: PhaseSpec, step: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then half a cosine down to 0.
+
+    Args:
+        phase: with its steps and warm-up.
+        step: counted from 0 within the phase.
+
+    Returns:
+        In (0, 1]; the first warm-up step has a share of its own, none is wasted at 0.
+    """
+    warmup = math.ceil(phase.warmup_fraction * phase.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, phase.steps - warmup)))
+
+
+def learning_rates(phase: PhaseSpec, step: int) -> dict[Block, float]:
+    """Learning rate of every block that the phase trains.
+
+    Args:
+        phase: what trains, and how fast.
+        step: counted from 0 within the phase.
+    """
+    factor = schedule_factor(phase, step)
+    own = phase.language_model_learning_rate
+    return {block: factor * (own if block == "language_model" and own is not None else phase.learning_rate) for block in phase.train}
+
+
+def parameters_by_block(model: nn.Module) -> dict[Block, dict[str, nn.Parameter]]:
+    """A model's parameters by block and name.
+
+    Args:
+        model: has children `connector` (whose children are named after blocks) and `language_model`.
+
+    Returns:
+        In the order of BLOCKS; blocks without parameters are left out.
+    """
+    found: dict[Block, dict[str, nn.Parameter]] = {}
+    for block in BLOCKS:
+        prefix = "language_model." if block == "language_model" else f"connector.{block}."
+        if named := {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}:
+            found[block] = named
+    return found
+
+
+def set_active_blocks(blocks: Mapping[Block, Mapping[str, nn.Parameter]], active: Sequence[Block]) -> None:
+    """Let gradients reach the active blocks alone.
+
+    Args:
+        blocks: what `parameters_by_block` gave.
+        active: what trains now.
+
+    Raises:
+        FrozenBlockChangedError: a block to train is not there: nothing would train it, without a sign.
+    """
+    if missing := [block for block in active if block not in blocks]:
+        raise FrozenBlockChangedError(
+            f"a phase trains {missing}, but the model has the blocks {list(blocks)} only; name blocks that the connector has"
+        )
+    for block, parameters in blocks.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(block in active)
+            if block not in active:
+                parameter.grad = None
+
+
+def block_hashes(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> dict[str, str]:
+    """sha256 (hex) over the names, types, shapes and bytes of every block's parameters.
+
+    Args:
+        blocks: what `parameters_by_block` gave.
+    """
+    hashes: dict[str, str] = {}
+    for block, parameters in blocks.items():
+        digest = hashlib.sha256()
+        for name, parameter in sorted(parameters.items()):
+            digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
+            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hashes[block] = digest.hexdigest()
+    return hashes
+
+
+def assert_frozen(before: Mapping[str, str], after: Mapping[str, str], phase: PhaseSpec) -> None:
+    """Check that a phase changed what it trains and nothing else may have changed.
+
+    Args:
+        before: hashes at the phase's start.
+        after: hashes at its end.
+        phase: what it was to train.
+
+    Raises:
+        FrozenBlockChangedError: another block's bytes differ.
+    """
+    changed = [block for block in before if block not in phase.train and before[block] != after.get(block)]
+    if changed:
+        raise FrozenBlockChangedError(
+            f"phase {phase.name!r} trains {list(phase.train)}, yet {changed} changed as well; its result is not what the schedule says. "
+            "Nothing of this phase is kept; report it with the versions of torch and deepspeed"
+        )
