@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +18,20 @@ from workers.execution import Progress
 __all__ = ["BarProgress", "LineProgress", "TeeProgress", "console_progress", "duration_text", "facts_text"]
 
 LINE_INTERVAL_S = 10.0
+
+
+@runtime_checkable
+class TextStream(Protocol):
+    """What lines are written to."""
+
+    def write(self, text: str, /) -> object:
+        """Write."""
+
+    def flush(self) -> object:
+        """Let it be seen now."""
+
+    def isatty(self) -> bool:
+        """Whether a person is watching."""
 
 
 def duration_text(seconds: float) -> str:
@@ -77,7 +91,7 @@ class BarProgress:
 class LineProgress:
     """Plain lines, for log files: the first, the last, and between them at most one every ten seconds."""
 
-    def __init__(self, stream: TextIO, *, interval_s: float = LINE_INTERVAL_S, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextStream, *, interval_s: float = LINE_INTERVAL_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._interval_s = interval_s
         self._clock = clock
@@ -149,12 +163,6 @@ class TeeProgress:
             listener.finish()
 
 
-def console_progress(stream: TextIO = sys.stderr) -> Progress:
-    """A bar where the stream is a terminal, else lines.
-
-    Args:
-        stream: where to write.
-    """
-    if stream.isatty():
-        return BarProgress(Console(file=stream))
-    return LineProgress(stream)
+def console_progress() -> Progress:
+    """A bar where standard error is a terminal, else lines."""
+    return BarProgress(Console(stderr=True)) if sys.stderr.isatty() else LineProgress(sys.stderr)

@@ -54,6 +54,17 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _with_tuples(value: Any) -> Any:
+    """TOML's arrays as tuples: strict validation, which refuses "3" for 3, refuses a list for a tuple as well."""
+    match value:
+        case dict():
+            return {key: _with_tuples(item) for key, item in value.items()}
+        case list():
+            return tuple(_with_tuples(item) for item in value)
+        case _:
+            return value
+
+
 def _closest(found: str, allowed: list[str]) -> str:
     match = difflib.get_close_matches(found, allowed, n=1)
     return f"did you mean {match[0]!r}? " if match else ""
@@ -83,7 +94,7 @@ class RenderedSource(Table):
     """Pictures that Loupe draws, with answers that are true by construction."""
 
     kind: Literal["rendered"]
-    family: str
+    family: Literal["charts", "maps", "collages", "pages", "geometry"]
     num_images: Count
 
 
@@ -259,6 +270,8 @@ class Connector(Table):
     global_branch: GlobalBranch = Field(alias="global")
     local_branch: LocalBranch | None = Field(alias="local", default=None)
     separator: Annotated[str, Field(min_length=1)] = ","
+    standardise_inputs: bool = True
+    """Whether fused tokens are centred and scaled per channel before the projectors."""
 
 
 class LanguageModel(Table):
@@ -295,6 +308,8 @@ class Phase(Table):
     """Passes over the training images, instead of steps."""
     batch_size: Count = 32
     """Images in an optimizer step."""
+    experts: Literal["mixture", "mlp", "resampler"] = "mixture"
+    """Which of the global branch's experts count in this phase."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -372,6 +387,7 @@ class Phase(Table):
             language_model_learning_rate=self.language_model_learning_rate,
             warmup_fraction=self.warmup_fraction,
             max_grad_norm=self.max_grad_norm,
+            experts=self.experts,
         )
 
 
@@ -432,7 +448,10 @@ class Recipe(Table):
         adapters: AdapterSpec = branch.adapters.spec()
         fusion: FusionSpec = branch.fusion.spec(encoder)
         return ConnectorSpec(
-            global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters), local_branch=local_spec, separator=self.connector.separator
+            global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters),
+            local_branch=local_spec,
+            separator=self.connector.separator,
+            standardise_inputs=self.connector.standardise_inputs,
         )
 
     def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
@@ -516,7 +535,7 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
 
 
-def _field_path(location: tuple[int | str, ...], data: Any) -> str:
+def _field_path(location: tuple[int | str, ...], data: Any, *, names_missing_key: bool) -> str:
     """Dotted path in the file. Pydantic's location also names union members, which stand nowhere in the file; those are left out."""
     path = ""
     here = data
@@ -527,13 +546,13 @@ def _field_path(location: tuple[int | str, ...], data: Any) -> str:
         elif isinstance(here, dict) and part in here:
             path += f".{part}"
             here = here[part]
-        elif position == len(location) - 1 and isinstance(here, dict):
+        elif names_missing_key and position == len(location) - 1:
             path += f".{part}"
     return path.lstrip(".") or "top level"
 
 
 def _describe(error: ErrorDetails, data: Any) -> str:
-    path = _field_path(error["loc"], data)
+    path = _field_path(error["loc"], data, names_missing_key=error["type"] == "missing")
     message = error["msg"]
     match error["type"]:
         case "missing":
@@ -552,7 +571,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
             return f"{path}: found {error['input']!r}; {hint}allowed: {', '.join(allowed)}"
         case _:
             allowed_text = message.removeprefix("Input should be ").removeprefix("Value error, ")
-            return f"{path}: found {json.dumps(error['input'])}; allowed: {allowed_text}"
+            return f"{path}: found {json.dumps(error['input'], default=str)}; allowed: {allowed_text}"
 
 
 def _kinds(error: ErrorDetails) -> str:
@@ -595,8 +614,7 @@ def load_recipe(name_or_path: str) -> RecipeFile:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
     try:
-        # Through JSON, so that strict validation takes arrays for tuples and still refuses "3" for 3.
-        recipe = Recipe.model_validate_json(json.dumps(data, default=str))
+        recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:
         lines = list(dict.fromkeys(_describe(detail, data) for detail in error.errors()))
         raise _refuse(path, lines[:8]) from error

@@ -1,0 +1,144 @@
+"""The flow's own Prefect server: one child process on loopback over SQLite, there while a command runs and gone with it.
+
+Prefect can start such a server by itself, but that one outlives a killed parent. This one dies with its parent whatever the parent died of,
+listens on a port that the system picked, and starts while the recipe is still being checked. Where PREFECT_API_URL is set, that server is used.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import FlowServerError
+
+__all__ = ["FlowServer", "cache_folder", "flow_environment", "start_flow_server"]
+
+START_TIMEOUT_S = 120.0
+PR_SET_PDEATHSIG = 1
+
+
+def cache_folder() -> Path:
+    """Where Loupe keeps what belongs to no root: `$LOUPE_CACHE`, or `loupe` in the user's cache folder."""
+    if folder := os.environ.get("LOUPE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loupe"
+
+
+def flow_environment() -> dict[str, str]:
+    """What Prefect's environment has to say: no telemetry, a home of our own, quiet. What the user has set stands."""
+    wanted = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_HOME": str(cache_folder() / "prefect"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints its own errors, in one paragraph; the server keeps Prefect's
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(kw_only=True, slots=True)
+class FlowServer:
+    """A server that is starting or started."""
+
+    url: str
+    process: "subprocess.Popen[bytes] | None"
+    """None for a server of somebody else's."""
+    log: Path | None
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until it answers.
+
+        Args:
+            timeout_s: how long at most.
+
+        Raises:
+            FlowServerError: it ended, or did not answer in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if self.process is not None and self.process.poll() is not None:
+                raise FlowServerError(f"the flow's server ended with status {self.process.returncode} while starting; its log is {self.log}")
+            health = f"{self.url}/health"
+            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(health, timeout=5) as answer:  # noqa: S310 - always http
+                if answer.status == 200:
+                    return
+            time.sleep(0.1)
+        raise FlowServerError(f"the flow's server at {self.url} did not answer within {timeout_s:.0f} s; its log is {self.log}")
+
+    def stop(self) -> None:
+        """End it, and wait for its end."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServer:
+    """Start a server and point Prefect in this process at it; it is stopped when this process ends.
+
+    Must be called before Prefect is imported: Prefect reads its environment then, and what it has registered to send at exit (states, logs) is sent
+    before the server is stopped only because exit handlers run in reverse order. Without a server that sending takes over a minute to give up.
+
+    Args:
+        ui: serve the web UI and run the scheduler too, for `loupe serve`.
+        port: which port; None lets the system pick one.
+
+    Returns:
+        The server, which may still be starting: call `wait_until_ready` before the first flow run.
+    """
+    os.environ.update(flow_environment())
+    if theirs := os.environ.get("PREFECT_API_URL"):
+        return FlowServer(url=theirs.rstrip("/"), process=None, log=None)
+    home = Path(os.environ["PREFECT_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    chosen = port or _free_port()
+    log = home / "loupe-server.log"
+    only_api = {} if ui else {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    api_url = f"http://127.0.0.1:{chosen}/api"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.flow_server", str(chosen), str(os.getpid())],
+            env={**os.environ, **only_api, "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_API_URL": api_url},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,  # Ctrl-C is for the flow, which still has its last state to report
+        )
+    server = FlowServer(url=api_url, process=process, log=log)
+    os.environ["PREFECT_API_URL"] = api_url
+    atexit.register(server.stop)
+    return server
+
+
+def _serve(port: int, parent: int) -> None:
+    """Run the server in this process, and end with the parent."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)  # the parent died before it could be watched
+    import uvicorn
+
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))
