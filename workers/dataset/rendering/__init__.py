@@ -137,7 +137,9 @@ def render(family: str, number: int, spec: DatasetSpec) -> Rendered:
 
 
 def choose_turns(candidates: tuple[Turn, ...], num_turns: int, rng: np.random.Generator) -> tuple[Turn, ...]:
-    """Choose questions without asking one twice, two thirds about small detail, spread over the kinds.
+    """Choose questions: two thirds about small detail, spread over the kinds, and no two about the same mark.
+
+    Two questions about one mark would answer each other within a conversation, and the model would read its own words instead of the picture.
 
     Args:
         candidates: every question that may be asked.
@@ -147,15 +149,21 @@ def choose_turns(candidates: tuple[Turn, ...], num_turns: int, rng: np.random.Ge
     shuffled = [candidates[position] for position in rng.permutation(len(candidates))]
     num_small = round(num_turns * 2 / 3)
     chosen: list[Turn] = []
+    used: set[tuple[float, float, float, float]] = set()
     for detail, wanted in (("small", num_small), ("large", num_turns - num_small)):
         by_kind: dict[str, list[Turn]] = {}
         for turn in shuffled:
             if turn.detail == detail:
                 by_kind.setdefault(turn.kind, []).append(turn)
-        kinds = list(by_kind.values())
-        while wanted and any(kinds):
-            for turns in kinds:
+        waiting = list(by_kind.values())
+        while wanted and any(waiting):
+            for turns in waiting:
                 if turns and wanted:
-                    chosen.append(turns.pop())
+                    turn = turns.pop()
+                    if turn.evidence is not None:
+                        if turn.evidence in used:
+                            continue
+                        used.add(turn.evidence)
+                    chosen.append(turn)
                     wanted -= 1
     return tuple(chosen[position] for position in rng.permutation(len(chosen)))

@@ -1,0 +1,322 @@
+"""Train the small language model that Loupe ships: Llama format, its own tokenizer, on the families' text alone. It never sees a pixel.
+
+What it reads is *layout text*: a picture written down as the words that stand at each place, place by place, in the order in which a connector will
+later hand over visual tokens (the global view's places, a separator, the local views' places), followed by questions and answers about it. Several
+words at one place are the sum of their embeddings; the second character of a number is told from the first by a fixed rotation. So the model learns
+to answer from places and contents, and a connector has only to learn what pictures say. A tenth of the steps are plain prose.
+
+    python -m workers.pretraining.language_model --output model/assets/language-model
+
+The card beside the weights holds what was measured on layouts that were never trained on.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from model.views import View, ViewSpec, plan_views
+from workers.dataset.rendering import FAMILIES, HEIGHT_PX, WIDTH_PX, choose_turns, sketch
+from workers.dataset.rendering.canvas import Canvas
+from workers.dataset.rendering.material import load_paragraphs, load_states
+from workers.dataset.samples import Turn
+from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, colour_shares, place_glyphs
+
+VIEW_PX = 112
+GLOBAL_GRID = 8
+LOCAL_GRID = 4
+NUM_GLOBAL = GLOBAL_GRID**2
+NUM_LOCAL = 6 * LOCAL_GRID**2
+SEPARATOR = ","
+GLOBAL_READABLE_PX = 5.0
+"""A glyph at least this large is written into the global view's layout; the encoder's card has the measurement."""
+_MIN_COLOUR_SHARE = 0.01
+"""Two of the 196 lattice points of a place: a pictograph's ink covers 2 to 4 % of its place."""
+_HELD_OUT_FROM = 1_000_000
+_MODES = ("both", "local", "global", "blind")
+_MODE_SHARES = (0.5, 0.2, 0.15, 0.15)
+
+BOS, EOS, PAD, USER, ASSISTANT, IMAGE = "<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
+    "{% else %}<|assistant|> {{ message['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+Slot = tuple[tuple[str, int], ...]
+"""The words at one place, each with its role (0, or 1 for the second character of a number)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A picture as text: what stands where, and what can be asked."""
+
+    global_slots: tuple[Slot, ...]
+    local_slots: tuple[Slot, ...]
+    turns: tuple[Turn, ...]
+
+
+def _slots(canvas: Canvas, view: View, grid: int, min_glyph_px: float) -> list[Slot]:
+    shares = colour_shares(canvas, view, grid, samples_per_cell=14)
+    words: list[list[tuple[str, int]]] = [[] for _ in range(grid * grid)]
+    for cell, row in enumerate(shares):
+        words[cell].extend((COLOUR_CLASSES[number], 0) for number in np.flatnonzero(row >= _MIN_COLOUR_SHARE))
+    for glyph in place_glyphs(canvas, view, grid):
+        if glyph.size_px >= min_glyph_px:
+            name, _, role = GLYPH_CLASSES[glyph.glyph].partition("@")
+            for cell in glyph.patches:
+                words[cell].append((name, int(role or 0)))
+    return [tuple(cell) for cell in words]
+
+
+def make_layout(family: str, number: int, seed: int) -> Layout:
+    """Draw one picture and write it down."""
+    picture, _ = sketch(family, number, seed)
+    plan = plan_views(WIDTH_PX, HEIGHT_PX, VIEW_PX, ViewSpec())
+    local: list[Slot] = []
+    for view in plan.local_views:
+        local.extend(_slots(picture.canvas, view, LOCAL_GRID, 3.0))
+    return Layout(tuple(_slots(picture.canvas, plan.global_view, GLOBAL_GRID, GLOBAL_READABLE_PX)), tuple(local), picture.turns)
+
+
+def train_tokenizer(layouts: Sequence[Layout], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose words are the families' words; digits are always tokens of their own."""
+    words = [*COLOUR_CLASSES, *(name for name in GLYPH_CLASSES if "@" not in name), *(state.name for state in load_states())]
+    lines = [f" {word}" for word in words for _ in range(400)]
+    for layout in layouts:
+        lines.extend(f"\n{turn.question} {turn.answer}" for turn in layout.turns)
+    lines.extend(load_paragraphs())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[PAD, BOS, EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=1024)
+    fast.add_special_tokens({"additional_special_tokens": [USER, ASSISTANT]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _word_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    ids = {}
+    for name in (*COLOUR_CLASSES, *(glyph.partition("@")[0] for glyph in GLYPH_CLASSES)):
+        tokens = tokenizer.encode(name if name.isdigit() else f" {name}", add_special_tokens=False)
+        if len(tokens) != 1:
+            raise ValueError(f"the tokenizer cuts {name!r} into {len(tokens)} tokens; raise the vocabulary's size")
+        ids[name] = tokens[0]
+    return ids
+
+
+class SlotTable:
+    """Layouts as padded arrays of word ids, so that a batch of slots is two embedding look-ups."""
+
+    max_words = 6
+
+    def __init__(self, layouts: Sequence[Layout], word_ids: dict[str, int]) -> None:
+        shape = (len(layouts), NUM_GLOBAL + NUM_LOCAL, 2, self.max_words)
+        self.ids = np.full(shape, -1, dtype=np.int16)
+        for row, layout in enumerate(layouts):
+            for place, slot in enumerate((*layout.global_slots, *layout.local_slots)):
+                counts = [0, 0]
+                for word, role in slot:
+                    if counts[role] < self.max_words:
+                        self.ids[row, place, role, counts[role]] = word_ids[word]
+                        counts[role] += 1
+
+    def embed(self, rows: np.ndarray, places: slice, embedding: Tensor, rotation: Tensor) -> Tensor:
+        """[batch, places, width]: sums of word embeddings, the second role rotated."""
+        ids = torch.from_numpy(self.ids[rows][:, places].astype(np.int64))
+        present = (ids >= 0).unsqueeze(-1).to(embedding.dtype)
+        summed = (embedding[ids.clamp(min=0)] * present).sum(dim=3)
+        return summed[:, :, 0] + summed[:, :, 1] @ rotation
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[list[int], list[float]]:
+    """Token ids after the image's place, and each one's loss weight: 1 on answers, 0.1 on questions."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for position, turn in enumerate(turns):
+        question = f"\n{turn.question}{ASSISTANT}" if position == 0 else f"{USER}{turn.question}{ASSISTANT}"
+        asked = tokenizer.encode(question, add_special_tokens=False)
+        answered = tokenizer.encode(f" {turn.answer}{EOS}", add_special_tokens=False)
+        ids += asked + answered
+        weights += [0.1] * len(asked) + [1.0] * len(answered)
+    return ids, weights
+
+
+def _pad(rows: list[tuple[list[int], list[float]]], pad_id: int) -> tuple[Tensor, Tensor]:
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row, _ in rows])
+    weights = torch.tensor([row + [0.0] * (length - len(row)) for _, row in rows])
+    return ids, weights
+
+
+def _prefix(
+    mode: str, rows: np.ndarray, table: SlotTable, embedding: Tensor, rotation: Tensor, separator_id: int, noise: Tensor | None
+) -> Tensor | None:
+    """The places handed over in a mode, [batch, places, width], or None when blind."""
+    if mode == "blind":
+        return None
+    parts = []
+    if mode in ("both", "global"):
+        parts.append(table.embed(rows, slice(0, NUM_GLOBAL), embedding, rotation))
+    if mode == "both":
+        parts.append(embedding[separator_id].expand(len(rows), 1, -1))
+    if mode in ("both", "local"):
+        parts.append(table.embed(rows, slice(NUM_GLOBAL, None), embedding, rotation))
+    places = torch.cat(parts, dim=1)
+    return places if noise is None else places + noise[: len(rows), : places.shape[1]]
+
+
+def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, Tensor, list[str]]:
+    """Train tokenizer and model from nothing.
+
+    Returns:
+        The model, its tokenizer, the rotation of second characters, and the log.
+    """
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    started = time.monotonic()
+    layouts = [make_layout(FAMILIES[position % len(FAMILIES)], position // len(FAMILIES), arguments.seed) for position in range(arguments.pictures)]
+    tokenizer = train_tokenizer(layouts, arguments.vocabulary)
+    table = SlotTable(layouts, _word_ids(tokenizer))
+    log = [f"{len(layouts)} layouts, {len(tokenizer)} tokens, {time.monotonic() - started:.0f} s"]
+    print(log[-1], flush=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=arguments.width * 8 // 3, num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.width // 32, num_key_value_heads=arguments.width // 32, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.04,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    rotation, _ = torch.linalg.qr(torch.randn(arguments.width, arguments.width))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, total_steps=arguments.steps, pct_start=0.05)
+    rng = np.random.Generator(np.random.Philox(key=arguments.seed + 1))
+    separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
+    prose = [tokenizer.encode(f"{BOS}{text}{EOS}", add_special_tokens=False)[:256] for text in load_paragraphs()]
+    head_ids = torch.tensor(tokenizer.encode(f"{BOS}{USER}", add_special_tokens=False))
+    for step in range(arguments.steps):
+        if step % 10 == 9:
+            chosen = [prose[position] for position in rng.integers(0, len(prose), size=arguments.batch_size)]
+            ids, weights = _pad([(row, [0.0] + [0.1] * (len(row) - 1)) for row in chosen], tokenizer.pad_token_id)
+            inputs = model.model.embed_tokens(ids)
+            skip = 0
+        else:
+            mode = _MODES[int(rng.choice(4, p=_MODE_SHARES))]
+            rows = rng.integers(0, len(layouts), size=arguments.batch_size)
+            texts = [_text_ids(tokenizer, choose_turns(layouts[row].turns, arguments.turns, rng)) for row in rows]
+            ids, weights = _pad(texts, tokenizer.pad_token_id)
+            embedding = model.model.embed_tokens.weight
+            scale = embedding.detach().pow(2).mean().sqrt()
+            noise = torch.randn(arguments.batch_size, NUM_GLOBAL + 1 + NUM_LOCAL, arguments.width) * scale * arguments.noise
+            places = _prefix(mode, rows, table, embedding, rotation, separator_id, noise)
+            head = model.model.embed_tokens(head_ids).expand(arguments.batch_size, -1, -1)
+            inputs = torch.cat([part for part in (head, places, model.model.embed_tokens(ids)) if part is not None], dim=1)
+            skip = inputs.shape[1] - ids.shape[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.model(inputs_embeds=inputs).last_hidden_state
+        # Position skip + k predicts text token k + 1; the first text token is never asked for (its weight is a question's).
+        target, weight = ids[:, 1:], weights[:, 1:]
+        picked = weight > 0
+        logits = model.lm_head(hidden[:, skip : skip + ids.shape[1] - 1][picked].float())
+        losses = nn.functional.cross_entropy(logits, target[picked], reduction="none")
+        loss = (losses * weight[picked]).sum() / weight[picked].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 199:
+            accuracy = measure(model, tokenizer, rotation, 100, arguments.seed, ("both",))["both"]["overall"]
+            log.append(f"step {step + 1}: loss {loss.item():.4f}, held-out layouts answered rightly {accuracy:.3f} ({time.monotonic() - started:.0f} s)")
+            print(log[-1], flush=True)
+    return model.eval(), tokenizer, rotation, log
+
+
+@torch.no_grad()
+def measure(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rotation: Tensor, num_pictures: int, seed: int, modes: Sequence[str] = _MODES
+) -> dict[str, dict[str, float]]:
+    """Share of single questions about unseen layouts whose greedy answer is exactly right, by mode and kind."""
+    layouts = [make_layout(FAMILIES[position % len(FAMILIES)], _HELD_OUT_FROM + position // len(FAMILIES), seed) for position in range(num_pictures)]
+    table = SlotTable(layouts, _word_ids(tokenizer))
+    rng = np.random.Generator(np.random.Philox(key=seed + 2))
+    chosen = [(row, turn) for row, layout in enumerate(layouts) for turn in choose_turns(layout.turns, 8, rng)]
+    embedding = model.model.embed_tokens.weight
+    separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
+    head = embedding[torch.tensor(tokenizer.encode(f"{BOS}{USER}", add_special_tokens=False))]
+    results: dict[str, dict[str, float]] = {}
+    for mode in modes:
+        right: dict[str, list[bool]] = {}
+        # Teacher forcing tells exactly whether greedy decoding gives the answer: it does if each token is the best one given the right ones before.
+        for start in range(0, len(chosen), 64):
+            part = chosen[start : start + 64]
+            rows = np.array([row for row, _ in part])
+            ids, weights = _pad([_text_ids(tokenizer, [turn]) for _, turn in part], tokenizer.pad_token_id)
+            places = _prefix(mode, rows, table, embedding, rotation, separator_id, None)
+            inputs = torch.cat([x for x in (head.expand(len(part), -1, -1), places, embedding[ids]) if x is not None], dim=1)
+            skip = inputs.shape[1] - ids.shape[1]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                hidden = model.model(inputs_embeds=inputs).last_hidden_state
+            best = model.lm_head(hidden[:, skip:-1].float()).argmax(dim=-1)
+            good = ((best == ids[:, 1:]) | (weights[:, 1:] < 1.0)).all(dim=1)
+            for (_, turn), hit in zip(part, good.tolist(), strict=True):
+                right.setdefault(turn.kind, []).append(hit)
+        overall = [hit for hits in right.values() for hit in hits]
+        results[mode] = {"overall": sum(overall) / len(overall), **{kind: round(sum(hits) / len(hits), 4) for kind, hits in sorted(right.items())}}
+    return results
+
+
+def main() -> None:
+    """Train, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=1280)
+    parser.add_argument("--noise", type=float, default=0.3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    model, tokenizer, rotation, log = train(arguments)
+    seconds = time.monotonic() - started
+    measured = measure(model, tokenizer, rotation, 500, arguments.seed)
+    print(json.dumps(measured, indent=1), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    weights = (arguments.output / "model.safetensors").read_bytes()
+    record = {
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "output"},
+        "seconds": round(seconds),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_bytes": len(weights),
+        "measured": measured,
+        "log": log,
+    }
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
