@@ -1,0 +1,48 @@
+"""--set takes execution settings alone."""
+
+from dataclasses import fields
+
+import pytest
+
+from pipelines.errors import SettingError
+from pipelines.settings import execution_settings, settings_from_words
+from workers.execution import ExecutionSettings
+
+
+def test_words_become_settings() -> None:
+    words = ["train_workers=2", "num_cpus=none", "device=cpu", "max_quarantined_fraction=0.1", "ray_temp_dir=/tmp/r"]
+    execution = execution_settings(settings_from_words(words))
+    assert execution == ExecutionSettings(train_workers=2, device="cpu", max_quarantined_fraction=0.1, ray_temp_dir="/tmp/r")
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert execution_settings({}) == ExecutionSettings()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train_workers", "no 'key=value'"),
+        ("train_worker=2", r"did you mean 'train_workers'\? settings are num_cpus, "),
+        ("learning_rate=1", "belongs to the experiment, not to its execution; edit the recipe"),
+        ("schedule.sft.steps=1", "edit the recipe"),
+        ("train_workers=two", "found 'two'; allowed: a whole number"),
+        ("num_cpus=many", "found 'many'; allowed: a whole number, none"),
+        ("device=gpu", "found 'gpu'; allowed: auto, cpu, cuda"),
+        ("train_workers=0", "train_workers must be at least 1, found 0"),
+    ],
+)
+def test_mistakes_are_named(word: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        execution_settings(settings_from_words([word]))
+
+
+def test_a_setting_given_twice_is_refused() -> None:
+    with pytest.raises(SettingError, match="found twice"):
+        settings_from_words(["num_cpus=1", "num_cpus=2"])
+
+
+def test_every_unknown_setting_lists_them_all() -> None:
+    with pytest.raises(SettingError) as caught:
+        execution_settings({"xyzzy": "1"})
+    assert all(field.name in str(caught.value) for field in fields(ExecutionSettings))
