@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.chat import Conversation
@@ -141,9 +142,9 @@ class VisualTokens:
     local_tokens: Float[Tensor, "views queries hidden"] | None
 
 
-def _visual_rows(mode: Mode, image: int, layout: VisualLayout, first_global: int, first_local: int) -> list[np.ndarray[Any, Any]]:
+def _visual_rows(mode: Mode, image: int, layout: VisualLayout, first_global: int, first_local: int) -> list[NDArray[np.int64]]:
     """Rows of the bank that one sequence shows of its image, in order."""
-    rows: list[np.ndarray[Any, Any]] = []
+    rows: list[NDArray[np.int64]] = []
     if mode in ("global", "both"):
         place = layout.global_index[image]
         if place is None:
@@ -188,8 +189,8 @@ def plan_sequences(
         MissingMapError: a sequence shows what is not there.
     """
     text: list[int] = []
-    rows: list[np.ndarray[Any, Any]] = []
-    labels: list[tuple[np.ndarray[Any, Any], list[int]]] = []
+    rows: list[NDArray[np.int64]] = []
+    labels: list[tuple[NDArray[np.int64], list[int]]] = []
     first_global = _TEXT_ROW + sum(conversation.num_text_tokens for conversation in conversations)
     first_local = first_global + layout.num_global_views * layout.tokens_per_global_view
     for conversation, mode, image in zip(conversations, modes, images, strict=True):

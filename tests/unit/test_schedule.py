@@ -1,0 +1,88 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from model.errors import FrozenBlockChangedError, SpecError
+from model.schedule import assert_frozen, block_hashes, learning_rates, locate, parameters_by_block, schedule_factor, set_active_blocks
+from model.specs import BranchMix, PhaseSpec
+
+
+def phase(**changes):
+    values = {"name": "p", "train": ("global_mlp",), "branch": BranchMix(both=1.0), "steps": 100, "batch_size": 4, "learning_rate": 1e-3}
+    return PhaseSpec(**(values | changes))
+
+
+def test_warm_up_then_half_a_cosine():
+    spec = phase(warmup_fraction=0.1)
+    factors = [schedule_factor(spec, step) for step in range(100)]
+    assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.001
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+
+
+def test_no_warm_up_and_one_step():
+    assert schedule_factor(phase(warmup_fraction=0.0), 0) == 1.0
+    assert schedule_factor(phase(steps=1), 0) == 1.0
+
+
+def test_the_language_model_has_a_rate_of_its_own():
+    spec = phase(train=("global_mlp", "language_model"), language_model_learning_rate=1e-5, warmup_fraction=0)
+    assert learning_rates(spec, 0) == {"global_mlp": 1e-3, "language_model": 1e-5}
+    assert learning_rates(phase(train=("language_model",), warmup_fraction=0), 50) == {"language_model": pytest.approx(5e-4)}
+
+
+def test_steps_lie_in_phases():
+    phases = [phase(steps=3), phase(steps=2)]
+    assert [(locate(phases, k).phase, locate(phases, k).step) for k in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    with pytest.raises(IndexError):
+        locate(phases, 5)
+
+
+def test_experts_must_leave_what_trains_with_an_effect():
+    with pytest.raises(SpecError, match="without effect"):
+        phase(train=("gate",), experts="mlp")
+    with pytest.raises(SpecError, match="without effect"):
+        phase(train=("resampler",), experts="mlp")
+    phase(train=("resampler",), experts="resampler")
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.connector = nn.ModuleDict({"global_mlp": nn.Linear(2, 2), "gate": nn.Linear(2, 2)})
+        self.language_model = nn.Linear(2, 2)
+
+
+def test_activity_and_hashes():
+    model = Toy()
+    blocks = parameters_by_block(model)
+    assert list(blocks) == ["global_mlp", "gate", "language_model"]
+    set_active_blocks(blocks, ("gate",))
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True, False, False]
+    before = block_hashes(blocks)
+    assert block_hashes(blocks) == before
+    with torch.no_grad():
+        model.connector["gate"].weight[0, 0] += 1
+    after = block_hashes(blocks)
+    assert_frozen(before, after, phase(train=("gate",)))
+    with pytest.raises(FrozenBlockChangedError, match=r"'p'.*\['gate'\]"):
+        assert_frozen(before, after, phase(train=("global_mlp",)))
+
+
+def test_a_sign_flip_of_zero_changes_the_hash():
+    model = Toy()
+    with torch.no_grad():
+        model.language_model.weight.zero_()
+    before = block_hashes(parameters_by_block(model))
+    with torch.no_grad():
+        model.language_model.weight.mul_(-1)
+    assert block_hashes(parameters_by_block(model)) != before
+
+
+def test_a_block_that_is_not_there_cannot_train():
+    with pytest.raises(FrozenBlockChangedError, match="resampler"):
+        set_active_blocks(parameters_by_block(Toy()), ("resampler",))
