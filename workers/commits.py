@@ -10,6 +10,7 @@ may run the stage again, since every stage's work is named by its content.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 import types
@@ -199,10 +200,15 @@ def _decode(wanted: Any, value: Any, where: str) -> Any:
     raise RecordError(f"{where}: expected {getattr(wanted, '__name__', wanted)}, found {value!r}")
 
 
+@functools.cache
+def _type_hints(wanted: type) -> dict[str, Any]:
+    return typing.get_type_hints(wanted)
+
+
 def _decode_dataclass(wanted: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected the fields of {wanted.__name__}, found {value!r}")
-    hints = typing.get_type_hints(wanted)
+    hints = _type_hints(wanted)
     fields = {field.name: field for field in dataclasses.fields(wanted)}
     if unknown := sorted(value.keys() - fields.keys()):
         raise RecordError(f"{where}: {wanted.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
@@ -222,7 +228,7 @@ def _decode_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     kinds = [argument for argument in arguments if argument is not type(None)]
     if isinstance(value, dict) and "kind" in value:
         for kind in kinds:
-            if dataclasses.is_dataclass(kind) and value["kind"] in get_args(typing.get_type_hints(kind).get("kind")):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and value["kind"] in get_args(_type_hints(kind).get("kind")):
                 return _decode(kind, value, where)
     errors = []
     for kind in kinds:

@@ -121,6 +121,14 @@ class RayCluster:
     def __init__(self, execution: ExecutionSettings) -> None:
         self._execution = execution
 
+    @property
+    def num_cpus(self) -> int:
+        """CPUs that tasks may use, at least 1."""
+        import ray
+
+        resources: Callable[[], dict[str, float]] = ray.cluster_resources
+        return max(1, int(resources().get("CPU", 1)))
+
     def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
         """As Cluster.stream."""
         import ray
@@ -143,9 +151,13 @@ class RayCluster:
         import ray
 
         remote: Any = ray.remote
-        on_gpu = self._execution.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= finishers
+        resources: Callable[[], dict[str, float]] = ray.cluster_resources
+        num_gpus = resources().get("GPU", 0)
+        on_gpu = self._execution.device != "cpu" and num_gpus >= finishers
         if self._execution.device == "cuda" and not on_gpu:
-            raise ClusterError(f"device is cuda, but the cluster has {ray.cluster_resources().get('GPU', 0):g} GPUs for {finishers} encoders")
+            raise ClusterError(
+                f"device is cuda, but the cluster has {num_gpus:g} GPUs for {finishers} encoders; lower encoder_actors or use device=cpu"
+            )
         # No CPU is reserved for finishers: on a machine with one CPU, preparing tasks could never run beside a reserving actor.
         actor = remote(
             num_cpus=0,
@@ -262,7 +274,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
         raise ClusterError(
             f"Ray did not start ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Expected room for its sockets and logs in "
-            f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder, then run again."
+            f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
         ) from error
     atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
 

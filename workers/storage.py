@@ -220,6 +220,8 @@ class Store:
     def url(self, path: str = "") -> str:
         """The absolute URL of a path."""
         relative = _relative(path)
+        if self._local is not None:
+            return (self._local / relative).as_uri()
         return f"{self.root}/{relative}" if relative else self.root
 
     def local_path(self, path: str = "") -> Path | None:
@@ -239,6 +241,18 @@ class Store:
             if self._local is not None:
                 return (self._local / _relative(path)).read_bytes()
             return bytes(self._s3.cat_file(self._key(path)))
+
+    def read_reference(self, reference: str) -> bytes:
+        """All bytes of an object below this root, or anywhere when `reference` is an absolute URL.
+
+        Raises:
+            ObjectNotFoundError: nothing lies there.
+            StorageError: it cannot be read.
+        """
+        if "://" not in reference:
+            return self.read_bytes(reference)
+        store, name = open_url(reference)
+        return store.read_bytes(name)
 
     def exists(self, path: str) -> bool:
         """Whether an object lies at this path. Folders are not objects."""

@@ -17,40 +17,10 @@ import pyarrow.parquet as pq
 from workers.errors import TableError
 from workers.storage import Store, translated
 
-__all__ = ["QUARANTINE_SCHEMA", "QUARANTINE_TABLE", "QuarantineRow", "Table", "TableFile", "quarantine_table", "read_partition"]
+__all__ = ["Table", "TableFile", "read_partition"]
 
 _COMMIT_TRIES = 8
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.-]+")
-
-QUARANTINE_TABLE = "quarantine"
-
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("item", pa.string(), nullable=False),
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("bytes_sha256", pa.string()),
-        pa.field("detail", pa.string(), nullable=False),
-    ]
-)
-"""Columns of a quarantine file, partitioned by `stage` and `key`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuarantineRow:
-    """One input that a stage refused."""
-
-    reason: str
-    """Closed vocabulary of the stage."""
-    source: str
-    item: str
-    """Which input: an image's path or a record's id. With `source`, enough to play it again."""
-    index: int
-    """Its place in the frozen order."""
-    bytes_sha256: str | None
-    """Of the bytes that were refused; None when there were none to read."""
-    detail: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,29 +237,6 @@ class Table:
                 return None
             except deltalake.exceptions.DeltaError as error:
                 raise TableError(f"{self.store.url(self.path)} should be a Delta table but cannot be read: {error}") from error
-
-
-def quarantine_table(store: Store) -> Table:
-    """The table of refused inputs, partitioned by stage and by the key of the stage's spec."""
-    return Table(store, QUARANTINE_TABLE, QUARANTINE_SCHEMA, ("stage", "key"))
-
-
-def quarantine_to_table(rows: Sequence[QuarantineRow]) -> pa.Table:
-    """The Arrow table of some quarantine rows."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "reason": row.reason,
-                "source": row.source,
-                "item": row.item,
-                "index": row.index,
-                "bytes_sha256": row.bytes_sha256,
-                "detail": row.detail,
-            }
-            for row in rows
-        ],
-        schema=QUARANTINE_SCHEMA,
-    )
 
 
 def read_partition(store: Store, path: str, partition: Mapping[str, str]) -> pa.Table | None:

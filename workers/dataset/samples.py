@@ -85,7 +85,7 @@ class Sample:
     split: Split
     licence: str
     detail_score: float
-    """Share of the picture that a global view loses, 0 to 1."""
+    """0 to 1: how much of what the image holds its global view does not show."""
     turns: tuple[Turn, ...]
 
 

@@ -124,7 +124,13 @@ class Canvas:
         return red, green, blue
 
     def rectangle(
-        self, box: Box, fill: Colour | tuple[int, int, int] | None, *, outline: tuple[int, int, int] | None = None, radius_px: int = 0, width_px: int = 1
+        self,
+        box: Box,
+        fill: Colour | tuple[int, int, int] | None,
+        *,
+        outline: tuple[int, int, int] | None = None,
+        radius_px: int = 0,
+        width_px: int = 1,
     ) -> None:
         """Draw a rectangle; a named fill is recorded, an RGB fill clears the record below it."""
         corners = (box.left, box.top, box.right, box.bottom)
@@ -132,12 +138,16 @@ class Canvas:
         if fill is not None:
             self._draw_raster.rounded_rectangle(corners, radius=radius_px, fill=_number(fill))
 
-    def polygon(self, points: Sequence[tuple[float, float]], fill: Colour | tuple[int, int, int], *, outline: tuple[int, int, int] | None = None) -> None:
+    def polygon(
+        self, points: Sequence[tuple[float, float]], fill: Colour | tuple[int, int, int], *, outline: tuple[int, int, int] | None = None
+    ) -> None:
         """Draw a filled polygon; recorded as `rectangle` does."""
         self._draw.polygon(list(points), fill=self._paint(fill), outline=outline)
         self._draw_raster.polygon(list(points), fill=_number(fill))
 
-    def ellipse(self, box: Box, fill: Colour | tuple[int, int, int] | None, *, outline: tuple[int, int, int] | None = None, width_px: int = 1) -> None:
+    def ellipse(
+        self, box: Box, fill: Colour | tuple[int, int, int] | None, *, outline: tuple[int, int, int] | None = None, width_px: int = 1
+    ) -> None:
         """Draw an ellipse inscribed in a box; recorded as `rectangle` does."""
         corners = (box.left, box.top, box.right, box.bottom)
         self._draw.ellipse(corners, fill=self._paint(fill), outline=outline, width=width_px)
@@ -157,9 +167,7 @@ class Canvas:
         """Draw running text that no question asks for; not recorded."""
         self._draw.text((x_px, y_px), text, font=font, fill=colour)
 
-    def text(
-        self, centre_x_px: float, centre_y_px: float, text: str, font: ImageFont.FreeTypeFont, colour: tuple[int, int, int] | Colour
-    ) -> Box:
+    def text(self, centre_x_px: float, centre_y_px: float, text: str, font: ImageFont.FreeTypeFont, colour: tuple[int, int, int] | Colour) -> Box:
         """Draw a short string to be read, centred by its ink, and record every character.
 
         Returns:

@@ -41,11 +41,17 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         asked = (f"Which object is at the {place}?", f"What is shown at the {place}?")[int(rng.integers(2))]
         turns.append(Turn(question=asked, answer=name, kind="collages/object at place", detail="small", evidence=evidence))
         turns.append(Turn(question=f"Where is the {name}?", answer=place, kind="collages/place of object", detail="small", evidence=evidence))
-        turns.append(Turn(question=f"Which colour is the {name}?", answer=colour, kind="collages/colour of object", detail="small", evidence=evidence))
         turns.append(
-            Turn(question=f"Which colour is the object at the {place}?", answer=colour, kind="collages/colour at place", detail="large", evidence=None)
+            Turn(question=f"Which colour is the {name}?", answer=colour, kind="collages/colour of object", detail="small", evidence=evidence)
+        )
+        turns.append(
+            Turn(
+                question=f"Which colour is the object at the {place}?", answer=colour, kind="collages/colour at place", detail="large", evidence=None
+            )
         )
         if colours.count(colour) == 1:
-            turns.append(Turn(question=f"Which object is {colour}?", answer=name, kind="collages/object of colour", detail="small", evidence=evidence))
+            turns.append(
+                Turn(question=f"Which object is {colour}?", answer=name, kind="collages/object of colour", detail="small", evidence=evidence)
+            )
     turns.append(Turn(question="How many objects are there?", answer=str(num_objects), kind="collages/count", detail="large", evidence=None))
     return turns, "DejaVu fonts licence"

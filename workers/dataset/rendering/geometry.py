@@ -26,10 +26,10 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         All questions that the drawing answers, and its licence.
     """
     width, height = canvas.image.size
-    for x in range(0, width, 28):
-        canvas.line([(x, 0), (x, height)], (232, 238, 244), 1)
-    for y in range(0, height, 28):
-        canvas.line([(0, y), (width, y)], (232, 238, 244), 1)
+    for column in range(0, width, 28):
+        canvas.line([(column, 0), (column, height)], (232, 238, 244), 1)
+    for row in range(0, height, 28):
+        canvas.line([(0, row), (width, row)], (232, 238, 244), 1)
     corners = _corners(width, height, rng)
     letters = [_LETTERS[position] for position in rng.permutation(len(_LETTERS))[:3]]
     colours = [list(COLOURS)[position] for position in rng.permutation(len(COLOURS))[:3]]
@@ -87,14 +87,18 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
             if order[0] == corner:
                 turns.append(
                     Turn(
-                        question=f"Is the angle at the {word} corner acute, right or obtuse?", answer=answer, kind="geometry/angle", detail="large", evidence=None
+                        question=f"Is the angle at the {word} corner acute, right or obtuse?",
+                        answer=answer,
+                        kind="geometry/angle",
+                        detail="large",
+                        evidence=None,
                     )
                 )
     longest = [colour for length, colour in zip(lengths, colours, strict=True) if length == max(lengths)]
-    if len(longest) == 1 and sorted(lengths)[-1] - sorted(lengths)[-2] >= 3:
+    if len(longest) == 1 and max(lengths) - sorted(lengths)[-2] >= 3:
         turns.append(Turn(question="Which colour is the longest side?", answer=longest[0], kind="geometry/longest", detail="large", evidence=None))
     shortest = [colour for length, colour in zip(lengths, colours, strict=True) if length == min(lengths)]
-    if len(shortest) == 1 and sorted(lengths)[1] - sorted(lengths)[0] >= 3:
+    if len(shortest) == 1 and sorted(lengths)[1] - min(lengths) >= 3:
         turns.append(Turn(question="Which colour is the shortest side?", answer=shortest[0], kind="geometry/shortest", detail="large", evidence=None))
     return turns, "Apache-2.0 (drawn by Loupe)"
 

@@ -120,11 +120,12 @@ def load_states() -> tuple[State, ...]:
 
 
 _TEXT_MODULES = (
-    "argparse", "ast", "asyncio", "bisect", "calendar", "codecs", "collections", "configparser", "contextlib", "copy", "csv", "datetime", "decimal",
-    "difflib", "dis", "email", "enum", "fractions", "functools", "getopt", "heapq", "imaplib", "inspect", "io", "ipaddress", "json", "locale", "logging",
-    "mailbox", "mimetypes", "numbers", "optparse", "os", "pathlib", "platform", "pprint", "random", "re", "sched", "shelve", "shlex", "shutil",
-    "smtplib", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "turtle",
-    "typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "xmlrpc.client", "zipfile",
+    "argparse", "ast", "asyncio", "bisect", "calendar", "codecs", "collections", "configparser", "contextlib", "copy", "csv", "datetime",
+    "decimal", "difflib", "dis", "email", "enum", "fractions", "functools", "getopt", "heapq", "imaplib", "inspect", "io", "ipaddress",
+    "json", "locale", "logging", "mailbox", "mimetypes", "numbers", "optparse", "os", "pathlib", "platform", "pprint", "random", "re",
+    "sched", "shelve", "shlex", "shutil", "smtplib", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap",
+    "threading", "timeit", "tokenize", "trace", "turtle", "typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings",
+    "weakref", "xmlrpc.client", "zipfile",
 )  # fmt: skip
 
 

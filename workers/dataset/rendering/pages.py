@@ -68,13 +68,25 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         cap_evidence = (cap_box.left, cap_box.top, cap_box.right, cap_box.bottom)
         turns += [
             Turn(
-                question=f"What number is on the {colour} tag?", answer=str(number), kind="pages/number of colour", detail="small", evidence=number_evidence
+                question=f"What number is on the {colour} tag?",
+                answer=str(number),
+                kind="pages/number of colour",
+                detail="small",
+                evidence=number_evidence,
             ),
             Turn(
-                question=f"What number is on the tag at the {where}?", answer=str(number), kind="pages/number at place", detail="small", evidence=number_evidence
+                question=f"What number is on the tag at the {where}?",
+                answer=str(number),
+                kind="pages/number at place",
+                detail="small",
+                evidence=number_evidence,
             ),
             Turn(
-                question=f"Which letter does the paragraph at the {where} begin with?", answer=text[0], kind="pages/letter", detail="small", evidence=cap_evidence
+                question=f"Which letter does the paragraph at the {where} begin with?",
+                answer=text[0],
+                kind="pages/letter",
+                detail="small",
+                evidence=cap_evidence,
             ),
             Turn(question=f"Which colour is the tag at the {where}?", answer=colour, kind="pages/colour", detail="large", evidence=None),
         ]

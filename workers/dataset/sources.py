@@ -1,0 +1,248 @@
+"""From a dataset's sources to its items, and from one item to a candidate sample or a quarantine row.
+
+An item is one input in the frozen order: picture `number` of a rendered family, or record `number` of a LLaVA JSON file. Everything here is a pure
+function of the spec and the source's bytes, so any item may be loaded twice, anywhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal, assert_never
+
+from model.errors import ImageError
+from model.images import decode_image, detail_score
+from workers.dataset.rendering import Rendered
+from workers.dataset.samples import Sample, Split, Turn
+from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, SourceSpec, source_label
+from workers.errors import AccessDeniedError, ObjectNotFoundError, SourceError, StorageError
+from workers.quarantine import QuarantineRow
+from workers.storage import Store, open_url
+
+__all__ = ["Item", "Renderer", "describe_llava_json", "image_path", "load_item", "normalise_conversation", "read_records", "split_of"]
+
+Renderer = Callable[[str, int, DatasetSpec], Rendered]
+"""family, number, spec -> picture."""
+
+RecordReason = Literal["bad_record", "bad_conversation", "no_image", "bad_path", "missing_file", "access_denied"]
+"""What can be wrong with a record before its image is decoded; beside model.images.REASONS."""
+
+PLACEHOLDER = "<image>"
+UNKNOWN_LICENCE = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One input of a dataset."""
+
+    index: int
+    """Place in the frozen order over all sources."""
+    source: SourceSpec
+    number: int
+    """Place within its source."""
+    record: str | None = None
+    """The record's JSON text, for sources that have records."""
+
+
+class _RefusedError(Exception):
+    """A record that cannot become a sample."""
+
+    def __init__(self, reason: RecordReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def split_of(image_sha256: str, seed: int, held_out_fraction: float) -> Split:
+    """The side of an image, from its own hash alone: adding or losing other images never moves it.
+
+    Args:
+        image_sha256: of the image's bytes.
+        seed: of the dataset.
+        held_out_fraction: expected share on the held-out side.
+    """
+    digest = hashlib.sha256(f"split:{seed}:{image_sha256}".encode()).digest()
+    return "held_out" if int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64 else "train"
+
+
+def image_path(image_sha256: str, suffix: str = "png") -> str:
+    """Where an image lies, relative to the root: content-addressed, fanned out over 256 folders."""
+    return f"images/{image_sha256[:2]}/{image_sha256}.{suffix}"
+
+
+def describe_llava_json(records: str, images: str) -> LlavaJsonSourceSpec:
+    """The spec of a LLaVA source as it lies there now.
+
+    Args:
+        records: path or URL of the JSON file.
+        images: path or URL of the image folder.
+
+    Raises:
+        StorageError: the records cannot be read.
+    """
+    store, name = open_url(records)
+    return LlavaJsonSourceSpec(records=records, images=images, records_sha256=hashlib.sha256(store.read_bytes(name)).hexdigest())
+
+
+def read_records(source: LlavaJsonSourceSpec) -> list[Any]:
+    """The records of a LLaVA source, unchecked but for the file's digest.
+
+    Raises:
+        SourceError: the file is not there, changed since it was described, or is no JSON array.
+    """
+    try:
+        store, name = open_url(source.records)
+        data = store.read_bytes(name)
+    except StorageError as error:
+        raise SourceError(f"source {source.records}: expected a JSON array of LLaVA records there; {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != source.records_sha256:
+        raise SourceError(
+            f"source {source.records}: expected the file with sha256 {source.records_sha256[:16]}..., found {digest[:16]}.... The records were "
+            "edited after the recipe fixed them; restore the file, or take the new digest into the recipe (a new dataset)."
+        )
+    try:
+        records = json.loads(data)
+    except ValueError as error:
+        raise SourceError(f"source {source.records} should be a JSON array of LLaVA records, but is no JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise SourceError(f"source {source.records} should be a JSON array of at least one LLaVA record, found {type(records).__name__}")
+    return records
+
+
+def load_item(item: Item, spec: DatasetSpec, store: Store, renderer: Renderer) -> tuple[Sample, int] | QuarantineRow:
+    """Make one item into a candidate sample; a rendered picture is written to the store.
+
+    Args:
+        item: which.
+        spec: of the dataset.
+        store: where pictures are written.
+        renderer: draws pictures.
+
+    Returns:
+        The sample and the size of its image in bytes, or why there is none.
+
+    Raises:
+        StorageError: the store failed in a way that says nothing about the item.
+    """
+    match item.source:
+        case RenderedSourceSpec() as source:
+            return _load_rendered(item, source, spec, store, renderer)
+        case LlavaJsonSourceSpec() as source:
+            return _load_llava(item, source, spec)
+        case _:
+            assert_never(item.source)
+
+
+def _load_rendered(item: Item, source: RenderedSourceSpec, spec: DatasetSpec, store: Store, renderer: Renderer) -> tuple[Sample, int]:
+    rendered = renderer(source.family, item.number, spec)
+    digest = hashlib.sha256(rendered.png).hexdigest()
+    path = image_path(digest)
+    if not store.exists(path):
+        store.write_bytes(path, rendered.png)
+    sample = Sample(
+        sample_id=f"{source.family}-{item.number:06d}",
+        index=item.index,
+        image_sha256=digest,
+        image_path=path,
+        width_px=rendered.width_px,
+        height_px=rendered.height_px,
+        family=source.family,
+        source=source_label(source),
+        split=split_of(digest, spec.seed, spec.held_out_fraction),
+        licence=rendered.licence,
+        detail_score=float(rendered.detail_score),
+        turns=rendered.turns,
+    )
+    return sample, len(rendered.png)
+
+
+def _load_llava(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec) -> tuple[Sample, int] | QuarantineRow:
+    assert item.record is not None
+    name, digest = f"record {item.number}", None
+    try:
+        record = _checked_record(json.loads(item.record))
+        name = str(record["image"])
+        turns = normalise_conversation(record["conversations"])
+        data, url = _read_image(source, name)
+        digest = hashlib.sha256(data).hexdigest()
+        image = decode_image(data)
+    except (_RefusedError, ImageError) as error:
+        return QuarantineRow(reason=error.reason, source=source_label(source), item=name, index=item.index, bytes_sha256=digest, detail=str(error))
+    sample = Sample(
+        sample_id=str(record.get("id", f"record-{item.number}")),
+        index=item.index,
+        image_sha256=digest,
+        image_path=url,
+        width_px=image.width,
+        height_px=image.height,
+        family="llava",
+        source=source_label(source),
+        split=split_of(digest, spec.seed, spec.held_out_fraction),
+        licence=UNKNOWN_LICENCE,
+        detail_score=detail_score(image, spec.view_px),
+        turns=turns,
+    )
+    return sample, len(data)
+
+
+def _checked_record(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise _RefusedError("bad_record", "a record is an object with a list `conversations`")
+    image = record.get("image")
+    if image is None:
+        raise _RefusedError("no_image", "the record has no image (text-only records teach a connector nothing)")
+    if not isinstance(image, str) or not image:
+        raise _RefusedError("bad_record", f"`image` should be a path, found {image!r}")
+    parts = PurePosixPath(image).parts
+    if image.startswith("/") or ".." in parts or "://" in image:
+        raise _RefusedError("bad_path", f"`image` should be a path below the image folder, found {image!r}")
+    return record
+
+
+def _read_image(source: LlavaJsonSourceSpec, name: str) -> tuple[bytes, str]:
+    store = Store(source.images)
+    try:
+        return store.read_bytes(name), store.url(name)
+    except ObjectNotFoundError as error:
+        raise _RefusedError("missing_file", str(error)) from error
+    except AccessDeniedError as error:
+        raise _RefusedError("access_denied", str(error)) from error
+    except StorageError as error:
+        if error.retryable:
+            raise  # the store, not this image
+        raise _RefusedError("missing_file", str(error)) from error
+
+
+def normalise_conversation(conversations: list[Any]) -> tuple[Turn, ...]:
+    """LLaVA's list of {from, value} as turns: alternation checked, the image placeholder taken out (the chat template places it).
+
+    Args:
+        conversations: human and gpt alternating, human first; a leading gpt turn is skipped as LLaVA's loader does.
+
+    Returns:
+        At least one turn.
+
+    Raises:
+        _RefusedError: with reason bad_conversation.
+    """
+    texts: list[tuple[str, str]] = []
+    for place, entry in enumerate(conversations):
+        if not isinstance(entry, dict) or entry.get("from") not in ("human", "gpt") or not isinstance(entry.get("value"), str):
+            raise _RefusedError("bad_conversation", f"turn {place} should be {{from: human or gpt, value: text}}, found {entry!r:.80}")
+        texts.append((entry["from"], entry["value"]))
+    if texts and texts[0][0] == "gpt":
+        texts = texts[1:]
+    speakers = [speaker for speaker, _ in texts]
+    if not texts or speakers != ["human", "gpt"] * (len(texts) // 2):
+        raise _RefusedError("bad_conversation", f"turns should alternate human, gpt, ..., found {speakers[:8]}")
+    placeholders = [place for place, (_, text) in enumerate(texts) for _ in range(text.count(PLACEHOLDER))]
+    if len(placeholders) > 1 or any(speakers[place] == "gpt" for place in placeholders):
+        raise _RefusedError("bad_conversation", f"{PLACEHOLDER} should stand once, in a question, found it in turns {placeholders[:8]}")
+    turns = []
+    for place in range(0, len(texts), 2):
+        question, answer = texts[place][1].replace(PLACEHOLDER, "").strip(), texts[place + 1][1].strip()
+        if not question or not answer:
+            raise _RefusedError("bad_conversation", f"turn {place} has an empty question or answer")
+        turns.append(Turn(question=question, answer=answer, kind="llava/turn", detail="large"))
+    return tuple(turns)

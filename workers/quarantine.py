@@ -1,0 +1,111 @@
+"""Inputs that a stage refused: one row each, with a reason code, and a budget beyond which refusing becomes failing.
+
+A row names its input well enough to play it again. The books of a stage balance: expected = committed + quarantined (+ duplicates, for datasets).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from workers.errors import ErrorBudgetError
+from workers.storage import Store
+from workers.tables import Table
+
+__all__ = ["QUARANTINE_SCHEMA", "QUARANTINE_TABLE", "QuarantineRow", "check_budget", "quarantine_table", "quarantine_to_table", "read_quarantine"]
+
+_ALWAYS_ALLOWED = 5
+"""A handful of bad files in a small set says nothing about the rest."""
+
+QUARANTINE_TABLE = "quarantine"
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("item", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("bytes_sha256", pa.string()),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+"""Columns of a quarantine file, partitioned by `stage` and `key`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuarantineRow:
+    """One input that a stage refused."""
+
+    reason: str
+    """Closed vocabulary of the stage."""
+    source: str
+    item: str
+    """Which input: an image's path or a record's id. With `source`, enough to play it again."""
+    index: int
+    """Its place in the frozen order."""
+    bytes_sha256: str | None
+    """Of the bytes that were refused; None when there were none to read."""
+    detail: str
+
+
+def quarantine_table(store: Store) -> Table:
+    """The table of refused inputs, partitioned by stage and by the key of the stage's spec."""
+    return Table(store, QUARANTINE_TABLE, QUARANTINE_SCHEMA, ("stage", "key"))
+
+
+def quarantine_to_table(rows: Sequence[QuarantineRow]) -> pa.Table:
+    """The Arrow table of some quarantine rows."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "reason": row.reason,
+                "source": row.source,
+                "item": row.item,
+                "index": row.index,
+                "bytes_sha256": row.bytes_sha256,
+                "detail": row.detail,
+            }
+            for row in rows
+        ],
+        schema=QUARANTINE_SCHEMA,
+    )
+
+
+def read_quarantine(store: Store, stage: str, key: str) -> list[QuarantineRow]:
+    """The committed rows of one stage and spec, by index.
+
+    Args:
+        store: where the table lies.
+        stage: a stage's name.
+        key: first 16 characters of its spec's fingerprint.
+    """
+    table = quarantine_table(store).read({"stage": stage, "key": key}, QUARANTINE_SCHEMA.names)
+    rows = [] if table is None else [QuarantineRow(**row) for row in table.to_pylist()]
+    return sorted(rows, key=lambda row: (row.index, row.reason))
+
+
+def check_budget(quarantined: Mapping[str, Sequence[QuarantineRow]], expected: Mapping[str, int], max_fraction: float) -> None:
+    """Stop a stage whose refusals look systematic.
+
+    Args:
+        quarantined: rows so far, by source.
+        expected: inputs in all, by source.
+        max_fraction: share of a source that may be refused; five rows are always allowed, unless they are the whole source.
+
+    Raises:
+        ErrorBudgetError: a source is over it. The message shows the most frequent reason with an example.
+    """
+    for source, rows in quarantined.items():
+        total = expected[source]
+        if len(rows) <= max(_ALWAYS_ALLOWED, max_fraction * total) and len(rows) < total:
+            continue
+        if not rows:
+            continue
+        reasons: dict[str, list[QuarantineRow]] = {}
+        for row in rows:
+            reasons.setdefault(row.reason, []).append(row)
+        reason, examples = max(reasons.items(), key=lambda entry: len(entry[1]))
+        raise ErrorBudgetError(
+            f"source {source}: {len(rows)} of {total} inputs were refused, allowed are {max_fraction:.1%}. Most frequent reason: {reason} "
+            f"({len(examples)} times), for example {examples[0].item}: {examples[0].detail}. Repair the source, or raise max_quarantined_fraction."
+        )
