@@ -1,0 +1,233 @@
+"""The `loupe` command. It sets execution only (where, how fast, how far); what is computed stands in the recipe.
+
+Whatever a user can put right ends with one paragraph on standard error and status 2. Ctrl-C ends with status 130 and a state that the next run
+resumes. Prefect, Ray and torch are imported only by the commands that use them.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from model.errors import ModelError
+from pipelines.errors import PipelineError
+from pipelines.recipe import RecipeFile, load_recipe, recipe_files
+from pipelines.settings import execution_settings, settings_from_words
+from workers.commits import StageName
+from workers.errors import WorkerError
+
+__all__ = ["app", "main"]
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = App(
+    name="loupe",
+    help="Turns high-detail images and their questions into a trained vision-language connector. A recipe says what; options say where and how.",
+    version_flags=["--version"],
+)
+
+RecipeWord = Annotated[str, Parameter(help="Name of a recipe that comes with Loupe (see `loupe recipes`), or the path of a TOML file.")]
+Root = Annotated[str, Parameter(name="--root", help="Where everything durable lies: a folder, file://... or s3://bucket/prefix.")]
+Settings = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", help="An execution setting, key=value; may repeat. Settings change speed and memory, never results.", negative=()),
+]
+DryRun = Annotated[bool, Parameter(name="--dry-run", help="Check everything, print the plan, start nothing, write nothing.", negative=())]
+
+DEFAULT_ROOT = "loupe-data"
+
+
+def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool) -> list[dict[str, Any]]:
+    """Check the recipe, then run its flow up to a stage."""
+    from pipelines.flow_server import start_flow_server
+
+    file = load_recipe(recipe)
+    by_name = settings_from_words(settings)
+    execution = execution_settings(by_name)
+    server = None if dry_run else start_flow_server()
+    from pipelines.stages import check_disk, open_experiment
+    from workers.storage import Store
+
+    # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
+    experiment = open_experiment(file, Store(root), execution)
+    if dry_run:
+        from pipelines.plan import print_plan
+
+        print_plan(experiment)
+        return []
+    experiment.store.check_writable()
+    check_disk(experiment)
+    assert server is not None
+    from pipelines.flow import loupe_flow
+
+    server.wait_until_ready()
+    outcomes: list[dict[str, Any]] = loupe_flow(recipe=_flow_recipe(file, recipe), root=experiment.store.root, settings=by_name, until=until)
+    return outcomes
+
+
+def _flow_recipe(file: RecipeFile, word: str) -> str:
+    """How a flow run names its recipe: shipped ones by name, files by their whole path, since it may run in another folder."""
+    return word if word in recipe_files() else str(file.path.resolve())
+
+
+def _shown_path(url: str) -> str:
+    """A URL as a person would type it."""
+    from urllib.parse import unquote, urlsplit
+
+    return unquote(urlsplit(url).path) if url.startswith("file://") else url
+
+
+@app.command
+def run(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Run a recipe from its sources to its report. What is done already is found done; what was interrupted goes on where it was."""
+    outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
+    if outcomes:
+        export = next(outcome for outcome in outcomes if outcome["stage"] == "export")
+        folder = _shown_path(export["record"]["url"])
+        print(f'\nAsk it:  loupe ask {folder} IMAGE "question"')
+        print(f"Report:  {_shown_path(outcomes[-1]['record']['url'])}")
+
+
+@app.command(name="build-dataset")
+def build_dataset(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Build the recipe's dataset: images, questions, splits."""
+    _run_until(recipe, root, settings, "build-dataset", dry_run=dry_run)
+
+
+@app.command(name="cache-features")
+def cache_features(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Cache the encoder's features of every view, after what comes before."""
+    _run_until(recipe, root, settings, "cache-features", dry_run=dry_run)
+
+
+@app.command
+def train(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Train the connector, every seed, after what comes before."""
+    _run_until(recipe, root, settings, "train-connector", dry_run=dry_run)
+
+
+@app.command
+def evaluate(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Ask the held-out questions, every seed, after what comes before."""
+    _run_until(recipe, root, settings, "evaluate", dry_run=dry_run)
+
+
+@app.command
+def export(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Write the export folder of the first seed, after what comes before. Its path is printed last."""
+    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
+    if outcomes:
+        print(_shown_path(outcomes[-1]["record"]["url"]))
+
+
+@app.command
+def report(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+    """Write the report page, after what comes before. Its path is printed last."""
+    outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
+    if outcomes:
+        print(_shown_path(outcomes[-1]["record"]["url"]))
+
+
+@app.command
+def ask(
+    export_folder: Annotated[str, Parameter(name="EXPORT", help="An export folder, as a path or URL.")],
+    image: Annotated[Path, Parameter(name="IMAGE", help="An image file.")],
+    question: Annotated[str, Parameter(name="QUESTION", help="What to ask about it.")],
+    *,
+    mode: Annotated[Literal["blind", "global", "local", "both"], Parameter(name="--mode", help="Which views the model sees.")] = "both",
+) -> None:
+    """Ask an exported model about an image; the answer is all that goes to standard output."""
+    from pipelines.ask import ask_export
+
+    answer = ask_export(export_folder, image, question, mode)
+    print(answer.text)
+
+
+@app.command
+def show(
+    what: Annotated[Literal["dataset", "cache", "run"], Parameter(name="WHAT", help="A dataset, a cache, or a whole run.")],
+    recipe: RecipeWord,
+    *,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show what a recipe has left in a root. Reads only."""
+    from pipelines.show import show_recipe
+    from pipelines.stages import open_experiment
+    from workers.storage import Store
+
+    show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})))
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes that come with Loupe."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("what it does")
+    table.add_column("file")
+    for name, path in recipe_files().items():
+        table.add_row(name, load_recipe(name).recipe.description, str(path))
+    Console().print(table)
+
+
+@app.command
+def serve(
+    recipe: RecipeWord,
+    *,
+    root: Root = DEFAULT_ROOT,
+    settings: Settings = (),
+    cron: Annotated[str, Parameter(name="--cron", help="When to run: minute hour day month weekday.")] = "0 3 * * *",
+    timezone: Annotated[str, Parameter(name="--timezone", help="IANA time zone of the schedule.")] = "UTC",
+    port: Annotated[int, Parameter(name="--port", help="Port of the Prefect UI, on loopback.")] = 4200,
+) -> None:
+    """Run a recipe on a schedule, and show its runs in the Prefect UI. Runs until Ctrl-C."""
+    from pipelines.serve import serve_recipe
+
+    file = load_recipe(recipe)
+    by_name = settings_from_words(settings)
+    execution_settings(by_name)
+    serve_recipe(_flow_recipe(file, recipe), root, by_name, cron=cron, timezone=timezone, port=port)
+
+
+def _quiet_environment() -> None:
+    """No telemetry and no chatter from the libraries; what the user has set stands."""
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+    }
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line and exit with its status.
+
+    Args:
+        words: instead of those of this process.
+    """
+    _quiet_environment()
+    try:
+        app(words, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(USER_ERROR)  # cyclopts has printed it
+    except (ModelError, WorkerError, PipelineError) as error:
+        print(f"loupe: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("loupe: interrupted; run the same command to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""An experiment: a recipe resolved against its models into the specs of all stages, and the stages run one by one.
+
+Input: a recipe, a store, execution settings. Output: one `StageOutcome` per stage. Invariant: all specs are made, and so checked, before any stage
+starts; a stage whose record is committed is not run, and what it needs is not even imported.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from model.errors import ModelError, SpecError
+from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, fingerprint
+from pipelines.errors import RecipeError
+from pipelines.recipe import LlavaJsonSource, RecipeFile
+from workers.commits import StageName, to_json
+from workers.dataset.spec import DatasetSpec
+from workers.errors import DiskSpaceError
+from workers.execution import ExecutionSettings, Progress
+from workers.storage import Store
+
+if TYPE_CHECKING:
+    from workers.evaluation import EvaluationSpec
+    from workers.exporting import ExportSpec
+    from workers.training.run import TrainingSpec
+
+    from model.language_model import LanguageModelSpec
+
+__all__ = ["STAGES", "Experiment", "ReportSpec", "StageOutcome", "StageRun", "check_disk", "open_experiment", "stage_runs"]
+
+STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
+"""In the order in which they run."""
+
+_IMAGE_BYTES_GUESS = 300_000
+"""Generous for a picture of 672 x 448 px; other sources keep their images where they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportSpec:
+    """Identity of a report: what it tells of, and the template that draws it."""
+
+    recipe_name: str
+    recipe_sha256: str
+    dataset_fingerprint: str
+    feature_fingerprint: str
+    training_fingerprints: tuple[str, ...]
+    evaluation_fingerprints: tuple[str, ...]
+    export_fingerprint: str
+    template_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageOutcome:
+    """What a stage left behind."""
+
+    stage: StageName
+    key: str
+    seed: int | None
+    record: dict[str, Any]
+    """The commit record as JSON."""
+    reused: bool
+    """Whether it was there before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRun:
+    """One stage of an experiment, ready to run."""
+
+    stage: StageName
+    seed: int | None
+    spec: Any
+    run: Callable[[Progress], Any]
+    """Runs the stage and returns its record, a dataclass."""
+
+    @property
+    def key(self) -> str:
+        """Name of the stage's folder."""
+        return fingerprint(self.spec)[:16]
+
+    @property
+    def name(self) -> str:
+        """For people: the stage, with its seed where it has one."""
+        return self.stage if self.seed is None else f"{self.stage} seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """A recipe resolved: every spec that does not depend on a stage's outcome."""
+
+    file: RecipeFile
+    store: Store
+    execution: ExecutionSettings
+    encoder: EncoderSpec
+    language_model: "LanguageModelSpec"
+    connector: ConnectorSpec
+    dataset: DatasetSpec
+    features: FeatureSpec
+
+    def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
+        """The committed record of a stage as JSON; None when it is not done."""
+        path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
+        record: dict[str, Any] | None = self.store.read_json(path) if self.store.exists(path) else None
+        return record
+
+    def training(self, seed: int) -> "TrainingSpec":
+        """What one seed trains.
+
+        Args:
+            seed: one of the recipe's.
+
+        Raises:
+            SpecError: the schedule counts in epochs and the dataset is not built yet.
+        """
+        from workers.training.run import TrainingSpec
+
+        num_train = None
+        if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
+            num_train = int(built["num_train"])
+        return TrainingSpec(
+            dataset_fingerprint=fingerprint(self.dataset),
+            features=self.features,
+            connector=self.connector,
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            language_model=self.language_model,
+        )
+
+    def evaluation(self, seed: int) -> "EvaluationSpec":
+        """What is asked of one seed's connector."""
+        from workers.evaluation import EvaluationSpec
+
+        wanted = self.file.recipe.evaluation
+        return EvaluationSpec(
+            training_fingerprint=fingerprint(self.training(seed)),
+            dataset_fingerprint=fingerprint(self.dataset),
+            modes=wanted.modes,
+            max_questions=wanted.max_questions,
+        )
+
+    def export(self) -> "ExportSpec":
+        """What is exported: the first seed's connector, whichever seed did best."""
+        from workers.exporting import ExportSpec
+
+        seed = self.file.recipe.seeds[0]
+        return ExportSpec(training_fingerprint=fingerprint(self.training(seed)), evaluation_fingerprint=fingerprint(self.evaluation(seed)))
+
+    def report(self) -> ReportSpec:
+        """What the report tells of."""
+        from pipelines.report import template_sha256
+
+        seeds = self.file.recipe.seeds
+        return ReportSpec(
+            recipe_name=self.file.recipe.name,
+            recipe_sha256=hashlib.sha256(self.file.text.encode()).hexdigest(),
+            dataset_fingerprint=fingerprint(self.dataset),
+            feature_fingerprint=fingerprint(self.features),
+            training_fingerprints=tuple(fingerprint(self.training(seed)) for seed in seeds),
+            evaluation_fingerprints=tuple(fingerprint(self.evaluation(seed)) for seed in seeds),
+            export_fingerprint=fingerprint(self.export()),
+            template_sha256=template_sha256(),
+        )
+
+
+@cache
+def _describe_encoder(name: str) -> EncoderSpec:
+    from model.encoder import describe_encoder
+
+    return describe_encoder(name)
+
+
+def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
+    """Resolve a recipe: find and fingerprint its models, make all specs, check them against each other.
+
+    Args:
+        file: the checked recipe.
+        store: where its results are or will be.
+        execution: settings of the run.
+
+    Returns:
+        The experiment. Nothing was started and nothing was written.
+
+    Raises:
+        RecipeError: something in the recipe does not fit the models it names.
+    """
+    from workers.language_models import describe_language_model
+
+    recipe = file.recipe
+    try:
+        encoder = _describe_encoder(recipe.encoder.model)
+        connector = recipe.connector_spec(encoder)
+        dataset = recipe.dataset_spec(encoder, _records_sha256(file))
+        features = recipe.feature_spec(dataset, encoder, connector)
+        for seed in recipe.seeds:
+            recipe.schedule_spec(connector, seed, num_train_samples=1)
+        language_model = describe_language_model(recipe.language_model.model)
+    except SpecError as error:
+        raise RecipeError(f"recipe {file.path}: {error}") from error
+    except ModelError as error:
+        raise RecipeError(f"recipe {file.path}: {error}") from error
+    return Experiment(
+        file=file,
+        store=store,
+        execution=execution,
+        encoder=encoder,
+        language_model=language_model,
+        connector=connector,
+        dataset=dataset,
+        features=features,
+    )
+
+
+def _records_sha256(file: RecipeFile) -> dict[str, str]:
+    sources = [source for source in file.recipe.dataset.sources if isinstance(source, LlavaJsonSource)]
+    if not sources:
+        return {}
+    from workers.dataset.sources import describe_llava_json
+
+    return {source.records: describe_llava_json(source.records, source.images).records_sha256 for source in sources}
+
+
+def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[StageRun]:
+    """The stages of an experiment in order, up to and including one.
+
+    Specs of later stages are made only once the earlier ones are done, since a schedule in epochs needs the built dataset.
+
+    Args:
+        experiment: whose stages.
+        until: the last one.
+
+    Yields:
+        Stages ready to run.
+    """
+    store, execution, seeds = experiment.store, experiment.execution, experiment.file.recipe.seeds
+    last = STAGES.index(until)
+
+    def build(progress: Progress) -> Any:
+        from workers.dataset.build import build_dataset
+
+        return build_dataset(experiment.dataset, store, execution, progress)
+
+    yield StageRun(stage="build-dataset", seed=None, spec=experiment.dataset, run=build)
+
+    def cache_(progress: Progress) -> Any:
+        from workers.caching.build import cache_features
+
+        return cache_features(experiment.features, store, execution, progress)
+
+    if last >= STAGES.index("cache-features"):
+        yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
+    if last >= STAGES.index("train-connector"):
+        for seed in seeds:
+            yield _train_run(experiment, seed)
+    if last >= STAGES.index("evaluate"):
+        for seed in seeds:
+            yield _evaluate_run(experiment, seed)
+    if last >= STAGES.index("export"):
+
+        def export_(progress: Progress) -> Any:
+            from workers.exporting import export
+
+            return export(experiment.export(), experiment.training(seeds[0]), store, execution, progress)
+
+        yield StageRun(stage="export", seed=None, spec=experiment.export(), run=export_)
+    if last >= STAGES.index("report"):
+
+        def report_(progress: Progress) -> Any:
+            from pipelines.report import write_report
+
+            return write_report(experiment, progress)
+
+        yield StageRun(stage="report", seed=None, spec=experiment.report(), run=report_)
+
+
+def _train_run(experiment: Experiment, seed: int) -> StageRun:
+    spec = experiment.training(seed)
+
+    def train(progress: Progress) -> Any:
+        from workers.training.run import train_connector
+
+        return train_connector(spec, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)
+
+
+def _evaluate_run(experiment: Experiment, seed: int) -> StageRun:
+    spec = experiment.evaluation(seed)
+
+    def evaluate_(progress: Progress) -> Any:
+        from workers.evaluation import evaluate
+
+        return evaluate(spec, experiment.training(seed), experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="evaluate", seed=seed, spec=spec, run=evaluate_)
+
+
+def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -> StageOutcome:
+    """Run a stage, or find it done.
+
+    Args:
+        experiment: it belongs to.
+        stage_run: which.
+        progress: told how far it is.
+
+    Returns:
+        Its outcome.
+    """
+    there = experiment.record(stage_run.stage, stage_run.spec)
+    record = there if there is not None else to_json(stage_run.run(progress))
+    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+
+
+def planned_feature_bytes(experiment: Experiment) -> int:
+    """Upper bound of the cache's bytes, for sources whose size is known before they are built."""
+    recipe, features = experiment.file.recipe, experiment.features
+    num_images = sum(source.num_images for source in recipe.dataset.sources if source.kind == "rendered")
+    value_bytes = 2 if features.precision == "fp16" else 4
+    per_map = features.encoder.num_patches * features.encoder.width * value_bytes
+    local_views = recipe.views.max_slices + 1
+    return num_images * per_map * (len(features.global_maps) + local_views * len(features.local_maps))
+
+
+def check_disk(experiment: Experiment) -> None:
+    """Refuse to start what cannot fit.
+
+    Args:
+        experiment: about to run.
+
+    Raises:
+        DiskSpaceError: dataset and cache together need more than is free.
+    """
+    free = experiment.store.free_bytes()
+    if free is None or experiment.record("cache-features", experiment.features) is not None:
+        return
+    num_images = sum(source.num_images for source in experiment.file.recipe.dataset.sources if source.kind == "rendered")
+    needed = planned_feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
+    if needed > free:
+        raise DiskSpaceError(
+            f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "
+            "Free some space, choose another --root, or lower dataset.sources[].num_images."
+        )
