@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from model.errors import ModelError, SpecError
-from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, fingerprint
+from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
 from pipelines.errors import RecipeError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
@@ -19,13 +19,12 @@ from workers.dataset.spec import DatasetSpec
 from workers.errors import DiskSpaceError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
+from workers.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
     from workers.exporting import ExportSpec
-    from workers.training.run import TrainingSpec
 
-    from model.language_model import LanguageModelSpec
 
 __all__ = ["STAGES", "Experiment", "ReportSpec", "StageOutcome", "StageRun", "check_disk", "open_experiment", "stage_runs"]
 
@@ -92,7 +91,7 @@ class Experiment:
     store: Store
     execution: ExecutionSettings
     encoder: EncoderSpec
-    language_model: "LanguageModelSpec"
+    language_model: LanguageModelSpec
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
@@ -103,7 +102,7 @@ class Experiment:
         record: dict[str, Any] | None = self.store.read_json(path) if self.store.exists(path) else None
         return record
 
-    def training(self, seed: int) -> "TrainingSpec":
+    def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.
 
         Args:
@@ -112,8 +111,6 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        from workers.training.run import TrainingSpec
-
         num_train = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
             num_train = int(built["num_train"])

@@ -1,0 +1,318 @@
+"""The report page: what it shows, as plain data, and how it is drawn: one HTML file with inline SVG, no script, no request to anywhere.
+
+Input: a `ReportPage`. Output: HTML text. Nothing here reads a store, so the page is tested from data alone.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from model.metrics import Share
+from pipelines.progress import duration_text
+
+__all__ = [
+    "AccuracyCell",
+    "AccuracyRow",
+    "Curve",
+    "DatasetRow",
+    "PageSample",
+    "PageTurn",
+    "PhaseCurves",
+    "ReportPage",
+    "StageRow",
+    "bytes_text",
+    "data_uri",
+    "page_template_sha256",
+    "render_page",
+]
+
+TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = "report.html.j2"
+
+MODE_WORDS = {"blind": "blind", "global": "global only", "local": "local only", "both": "both views"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetRow:
+    """One family of the dataset."""
+
+    family: str
+    num_train: int
+    num_held_out: int
+    num_turns: int
+    num_small_turns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRow:
+    """What one stage took and left."""
+
+    name: str
+    key: str
+    seconds: float
+    num_bytes: int | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """The loss of one phase under one seed."""
+
+    seed: int
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseCurves:
+    """One phase of the schedule, all seeds."""
+
+    phase: str
+    trained: str
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccuracyCell:
+    """How often one kind of question was answered right in one mode."""
+
+    num_right: tuple[int, ...]
+    """By seed."""
+    num_asked: tuple[int, ...]
+
+    @property
+    def by_seed(self) -> tuple[float, ...]:
+        """Share answered right, by seed."""
+        return tuple(right / asked for right, asked in zip(self.num_right, self.num_asked, strict=True) if asked)
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None where nothing was asked."""
+        return sum(self.by_seed) / len(self.by_seed) if self.by_seed else None
+
+    @property
+    def spread(self) -> float | None:
+        """Half the distance between the worst and the best seed; None for a single one."""
+        return (max(self.by_seed) - min(self.by_seed)) / 2 if len(self.by_seed) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval from the number of questions, for the mean over seeds taken as one trial (the questions are the same for each)."""
+        if self.mean is None:
+            return None
+        asked = max(self.num_asked)
+        return Share(correct=round(self.mean * asked), total=asked).interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccuracyRow:
+    """One line of the accuracy table."""
+
+    label: str
+    group: str
+    """`overall`, `detail` or `family`."""
+    num_questions: int
+    majority: float | None
+    """Share right by always giving the commonest training answer to the question's kind."""
+    cells: dict[str, AccuracyCell]
+    """By mode."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageTurn:
+    """One question with what the model said."""
+
+    question: str
+    truth: str
+    detail: str
+    answers: tuple[tuple[str, str, bool], ...]
+    """Mode, answer, whether it counts as right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageSample:
+    """One held-out picture with its views."""
+
+    sample_id: str
+    family: str
+    image_uri: str
+    width_px: int
+    height_px: int
+    grid: tuple[tuple[float, float, float, float], ...]
+    """What each local view shows: left, top, right, bottom in image pixels, clipped to the image."""
+    evidence: tuple[float, float, float, float] | None
+    global_uri: str
+    answer_uri: str
+    """The local view that holds the answer."""
+    answer_view: int
+    turns: tuple[PageTurn, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportPage:
+    """Everything the page shows."""
+
+    title: str
+    description: str
+    headline: tuple[tuple[str, str], ...]
+    """Big numbers with their label."""
+    facts: tuple[tuple[str, str], ...]
+    dataset: tuple[DatasetRow, ...]
+    quarantine: tuple[tuple[str, str, int], ...]
+    """Stage, reason, number."""
+    phases: tuple[PhaseCurves, ...]
+    modes: tuple[str, ...]
+    accuracy: tuple[AccuracyRow, ...]
+    normalisation: str
+    """How an answer is compared, in words."""
+    samples: tuple[PageSample, ...]
+    stages: tuple[StageRow, ...]
+    ask_command: str
+    recipe_text: str
+    seeds: tuple[int, ...]
+
+
+def bytes_text(number: int | None) -> str:
+    """Bytes for people, in powers of 1000."""
+    if number is None:
+        return "-"
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    """Bytes as a URI that needs no request."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def page_template_sha256() -> str:
+    """Digest of what draws the page, so that a new template is a new report."""
+    digest = hashlib.sha256()
+    for path in (TEMPLATES / TEMPLATE, Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# -- the loss plots, as geometry for the template
+
+_PLOT_WIDTH, _PLOT_HEIGHT = 320.0, 180.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 12.0, 12.0, 30.0
+
+
+def _ticks(low: float, high: float, number: int = 4) -> list[float]:
+    """Round values that cover a range."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / number
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * magnitude for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * magnitude >= raw)
+    first = math.ceil(low / step - 1e-9) * step
+    return [first + step * place for place in range(int((high - first) / step + 1e-9) + 1)]
+
+
+def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
+    """Running mean over a share of the points, so that a noisy loss shows its way."""
+    half = max(0, round(len(values) * share / 2))
+    return [
+        sum(values[max(0, place - half) : place + half + 1]) / len(values[max(0, place - half) : place + half + 1]) for place in range(len(values))
+    ]
+
+
+def _thinned(values: Sequence[Any], limit: int = 240) -> list[Any]:
+    """Evenly spaced ones, the last included: a plot of 320 px shows no more."""
+    if len(values) <= limit:
+        return list(values)
+    places = sorted({round(place * (len(values) - 1) / (limit - 1)) for place in range(limit)})
+    return [values[place] for place in places]
+
+
+def plot_geometry(phase: PhaseCurves) -> dict[str, Any]:
+    """Lines, ticks and their places for one phase's plot."""
+    raw = [loss for curve in phase.curves for loss in curve.losses]
+    steps = [step for curve in phase.curves for step in curve.steps]
+    low, high = 0.0, max(raw) * 1.05 if raw else 1.0
+    last = max(steps, default=1)
+
+    def x(step: float) -> float:
+        return _LEFT + (_PLOT_WIDTH - _LEFT - _RIGHT) * step / max(1, last)
+
+    def y(loss: float) -> float:
+        return _PLOT_HEIGHT - _BOTTOM - (_PLOT_HEIGHT - _TOP - _BOTTOM) * (loss - low) / (high - low)
+
+    def points(curve: Curve, losses: Sequence[float]) -> str:
+        return " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in _thinned(list(zip(curve.steps, losses, strict=True))))
+
+    lines = [
+        {"seed": curve.seed, "raw": points(curve, curve.losses), "smooth": points(curve, smoothed(curve.losses))}
+        for curve in phase.curves
+        if curve.steps
+    ]
+    first = [sum(part) / len(part) for curve in phase.curves if (part := curve.losses[: max(1, len(curve.losses) // 10)])]
+    final = [sum(part) / len(part) for curve in phase.curves if (part := curve.losses[-max(1, len(curve.losses) // 10) :])]
+    return {
+        "width": _PLOT_WIDTH,
+        "height": _PLOT_HEIGHT,
+        "left": _LEFT,
+        "right": _PLOT_WIDTH - _RIGHT,
+        "bottom": _PLOT_HEIGHT - _BOTTOM,
+        "x_ticks": [{"at": round(x(tick), 1), "text": f"{tick:g}"} for tick in _ticks(0, last)],
+        "y_ticks": [{"at": round(y(tick), 1), "text": f"{tick:g}"} for tick in _ticks(low, high)],
+        "lines": lines,
+        "first": sum(first) / len(first) if first else None,
+        "final": sum(final) / len(final) if final else None,
+        "num_steps": last,
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def render_page(page: ReportPage) -> str:
+    """Draw the page.
+
+    Args:
+        page: what it shows.
+
+    Returns:
+        One HTML document that needs nothing else.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=_percent, points=_points, duration=duration_text, bytes=bytes_text)
+    totals = DatasetRow(
+        family="all",
+        num_train=sum(row.num_train for row in page.dataset),
+        num_held_out=sum(row.num_held_out for row in page.dataset),
+        num_turns=sum(row.num_turns for row in page.dataset),
+        num_small_turns=sum(row.num_small_turns for row in page.dataset),
+    )
+    bars = [row for row in page.accuracy if row.group in ("overall", "detail")]
+    return environment.get_template(TEMPLATE).render(
+        page=page,
+        totals=totals,
+        bars=bars,
+        plots=[(phase, plot_geometry(phase)) for phase in page.phases],
+        mode_words=MODE_WORDS,
+        seconds=sum(row.seconds for row in page.stages),
+        num_bytes=sum(row.num_bytes or 0 for row in page.stages),
+    )
