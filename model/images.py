@@ -23,8 +23,8 @@ Reason = Literal["empty", "too_many_bytes", "not_an_image", "too_many_pixels", "
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """Everything that can be wrong with an image's bytes; the quarantine's reason codes of the decoder."""
 
-_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are tried. Others that Pillow knows (PSD, EPS, ...) start programs, need plug-ins, or are no pictures."""
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are tried (a camera's MPO opens as JPEG). Others that Pillow knows (EPS, PSD, ...) start programs or are no pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,258 @@
+"""The device half of a unit's work: forward, reduce, check, quantise, write.
+
+The process that encodes writes the unit's files itself and tells only counts: features pass neither through Ray's object store nor through the
+driver. Batches are formed within a unit, so a unit's numbers do not depend on what ran before it.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, UInt8
+
+from model.encoder import Encoder, load_encoder
+from model.specs import FeatureSpec, MapSpec, fingerprint
+from model.views import Branch
+from workers.caching.units import (
+    BRANCHES,
+    PreparedUnit,
+    UnitOutcome,
+    features_table,
+    file_schema,
+    map_bytes,
+    num_views,
+    refuse,
+    view_plan,
+)
+from workers.dataset.samples import Sample
+from workers.execution import ExecutionSettings
+from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_table
+from workers.storage import Store
+from workers.tables import TableFile
+
+__all__ = ["UnitEncoder", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder"]
+
+_NUMPY_DTYPE = {"fp32": np.float32, "fp16": np.float16}
+
+
+def choose_device(device: str) -> str:
+    """`auto` made concrete: cuda when torch sees one, else cpu."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def deepest_layer(spec: FeatureSpec) -> int:
+    """The highest layer that any map of the cache needs."""
+    return max((layer for branch in BRANCHES for item in spec.maps(branch) for layer in item.layers), default=0)
+
+
+def encode_views(
+    encoder: Encoder, views: UInt8[np.ndarray, "views 3 px px"], maps: Sequence[MapSpec], batch_views: int, precision: str
+) -> tuple[dict[str, np.ndarray], "np.ndarray[tuple[int], np.dtype[np.bool_]]"]:
+    """Encode views into maps at their stored precision.
+
+    Args:
+        encoder: loaded deep enough.
+        views: uint8 [views, 3, view_px, view_px].
+        maps: which.
+        batch_views: views in one forward pass.
+        precision: `fp32` or `fp16`.
+
+    Returns:
+        [views, patches, width] by map name, and per view whether all of its values are finite once stored.
+    """
+    patches, width = encoder.spec.num_patches, encoder.spec.width
+    stored = {item.name: np.empty((len(views), patches, width), dtype=_NUMPY_DTYPE[precision]) for item in maps}
+    finite = np.ones(len(views), dtype=np.bool_)
+    for start in range(0, len(views), batch_views):
+        stop = min(start + batch_views, len(views))
+        reduced = encoder(torch.from_numpy(views[start:stop]), list(maps))
+        for name, values in reduced.items():
+            # Rounded on the device, so that half the bytes leave it.
+            rounded = values.to(torch.float16) if precision == "fp16" else values
+            finite[start:stop] &= torch.isfinite(rounded).flatten(1).all(dim=1).cpu().numpy()
+            stored[name][start:stop] = rounded.cpu().numpy()
+    return stored, finite
+
+
+class UnitEncoder:
+    """Encodes units and writes their files. May be called from two threads: one computes while the other writes.
+
+    Args:
+        spec: of the cache.
+        execution: device, threads and batch size count.
+        threads: torch threads; None leaves torch's own choice.
+    """
+
+    def __init__(self, spec: FeatureSpec, execution: ExecutionSettings, threads: int | None) -> None:
+        self._spec = spec
+        self._execution = execution
+        self._threads = threads
+        self._encoder: Encoder | None = None
+        self._forward = threading.Lock()
+
+    def _loaded(self) -> Encoder:
+        # Loaded with the first unit and not in the constructor: an error in an actor's constructor reaches the driver without its type.
+        if self._encoder is None:
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
+            self._encoder = load_encoder(self._spec.encoder, deepest_layer(self._spec), choose_device(self._execution.device))
+        return self._encoder
+
+    def __call__(self, prepared: PreparedUnit) -> UnitOutcome:
+        """Encode one unit and write its files.
+
+        Args:
+            prepared: the unit's views.
+
+        Returns:
+            What became of it; its files are written and belong to no table yet.
+
+        Raises:
+            EncoderError: the encoder cannot be loaded.
+            StorageError: the files cannot be written.
+        """
+        spec = self._spec
+        with self._forward:
+            encoder = self._loaded()
+            started = time.monotonic()
+            stored: dict[Branch, dict[str, np.ndarray]] = {}
+            finite: dict[Branch, np.ndarray] = {}
+            for branch in BRANCHES:
+                views = prepared.views(branch)
+                stored[branch], finite[branch] = encode_views(encoder, views, spec.maps(branch), self._execution.encode_batch_views, spec.precision)
+            encode_seconds = time.monotonic() - started
+        started = time.monotonic()
+        rows, kept = _image_rows(spec, prepared.samples, finite)
+        refused = [
+            refuse(sample, "non_finite_features", f"a map of this image is not finite at {spec.precision}")
+            for sample in prepared.samples
+            if sample.image_sha256 not in kept
+        ]
+        files = _write_features(Store(prepared.job.root), spec, prepared, rows, stored)
+        quarantined = (*prepared.quarantined, *refused)
+        quarantine_files = _write_quarantine(Store(prepared.job.root), spec, prepared.job.number, quarantined)
+        return UnitOutcome(
+            number=prepared.job.number,
+            num_images=len(kept),
+            num_views=sum(stop - start for branch in BRANCHES for _, start, stop in rows[branch]),
+            files=files,
+            quarantine_files=quarantine_files,
+            quarantined=quarantined,
+            prepare_seconds=prepared.seconds,
+            encode_seconds=encode_seconds,
+            write_seconds=time.monotonic() - started,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class make_unit_encoder:  # noqa: N801 - used as a function; a class, so that it can be sent to another process
+    """Makes a UnitEncoder in the process that will use it."""
+
+    spec: FeatureSpec
+    execution: ExecutionSettings
+    threads: int | None
+
+    def __call__(self) -> UnitEncoder:
+        """A fresh encoder."""
+        return UnitEncoder(self.spec, self.execution, self.threads)
+
+
+_Rows = dict[Branch, list[tuple[Sample, int, int]]]
+
+
+def _image_rows(spec: FeatureSpec, samples: Sequence[Sample], finite: Mapping[Branch, np.ndarray]) -> tuple[_Rows, set[str]]:
+    """Where each image's views lie in the unit's arrays, without the images that have a value that is not finite."""
+    rows: _Rows = {"global": [], "local": []}
+    kept: set[str] = set()
+    position: dict[Branch, int] = {"global": 0, "local": 0}
+    for sample in samples:
+        spans = {}
+        for branch in BRANCHES:
+            stop = position[branch] + num_views(spec, sample, branch)
+            spans[branch] = (position[branch], stop)
+            position[branch] = stop
+        if all(finite[branch][start:stop].all() for branch, (start, stop) in spans.items()):
+            kept.add(sample.image_sha256)
+            for branch, (start, stop) in spans.items():
+                rows[branch].append((sample, start, stop))
+    return rows, kept
+
+
+def unit_file_name(spec: FeatureSpec, number: int, images: Sequence[str]) -> str:
+    """The name of a unit's file: a function of the cache, the unit and the images in it, so two outcomes never share a file."""
+    digest = hashlib.sha256(":".join([fingerprint(spec), *images]).encode()).hexdigest()
+    return f"unit-{number:06d}-{digest[:12]}.parquet"
+
+
+def _write_features(
+    store: Store, spec: FeatureSpec, prepared: PreparedUnit, rows: _Rows, stored: Mapping[Branch, Mapping[str, np.ndarray]]
+) -> tuple[TableFile, ...]:
+    table = features_table(store, spec)
+    files = []
+    for branch in BRANCHES:
+        if not spec.maps(branch):
+            continue
+        name = unit_file_name(spec, prepared.job.number, [sample.image_sha256 for sample, _, _ in rows[branch]])
+        metadata = {
+            "loupe.features": fingerprint(spec),
+            "loupe.dataset": spec.dataset_fingerprint,
+            "loupe.encoder_sha256": spec.encoder.weights_sha256,
+            "loupe.format_version": str(spec.format_version),
+        }
+        blobs = [item.name for item in spec.maps(branch)]
+        groups = _row_groups(spec, branch, rows[branch], stored[branch])
+        files.append(table.write_file({"branch": branch}, name, groups, blobs=blobs, metadata=metadata))
+    return tuple(files)
+
+
+def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+    """One table per image, so that one image is one row group: random access costs nothing, and its views lie together."""
+    schema = file_schema(spec, branch)
+    if not rows:
+        yield schema.empty_table()
+    for sample, start, stop in rows:
+        plan = view_plan(spec, sample)
+        views = (plan.global_view,) if branch == "global" else plan.local_views
+        assert len(views) == stop - start
+        columns: dict[str, object] = {
+            "image_sha256": [sample.image_sha256] * len(views),
+            "sample_index": [sample.index] * len(views),
+            "view_index": [view.index for view in views],
+            "row": [view.row for view in views],
+            "column": [view.column for view in views],
+            "left_px": [view.source.left for view in views],
+            "top_px": [view.source.top for view in views],
+            "right_px": [view.source.right for view in views],
+            "bottom_px": [view.source.bottom for view in views],
+        }
+        arrays = [pa.array(columns[field.name], field.type) for field in schema if field.name in columns]
+        for item in spec.maps(branch):
+            values = stored[item.name][start:stop]
+            arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(map_bytes(spec)), len(values), [None, pa.py_buffer(values)]))
+        yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _write_quarantine(store: Store, spec: FeatureSpec, number: int, rows: Sequence[QuarantineRow]) -> tuple[TableFile, ...]:
+    if not rows:
+        return ()
+    digest = hashlib.sha256("".join(f"{row.bytes_sha256}:{row.reason};" for row in rows).encode()).hexdigest()
+    partition = {"stage": "cache-features", "key": fingerprint(spec)[:16]}
+    name = f"unit-{number:06d}-{digest[:12]}.parquet"
+    return (quarantine_table(store).write_file(partition, name, [quarantine_to_table(rows)]),)
+
+
+def as_features(stored: Mapping[str, np.ndarray], maps: Sequence[MapSpec]) -> Float[torch.Tensor, "views maps patches width"]:
+    """Stored maps stacked in the order of `maps`, as fp32.
+
+    Args:
+        stored: [views, patches, width] by map name.
+        maps: which, in order; at least one.
+    """
+    return torch.from_numpy(np.stack([stored[item.name].astype(np.float32) for item in maps], axis=1))
