@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from model.errors import LanguageModelError
+from model.specs import LanguageModelSpec
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
@@ -34,16 +35,6 @@ BUILTIN_LANGUAGE_MODEL = "builtin:language-model"
 
 _IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageModelSpec:
-    """Which language model, told by its bytes."""
-
-    model: str
-    """Folder, hub id or name, for people. Identity rests on the digest."""
-    weights_sha256: str
-    """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,6 +31,7 @@ __all__ = [
     "FusionSpec",
     "GatedMixtureSpec",
     "GlobalBranchSpec",
+    "LanguageModelSpec",
     "LocalBranchSpec",
     "MLPSpec",
     "MapSpec",
@@ -307,6 +308,16 @@ class ConnectorSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModelSpec:
+    """Which language model, told by its bytes."""
+
+    model: str
+    """Folder, hub id or name, for people. Identity rests on the digest."""
+    weights_sha256: str
+    """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BranchMix:
     """Which share of a phase's samples sees which visual input. Shares sum to 1."""
 
@@ -344,7 +355,7 @@ class PhaseSpec:
 
     def __post_init__(self) -> None:
         if ("gate" in self.train and self.experts != "mixture") or ("resampler" in self.train and self.experts == "mlp"):
-            raise SpecError(f"phase {self.name!r} trains {list(self.train)}, but experts = {self.experts!r} leaves a block without effect; use 'mixture'")
+            raise SpecError(f"phase {self.name!r}: experts = {self.experts!r} leaves a block of {list(self.train)} without effect; use 'mixture'")
         if not self.train or len(set(self.train)) != len(self.train) or set(self.train) - set(BLOCKS):
             raise SpecError(f"phase {self.name!r}: train must name each block once, out of {list(BLOCKS)}; found {list(self.train)}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

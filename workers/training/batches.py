@@ -1,0 +1,341 @@
+"""Which samples a step sees, as pure functions of (seed, position), and their batches.
+
+A position counts samples from the start of the schedule; step k of a phase takes the next `batch_size` positions. From a position follow the image
+(a permutation per pass over the images), what is shown of it (BranchMix) and the gate's noise. So a run that resumes, or runs on another number of
+workers, sees the same; the whole state of the data is the step's number.
+
+Input: samples, a feature source and a tokenizer. Output: micro-batches of one rank, and the number of supervised tokens over all ranks.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.adapters import NUM_EXPERTS
+from model.chat import Conversation, tokenise_conversation
+from model.connector import Connector
+from model.specs import BranchMix, FeatureSpec, MapSpec, ScheduleSpec
+from model.views import plan_views
+from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
+from workers.dataset.samples import Sample
+from workers.errors import MissingFeaturesError, TrainingError
+
+__all__ = ["BatchBuilder", "FeatureFetcher", "Features", "Prefetcher", "StepBatches", "branch_mode", "sample_index", "stack_maps"]
+
+_ORDER, _BRANCH, _NOISE = 1, 2, 3
+"""Streams of random numbers that must not meet."""
+
+
+class Features(Protocol):
+    """Features of one image, maps in the order of the spec."""
+
+    @property
+    def global_maps(self) -> Float[Tensor, "maps patches width"] | None:
+        """Of the global view."""
+
+    @property
+    def local_maps(self) -> Float[Tensor, "views maps patches width"] | None:
+        """Of the local views, row by row."""
+
+
+class FeatureFetcher(Protocol):
+    """Where features come from: cached or live, same numbers."""
+
+    def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> Sequence[Features]:
+        """Features of some images, in their order.
+
+        Args:
+            images: whose.
+            want_global: whether their global views are needed.
+            want_local: whether their local views are needed.
+        """
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def sample_index(seed: int, position: int, num_samples: int) -> int:
+    """Which sample a position sees: every sample once per pass, each pass in an order of its own.
+
+    Args:
+        seed: of the schedule.
+        position: counted over the whole schedule.
+        num_samples: in the training split.
+    """
+    return int(_permutation(seed, position // num_samples, num_samples)[position % num_samples])
+
+
+_permutations: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+
+def _permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
+    key = (seed, epoch, num_samples)
+    if key not in _permutations:
+        while len(_permutations) >= 4:  # a batch spans two passes at most, and few seeds are alive in a process
+            _permutations.pop(next(iter(_permutations)))
+        _permutations[key] = _generator(seed, _ORDER, epoch).permutation(num_samples)
+    return _permutations[key]
+
+
+def branch_mode(mix: BranchMix, seed: int, phase: int, position: int) -> Mode:
+    """What a position shows of its image.
+
+    Args:
+        mix: the phase's shares.
+        seed: of the schedule.
+        phase: its index.
+        position: counted over the whole schedule.
+    """
+    shares: dict[Mode, float] = {"blind": mix.blind, "global": mix.global_only, "local": mix.local_only, "both": mix.both}
+    drawn = _generator(seed, _BRANCH, phase, position).random()
+    possible = [mode for mode in MODES if shares[mode] > 0]
+    for mode in possible:
+        drawn -= shares[mode]
+        if drawn < 0:
+            return mode
+    return possible[-1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatches:
+    """What one rank needs for one optimizer step."""
+
+    micro_batches: tuple[Batch, ...]
+    supervised: int
+    """Supervised tokens over all ranks and micro-batches: what the summed loss is divided by."""
+    samples: int
+    """Over all ranks."""
+
+
+def stack_maps(
+    features: Sequence[Float[Tensor, "*views maps patches width"]], held: Sequence[MapSpec], needed: Sequence[MapSpec]
+) -> dict[str, Float[Tensor, "views patches width"]]:
+    """One tensor per needed map, over the views of several images.
+
+    Args:
+        features: of each image: [maps, patches, width], or [views, maps, patches, width].
+        held: the maps of the features, in order.
+        needed: the maps to keep.
+    """
+    places = {map_spec: place for place, map_spec in enumerate(held)}
+    if features[0].ndim == 3:
+        return {map_spec.name: torch.stack([feature[places[map_spec]] for feature in features]) for map_spec in needed}
+    return {map_spec.name: torch.cat([feature[:, places[map_spec]] for feature in features]) for map_spec in needed}
+
+
+class BatchBuilder:
+    """Makes the batches of any step, in any order.
+
+    Args:
+        samples: the training split in its frozen order.
+        source: of their features.
+        features: what the source holds.
+        connector: tells how many tokens a view makes and which maps it needs.
+        schedule: phases and seed.
+        tokenizer: with a chat template.
+        max_tokens: the language model's longest sequence.
+
+    Raises:
+        TrainingError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: Sequence[Sample],
+        source: FeatureFetcher,
+        features: FeatureSpec,
+        connector: Connector,
+        schedule: ScheduleSpec,
+        tokenizer: Any,
+        max_tokens: int,
+    ) -> None:
+        if not samples:
+            raise TrainingError("the dataset's train split holds no image; build a dataset with a smaller held_out_fraction or more images")
+        self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._conversations: dict[int, Conversation] = {}
+
+    def num_local_views(self, sample: Sample) -> int:
+        """Local views of an image, by the view rule alone."""
+        return len(plan_views(sample.width_px, sample.height_px, self.features.encoder.view_px, self.features.views).local_views)
+
+    def conversation(self, index: int) -> Conversation:
+        """Tokens of a sample's conversation; kept, since every pass needs them again."""
+        if index not in self._conversations:
+            sample = self.samples[index]
+            room = room_for_text(self._max_tokens, self.connector, self.num_local_views(sample))
+            turns = [(turn.question, turn.answer) for turn in sample.turns]
+            self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
+        return self._conversations[index]
+
+    def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
+        """The batches of one step for one rank.
+
+        Args:
+            phase_index: which phase of the schedule.
+            step: counted from 0 within the phase.
+            rank: whose share.
+            world: number of ranks.
+            micro_batch_size: most samples in a micro-batch; None puts a rank's share in one.
+
+        Raises:
+            TrainingError: the batch cannot be shared evenly.
+            MissingFeaturesError: the source gave an image without a view that was asked for.
+        """
+        phases = self.schedule.phases
+        phase, seed = phases[phase_index], self.schedule.seed
+        if phase.batch_size % world:
+            raise TrainingError(
+                f"phase {phase.name!r} has batch_size {phase.batch_size}, which {world} workers cannot share evenly; change train_workers"
+            )
+        first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
+        positions = range(first, first + phase.batch_size)
+        indices = [sample_index(seed, position, len(self.samples)) for position in positions]
+        supervised = sum(self.conversation(index).num_supervised for index in indices)
+        share = phase.batch_size // world
+        mine = range(rank * share, (rank + 1) * share)
+        size = share if micro_batch_size is None else min(micro_batch_size, share)
+        micro_batches = []
+        for start in range(mine.start, mine.stop, size):
+            chosen = range(start, min(start + size, mine.stop))
+            micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen]))
+        return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
+
+    def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Maps of the first images of the frozen order, to measure the connector's inputs on.
+
+        Args:
+            num_images: how many, at most.
+        """
+        images = list(self.samples[:num_images])
+        local = self.connector.spec.local_branch
+        found = self.source.fetch(images, want_global=True, want_local=local is not None)
+        global_maps = stack_maps(
+            [_there(features.global_maps, image, "global") for features, image in zip(found, images, strict=True)],
+            self.features.global_maps,
+            self.connector.spec.global_branch.fusion.maps,
+        )
+        if local is None:
+            return global_maps, None
+        local_features = [_there(features.local_maps, image, "local") for features, image in zip(found, images, strict=True)]
+        return global_maps, stack_maps(local_features, self.features.local_maps, local.fusion.maps)
+
+    def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int]) -> Batch:
+        phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
+        modes = [branch_mode(phase.branch, seed, phase_index, position) for position in positions]
+        wants_global = [mode in ("global", "both") for mode in modes]
+        wants_local = [mode in ("local", "both") and spec.local_branch is not None for mode in modes]
+        found = self._fetch(indices, wants_global, wants_local)
+        global_features = [
+            _there(features.global_maps, self.samples[index], "global")
+            for features, index, wanted in zip(found, indices, wants_global, strict=True)
+            if wanted and features is not None
+        ]
+        local_features = [
+            _there(features.local_maps, self.samples[index], "local")
+            for features, index, wanted in zip(found, indices, wants_local, strict=True)
+            if wanted and features is not None
+        ]
+        num_views = [0 if features is None or not wanted else len(features.local_maps) for features, wanted in zip(found, wants_local, strict=True)]  # type: ignore[arg-type]
+        noise = None
+        if "gate" in phase.train and global_features and phase.experts == "mixture" and _is_noisy(self.connector):
+            shape = (self.connector.num_patches, NUM_EXPERTS)
+            drawn = [
+                _generator(seed, _NOISE, phase_index, position).standard_normal(shape, dtype=np.float32)
+                for position, wanted in zip(positions, wants_global, strict=True)
+                if wanted
+            ]
+            noise = torch.from_numpy(np.stack(drawn))
+        local = spec.local_branch
+        return plan_sequences(
+            [self.conversation(index) for index in indices],
+            modes,
+            range(len(indices)),
+            lay_out_images(self.connector, wants_global, num_views),
+            global_maps=stack_maps(global_features, self.features.global_maps, spec.global_branch.fusion.maps) if global_features else None,
+            local_maps=stack_maps(local_features, self.features.local_maps, local.fusion.maps) if local is not None and local_features else None,
+            gate_noise=noise,
+            experts=phase.experts,
+        )
+
+    def _fetch(self, indices: Sequence[int], wants_global: Sequence[bool], wants_local: Sequence[bool]) -> list[Features | None]:
+        """Features of every sample, one call per combination of wants, so that nothing is read that nobody looks at."""
+        found: list[Features | None] = [None] * len(indices)
+        for want_global, want_local in ((True, True), (True, False), (False, True)):
+            places = [k for k in range(len(indices)) if (wants_global[k], wants_local[k]) == (want_global, want_local)]
+            if places:
+                images = [self.samples[indices[k]] for k in places]
+                for place, features in zip(places, self.source.fetch(images, want_global=want_global, want_local=want_local), strict=True):
+                    found[place] = features
+        return found
+
+
+def _is_noisy(connector: Connector) -> bool:
+    adapters = connector.spec.global_branch.adapters
+    return adapters.kind == "gated_mixture" and adapters.noise
+
+
+def _there(maps: Tensor | None, sample: Sample, branch: str) -> Tensor:
+    if maps is None:
+        raise MissingFeaturesError(f"the feature source gave no {branch} maps for image {sample.image_sha256[:16]}, though they were asked for")
+    return maps
+
+
+Item = TypeVar("Item")
+
+
+class Prefetcher(Generic[Item]):
+    """Runs an iterator in a thread, a few items ahead. Errors come out where the items would.
+
+    Args:
+        make: called in the thread; gives the iterator.
+        depth: items ahead.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]], depth: int = 2) -> None:
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[], Iterator[Item]]) -> None:
+        try:
+            for item in make():
+                self._put(("item", item))
+                if self._stopped.is_set():
+                    return
+            self._put(("end", None))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised in the thread that waits for it
+            self._put(("error", error))
+
+    def _put(self, message: tuple[str, Any]) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(message, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def __iter__(self) -> Iterator[Item]:
+        while True:
+            kind, value = self._queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stopped.set()
+        self._thread.join()

@@ -1,0 +1,104 @@
+"""What a training run is: its identity, as frozen data, and the record of what came out.
+
+Needs neither torch nor Ray, so planning stays fast.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.errors import SpecError
+from model.specs import CONNECTOR_BLOCKS, ConnectorSpec, FeatureSpec, LanguageModelSpec, MapSpec, ScheduleSpec
+
+__all__ = ["LanguageModelSpec", "PhaseRecord", "TrainingRecord", "TrainingSpec"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSpec:
+    """Identity of a trained connector.
+
+    Raises:
+        SpecError: the parts do not fit each other: a map that is not cached, a block that does not exist, a branch that nothing computes.
+    """
+
+    dataset_fingerprint: str
+    features: FeatureSpec
+    connector: ConnectorSpec
+    schedule: ScheduleSpec
+    language_model: LanguageModelSpec
+    feature_source: Literal["cached", "live"] = "cached"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type."""
+
+    def __post_init__(self) -> None:
+        local = self.connector.local_branch
+        branches: list[tuple[str, tuple[MapSpec, ...], tuple[MapSpec, ...]]] = [
+            ("global", self.connector.global_branch.fusion.maps, self.features.global_maps)
+        ]
+        if local is not None:
+            branches.append(("local", local.fusion.maps, self.features.local_maps))
+        for branch, needed, held in branches:
+            if missing := [map_spec.name for map_spec in needed if map_spec not in held]:
+                raise SpecError(
+                    f"connector.{branch} needs the maps {missing}, but the features hold {[map_spec.name for map_spec in held]}; add them to the "
+                    "features"
+                )
+        if self.dataset_fingerprint != self.features.dataset_fingerprint:
+            raise SpecError("training and its features name different datasets; cache the features of the dataset that is trained on")
+        for phase in self.schedule.phases:
+            known = (*self.connector.blocks, "language_model")
+            if missing_blocks := [block for block in phase.train if block not in known]:
+                raise SpecError(f"phase {phase.name!r} trains {missing_blocks}, but this connector has the blocks {list(known)}")
+            if local is None and phase.branch.local_only > 0:
+                raise SpecError(f"phase {phase.name!r} shows local views alone to some samples, but the connector has no local branch")
+            if phase.experts == "resampler" and "resampler" not in self.connector.blocks:
+                raise SpecError(f"phase {phase.name!r} runs the resampler alone, but the connector has none; use experts = 'mixture'")
+
+    @property
+    def trainable_connector_blocks(self) -> tuple[str, ...]:
+        """The connector's blocks, in the order of BLOCKS."""
+        return tuple(block for block in CONNECTOR_BLOCKS if block in self.connector.blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseRecord:
+    """What one phase did."""
+
+    name: str
+    train: tuple[str, ...]
+    steps: int
+    seconds: float
+    """Wall seconds of the steps whose results were kept."""
+    first_loss: float
+    """Mean loss of the first tenth of the steps, in nats per supervised token."""
+    last_loss: float
+    """Mean loss of the last tenth."""
+    samples: int
+    hashes_before: dict[str, str]
+    """sha256 of every block's bytes at the phase's start."""
+    hashes_after: dict[str, str]
+    """At its end: equal for every block that the phase does not train."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRecord:
+    """What a training run made."""
+
+    training_fingerprint: str
+    folder: str
+    """Where the weights are, relative to the root."""
+    files: dict[str, str]
+    """sha256 by file name."""
+    phases: tuple[PhaseRecord, ...]
+    steps: int
+    samples: int
+    num_images: int
+    parameters: dict[str, int]
+    """Number of parameters by block."""
+    seconds: float
+    samples_per_second: float
+    """Over the steps themselves, without starts and checkpoints."""
+    bytes_written: int
+    workers: int
+    threads: int
+    device: str
+    versions: dict[str, str]
