@@ -29,6 +29,7 @@ app = App(
     name="loupe",
     help="Turns high-detail images and their questions into a trained vision-language connector. A recipe says what; options say where and how.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says how to go on
 )
 
 RecipeWord = Annotated[str, Parameter(help="Name of a recipe that comes with Loupe (see `loupe recipes`), or the path of a TOML file.")]
@@ -83,7 +84,7 @@ def _shown_path(url: str) -> str:
 
 
 @app.command
-def run(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def run(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Run a recipe from its sources to its report. What is done already is found done; what was interrupted goes on where it was."""
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
@@ -94,31 +95,31 @@ def run(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (
 
 
 @app.command(name="build-dataset")
-def build_dataset(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def build_dataset(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Build the recipe's dataset: images, questions, splits."""
     _run_until(recipe, root, settings, "build-dataset", dry_run=dry_run)
 
 
 @app.command(name="cache-features")
-def cache_features(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def cache_features(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Cache the encoder's features of every view, after what comes before."""
     _run_until(recipe, root, settings, "cache-features", dry_run=dry_run)
 
 
 @app.command
-def train(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def train(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Train the connector, every seed, after what comes before."""
     _run_until(recipe, root, settings, "train-connector", dry_run=dry_run)
 
 
 @app.command
-def evaluate(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def evaluate(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Ask the held-out questions, every seed, after what comes before."""
     _run_until(recipe, root, settings, "evaluate", dry_run=dry_run)
 
 
 @app.command
-def export(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
     if outcomes:
@@ -126,7 +127,7 @@ def export(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings 
 
 
 @app.command
-def report(recipe: RecipeWord, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
     """Write the report page, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
@@ -138,6 +139,7 @@ def ask(
     export_folder: Annotated[str, Parameter(name="EXPORT", help="An export folder, as a path or URL.")],
     image: Annotated[Path, Parameter(name="IMAGE", help="An image file.")],
     question: Annotated[str, Parameter(name="QUESTION", help="What to ask about it.")],
+    /,
     *,
     mode: Annotated[Literal["blind", "global", "local", "both"], Parameter(name="--mode", help="Which views the model sees.")] = "both",
 ) -> None:
@@ -152,6 +154,7 @@ def ask(
 def show(
     what: Annotated[Literal["dataset", "cache", "run"], Parameter(name="WHAT", help="A dataset, a cache, or a whole run.")],
     recipe: RecipeWord,
+    /,
     *,
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -178,6 +181,7 @@ def recipes() -> None:
 @app.command
 def serve(
     recipe: RecipeWord,
+    /,
     *,
     root: Root = DEFAULT_ROOT,
     settings: Settings = (),

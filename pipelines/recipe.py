@@ -397,6 +397,11 @@ class Schedule(Table):
     align: tuple[Phase, ...] = ()
     sft: Phase | None = None
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases in the order they run."""
+        return self.align if self.sft is None else (*self.align, self.sft)
+
 
 class Evaluation(Table):
     """What is asked of the held-out images."""
@@ -431,8 +436,7 @@ class Recipe(Table):
     @property
     def uses_epochs(self) -> bool:
         """Whether a phase's length depends on the number of training images."""
-        phases = [*self.schedule.align, *([self.schedule.sft] if self.schedule.sft else [])]
-        return any(phase.epochs is not None for phase in phases)
+        return any(phase.epochs is not None for phase in self.schedule.phases)
 
     def view_spec(self) -> ViewSpec:
         """How views are cut."""

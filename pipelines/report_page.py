@@ -223,9 +223,8 @@ def _ticks(low: float, high: float, number: int = 4) -> list[float]:
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Running mean over a share of the points, so that a noisy loss shows its way."""
     half = max(0, round(len(values) * share / 2))
-    return [
-        sum(values[max(0, place - half) : place + half + 1]) / len(values[max(0, place - half) : place + half + 1]) for place in range(len(values))
-    ]
+    windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _thinned(values: Sequence[Any], limit: int = 240) -> list[Any]:

@@ -27,8 +27,8 @@ def serve_recipe(recipe: str, root: str, settings: dict[str, str], *, cron: str,
         SettingError: the schedule cannot be read.
     """
     server = start_flow_server(ui=True, port=port)
-    from prefect.deployments.runner import EntrypointType
     from prefect.schedules import Cron
+    from prefect.types.entrypoint import EntrypointType
     from pydantic import ValidationError
 
     from pipelines.flow import loupe_flow

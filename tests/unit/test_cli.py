@@ -1,0 +1,128 @@
+"""The command line: its options are frozen, its errors are one paragraph with status 2, and it imports nothing heavy for nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from pipelines.errors import PipelineError
+
+# A new option is a decision: it must set execution, never what is computed. Change this table when you have decided.
+FROZEN = {
+    "run": ["RECIPE", "--root", "--set", "--dry-run"],
+    "build-dataset": ["RECIPE", "--root", "--set", "--dry-run"],
+    "cache-features": ["RECIPE", "--root", "--set", "--dry-run"],
+    "train": ["RECIPE", "--root", "--set", "--dry-run"],
+    "evaluate": ["RECIPE", "--root", "--set", "--dry-run"],
+    "export": ["RECIPE", "--root", "--set", "--dry-run"],
+    "report": ["RECIPE", "--root", "--set", "--dry-run"],
+    "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
+    "show": ["WHAT", "RECIPE", "--root"],
+    "recipes": [],
+    "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
+}
+
+
+def test_commands_and_options_are_frozen() -> None:
+    commands = {name: command for name, command in cli.app.resolved_commands().items() if not name.startswith("-")}
+    assert set(commands) == set(FROZEN)
+    for name, command in commands.items():
+        arguments = command.assemble_argument_collection()
+        assert [argument.names[0] for argument in arguments] == FROZEN[name], name
+
+
+def test_every_command_and_option_has_help() -> None:
+    for name, command in cli.app.resolved_commands().items():
+        if name.startswith("-"):
+            continue
+        assert command.help, name
+        for argument in command.assemble_argument_collection():
+            assert argument.parameter.help, (name, argument.name)
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        cli.main(words)
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(["recipes"], capsys)
+    assert status == 0
+    assert "demo" in out
+    assert "detail-study" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "dmeo"], "loupe: found no recipe named 'dmeo'; did you mean 'demo'?"),
+        (["run", "demo", "--set", "train_worker=2"], "did you mean 'train_workers'?"),
+        (["run", "demo", "--set", "learning_rate=2"], "edit the recipe"),
+        (["run", "demo", "--set", "train_workers"], "no 'key=value'"),
+        (["ask", "/nowhere", "/nowhere.png", "What?"], "found no image file /nowhere.png"),
+        (["run", "demo", "--learning-rate", "2"], "--learning-rate"),
+        (["trian", "demo"], "trian"),
+    ],
+)
+def test_a_users_mistake_is_one_paragraph(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(words, capsys)
+    assert status == 2
+    assert message in (out + err).replace("\n", " ")
+    assert "Traceback" not in out + err
+
+
+def test_a_broken_recipe_is_named_by_file_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\n[datset]\n')
+    status, _, err = run(["build-dataset", str(path)], capsys)
+    assert status == 2
+    assert (
+        err
+        == f"loupe: recipe {path}: top level: found the unknown key 'datset'; did you mean 'dataset'? allowed here: "
+        + err.partition("allowed here: ")[2]
+    )
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    status, _, err = run(["run", "demo"], capsys)
+    assert status == 130
+    assert err == "loupe: interrupted; run the same command to resume\n"
+
+
+def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "load_recipe", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "demo"])
+
+
+def test_pipeline_errors_have_one_base() -> None:
+    from pipelines import errors
+
+    names = [name for name in errors.__all__ if name != "PipelineError"]
+    assert sorted(errors.__all__) == errors.__all__
+    assert all(issubclass(getattr(errors, name), PipelineError) for name in names)
+    assert all(name in (errors.__doc__ or "") for name in errors.__all__)
+
+
+def test_light_commands_import_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom pipelines import cli\n"
+        "try:\n    cli.main(['recipes'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'prefect', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
