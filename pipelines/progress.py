@@ -99,6 +99,7 @@ class LineProgress:
         self._what = ""
         self._total = self._done = self._done_before = 0
         self._began_s = self._printed_s = 0.0
+        self._printed_done: int | None = None
         self._facts: dict[str, float | int | str] = {}
 
     def start(self, what: str, total: int, done: int = 0) -> None:
@@ -106,7 +107,7 @@ class LineProgress:
         with self._lock:
             self._what, self._total, self._done, self._done_before = what, total, done, done
             self._began_s = self._printed_s = self._clock()
-            self._facts = {}
+            self._facts, self._printed_done = {}, None
             before = f", {done} done before" if done else ""
             print(f"{what}: {total} to do{before}", file=self._stream, flush=True)
 
@@ -121,7 +122,7 @@ class LineProgress:
     def finish(self) -> None:
         """Print where it ended."""
         with self._lock:
-            if self._what:
+            if self._what and self._printed_done != self._done:
                 self._print_line()
             self._what = ""
 
@@ -138,7 +139,7 @@ class LineProgress:
         if self._facts:
             parts.append(facts_text(self._facts))
         print(", ".join(parts), file=self._stream, flush=True)
-        self._printed_s = now_s
+        self._printed_s, self._printed_done = now_s, self._done
 
 
 class TeeProgress:

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from model.errors import ModelError
 from workers.errors import ClusterError, WorkerError, WorkFailedError
@@ -33,6 +33,7 @@ _MAX_TEMP_DIR_CHARS = 40
 """Ray appends about 65 characters for its sockets, and a socket's path may have 107."""
 
 
+@runtime_checkable
 class Cluster(Protocol):
     """Runs functions over jobs."""
 
@@ -271,7 +272,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+    except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise ClusterError(
             f"Ray did not start ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Expected room for its sockets and logs in "
             f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
