@@ -39,6 +39,8 @@ class ExecutionSettings:
     micro_batch_size: int | None = None
     """Samples in one forward and backward pass; None is the whole share of a rank."""
     checkpoint_every_steps: int = 200
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's stage in fine-tuning: 1 and 2 share optimizer state (and gradients) among the workers. Alignment always runs on 0."""
     max_failures: int = 2
     """Worker deaths that a training run survives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -71,10 +73,13 @@ class ExecutionSettings:
             raise ValueError(f"max_failures must be at least 0, found {self.max_failures}")
         if not 0 <= self.max_quarantined_fraction <= 1:
             raise ValueError(f"max_quarantined_fraction must lie in 0..1, found {self.max_quarantined_fraction}")
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"zero_stage must be 0, 1 or 2, found {self.zero_stage}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, found {self.device!r}")
 
 
+@runtime_checkable
 @runtime_checkable
 class Progress(Protocol):
     """How a stage tells how far it is. One `start`, then any number of `advance`, then `finish`; may repeat."""

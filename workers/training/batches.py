@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,41 +22,17 @@ from torch import Tensor
 from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation
 from model.connector import Connector
-from model.specs import BranchMix, FeatureSpec, MapSpec, ScheduleSpec
+from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
 from model.views import plan_views
 from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
+from workers.caching.reader import FeatureSource, ImageFeatures
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
-__all__ = ["BatchBuilder", "FeatureFetcher", "Features", "Prefetcher", "StepBatches", "branch_mode", "sample_index", "stack_maps"]
+__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
 
 _ORDER, _BRANCH, _NOISE = 1, 2, 3
 """Streams of random numbers that must not meet."""
-
-
-class Features(Protocol):
-    """Features of one image, maps in the order of the spec."""
-
-    @property
-    def global_maps(self) -> Float[Tensor, "maps patches width"] | None:
-        """Of the global view."""
-
-    @property
-    def local_maps(self) -> Float[Tensor, "views maps patches width"] | None:
-        """Of the local views, row by row."""
-
-
-class FeatureFetcher(Protocol):
-    """Where features come from: cached or live, same numbers."""
-
-    def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> Sequence[Features]:
-        """Features of some images, in their order.
-
-        Args:
-            images: whose.
-            want_global: whether their global views are needed.
-            want_local: whether their local views are needed.
-        """
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -117,19 +93,27 @@ class StepBatches:
 
 
 def stack_maps(
-    features: Sequence[Float[Tensor, "*views maps patches width"]], held: Sequence[MapSpec], needed: Sequence[MapSpec]
+    features: Sequence[Float[Tensor, "*views maps patches width"]], held: Sequence[MapSpec]
 ) -> dict[str, Float[Tensor, "views patches width"]]:
-    """One tensor per needed map, over the views of several images.
+    """One tensor per map, over the views of several images.
 
     Args:
         features: of each image: [maps, patches, width], or [views, maps, patches, width].
         held: the maps of the features, in order.
-        needed: the maps to keep.
     """
-    places = {map_spec: place for place, map_spec in enumerate(held)}
     if features[0].ndim == 3:
-        return {map_spec.name: torch.stack([feature[places[map_spec]] for feature in features]) for map_spec in needed}
-    return {map_spec.name: torch.cat([feature[:, places[map_spec]] for feature in features]) for map_spec in needed}
+        return {map_spec.name: torch.stack([feature[place] for feature in features]) for place, map_spec in enumerate(held)}
+    return {map_spec.name: torch.cat([feature[:, place] for feature in features]) for place, map_spec in enumerate(held)}
+
+
+def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[MapSpec, ...]]:
+    """The maps that a connector reads, each once, global and local: the order in which features are fetched for it.
+
+    Args:
+        connector: the spec.
+    """
+    local = () if connector.local_branch is None else connector.local_branch.fusion.maps
+    return tuple(dict.fromkeys(connector.global_branch.fusion.maps)), tuple(dict.fromkeys(local))
 
 
 class BatchBuilder:
@@ -137,8 +121,8 @@ class BatchBuilder:
 
     Args:
         samples: the training split in its frozen order.
-        source: of their features.
-        features: what the source holds.
+        source: of their features; gives the connector's maps in the order of `needed_maps`.
+        features: what the source's features are.
         connector: tells how many tokens a view makes and which maps it needs.
         schedule: phases and seed.
         tokenizer: with a chat template.
@@ -152,7 +136,7 @@ class BatchBuilder:
         self,
         *,
         samples: Sequence[Sample],
-        source: FeatureFetcher,
+        source: FeatureSource,
         features: FeatureSpec,
         connector: Connector,
         schedule: ScheduleSpec,
@@ -163,6 +147,7 @@ class BatchBuilder:
             raise TrainingError("the dataset's train split holds no image; build a dataset with a smaller held_out_fraction or more images")
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._global_maps, self._local_maps = needed_maps(connector.spec)
         self._conversations: dict[int, Conversation] = {}
 
     def num_local_views(self, sample: Sample) -> int:
@@ -222,13 +207,12 @@ class BatchBuilder:
         found = self.source.fetch(images, want_global=True, want_local=local is not None)
         global_maps = stack_maps(
             [_there(features.global_maps, image, "global") for features, image in zip(found, images, strict=True)],
-            self.features.global_maps,
-            self.connector.spec.global_branch.fusion.maps,
+            self._global_maps,
         )
         if local is None:
             return global_maps, None
         local_features = [_there(features.local_maps, image, "local") for features, image in zip(found, images, strict=True)]
-        return global_maps, stack_maps(local_features, self.features.local_maps, local.fusion.maps)
+        return global_maps, stack_maps(local_features, self._local_maps)
 
     def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int]) -> Batch:
         phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
@@ -262,15 +246,15 @@ class BatchBuilder:
             modes,
             range(len(indices)),
             lay_out_images(self.connector, wants_global, num_views),
-            global_maps=stack_maps(global_features, self.features.global_maps, spec.global_branch.fusion.maps) if global_features else None,
-            local_maps=stack_maps(local_features, self.features.local_maps, local.fusion.maps) if local is not None and local_features else None,
+            global_maps=stack_maps(global_features, self._global_maps) if global_features else None,
+            local_maps=stack_maps(local_features, self._local_maps) if local is not None and local_features else None,
             gate_noise=noise,
             experts=phase.experts,
         )
 
-    def _fetch(self, indices: Sequence[int], wants_global: Sequence[bool], wants_local: Sequence[bool]) -> list[Features | None]:
+    def _fetch(self, indices: Sequence[int], wants_global: Sequence[bool], wants_local: Sequence[bool]) -> list[ImageFeatures | None]:
         """Features of every sample, one call per combination of wants, so that nothing is read that nobody looks at."""
-        found: list[Features | None] = [None] * len(indices)
+        found: list[ImageFeatures | None] = [None] * len(indices)
         for want_global, want_local in ((True, True), (True, False), (False, True)):
             places = [k for k in range(len(indices)) if (wants_global[k], wants_local[k]) == (want_global, want_local)]
             if places:

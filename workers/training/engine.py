@@ -13,7 +13,7 @@ Optimizer state leaves and enters as named fp32 tensors, free of ranks and of pi
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ class StepSums:
     """Before clipping."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Steps a model's active blocks."""
 
@@ -108,6 +109,13 @@ def _fill_missing(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
+def _tied(total: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """A loss that backward() accepts, also when no sample of the batch reaches an active block (blind samples of a frozen language model)."""
+    if total.requires_grad:
+        return total
+    return total + 0.0 * next(parameter for parameter in parameters if parameter.requires_grad).sum()
+
+
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -144,7 +152,7 @@ class TorchEngine:
         totals, rights = [], []
         for batch in micro_batches:
             total, correct = self.model(batch)
-            (total / max(1, supervised)).backward()
+            (_tied(total, self._parameters) / max(1, supervised)).backward()
             totals.append(total.detach())
             rights.append(correct)
         _fill_missing(self._parameters)
@@ -236,7 +244,7 @@ class DeepSpeedEngine:
             self._engine.set_gradient_accumulation_boundary(number + 1 == len(micro_batches))
             total, correct = self._engine(batch)
             # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
-            self._engine.backward(total * (world / max(1, supervised)), scale_wrt_gas=False)
+            self._engine.backward(_tied(total, self._parameters) * (world / max(1, supervised)), scale_wrt_gas=False)
             totals.append(total.detach())
             rights.append(correct)
         _set_rates(self._optimizer, self._blocks, rates)

@@ -1,0 +1,135 @@
+import itertools
+import threading
+
+import pytest
+import torch
+
+from model.connector import build_connector
+from model.errors import SpecError
+from model.specs import BranchMix, PhaseSpec, ScheduleSpec
+from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
+from workers.errors import TrainingError
+from workers.training.batches import BatchBuilder, Prefetcher, branch_mode, sample_index
+
+
+def make_builder(tiny_language_model_folder, tiny_tokenizer, *, samples=None, **changes):
+    spec = tiny_training_spec(tiny_language_model_folder, **changes)
+    connector = build_connector(spec.connector, spec.features.encoder, hidden=16, embedding_rms=1.0, seed=0)
+    source = FakeFeatures(spec)
+    builder = BatchBuilder(
+        samples=fake_samples() if samples is None else samples,
+        source=source,
+        features=spec.features,
+        connector=connector,
+        schedule=spec.schedule,
+        tokenizer=tiny_tokenizer,
+        max_tokens=2048,
+    )
+    return builder, source
+
+
+def test_every_pass_sees_every_sample_once_in_another_order():
+    passes = [[sample_index(3, epoch * 10 + k, 10) for k in range(10)] for epoch in range(3)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0] == [sample_index(3, k, 10) for k in range(10)]
+    assert passes[0] != [sample_index(4, k, 10) for k in range(10)]
+
+
+def test_branches_come_in_their_shares_and_depend_on_the_position_alone():
+    mix = BranchMix(both=0.5, global_only=0.3, local_only=0.2)
+    modes = [branch_mode(mix, 0, 1, position) for position in range(3000)]
+    assert modes == [branch_mode(mix, 0, 1, position) for position in range(3000)]
+    assert modes.count("both") / 3000 == pytest.approx(0.5, abs=0.04)
+    assert modes.count("global") / 3000 == pytest.approx(0.3, abs=0.04)
+    assert modes.count("blind") == 0
+    assert branch_mode(BranchMix(blind=1.0), 0, 0, 5) == "blind"
+
+
+def equal(one, two):
+    assert torch.equal(one.text_ids, two.text_ids)
+    assert torch.equal(one.gather, two.gather)
+    assert torch.equal(one.label_positions, two.label_positions)
+    for maps in ("global_maps", "local_maps"):
+        a, b = getattr(one, maps), getattr(two, maps)
+        assert (a is None) == (b is None)
+        assert a is None or all(torch.equal(a[name], b[name]) for name in a)
+    assert (one.gate_noise is None) == (two.gate_noise is None)
+    assert one.gate_noise is None or torch.equal(one.gate_noise, two.gate_noise)
+
+
+def test_two_ranks_see_what_one_rank_sees_in_two_micro_batches(tiny_language_model_folder, tiny_tokenizer):
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    for phase, step in itertools.product(range(5), range(3)):
+        alone = builder.build(phase, step, micro_batch_size=2)
+        ranks = [builder.build(phase, step, rank=rank, world=2) for rank in range(2)]
+        assert len(alone.micro_batches) == 2
+        for rank in range(2):
+            assert ranks[rank].supervised == alone.supervised
+            equal(ranks[rank].micro_batches[0], alone.micro_batches[rank])
+        assert alone.supervised == sum(len(batch.label_ids) for batch in alone.micro_batches)
+
+
+def test_only_what_a_phase_looks_at_is_fetched(tiny_language_model_folder, tiny_tokenizer):
+    builder, source = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    builder.build(0, 0)
+    builder.build(2, 0)
+    assert source.asked == [(4, True, False), (4, False, True)]
+
+
+def test_noise_is_drawn_where_the_gate_trains(tiny_language_model_folder, tiny_tokenizer):
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    assert builder.build(3, 0).micro_batches[0].gate_noise is None
+    noises = [builder.build(4, step).micro_batches[0].gate_noise for step in range(2)]
+    assert noises[0].shape[1:] == (16, 2)
+    assert noises[0].shape != noises[1].shape or not torch.equal(*noises)
+    assert [builder.build(phase, 0).micro_batches[0].experts for phase in range(3)] == ["mlp", "resampler", "mixture"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny_language_model_folder, tiny_tokenizer):
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    with pytest.raises(TrainingError, match="batch_size 4, which 3 workers"):
+        builder.build(0, 0, world=3)
+
+
+def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):
+    with pytest.raises(TrainingError, match="no image"):
+        make_builder(tiny_language_model_folder, tiny_tokenizer, samples=[])
+
+
+def test_the_spec_s_parts_must_fit(tiny_language_model_folder):
+    spec = tiny_training_spec(tiny_language_model_folder)
+    phase = PhaseSpec(name="p", train=("local_mlp",), branch=BranchMix(both=1.0), steps=1, batch_size=1, learning_rate=1.0)
+    with pytest.raises(SpecError, match=r"trains \['local_mlp'\]"):
+        tiny_training_spec(tiny_language_model_folder, schedule=ScheduleSpec(align=(phase,), sft=None))
+    with pytest.raises(SpecError, match="different datasets"):
+        tiny_training_spec(tiny_language_model_folder, dataset_fingerprint="e" * 64)
+    from dataclasses import replace
+
+    with pytest.raises(SpecError, match=r"needs the maps \['mean_0_2'\]"):
+        replace(spec, features=replace(spec.features, local_maps=(spec.features.local_maps[0], spec.features.local_maps[2])))
+    with pytest.raises(SpecError, match="no local branch"):
+        replace(
+            spec, connector=replace(spec.connector, local_branch=None), schedule=replace(tiny_schedule(), align=tiny_schedule().align[3:], sft=None)
+        )
+
+
+def test_prefetched_items_come_in_order_and_errors_where_items_would():
+    def make():
+        yield from range(5)
+        raise KeyError("six")
+
+    prefetcher = Prefetcher(make)
+    items = iter(prefetcher)
+    assert [next(items) for _ in range(5)] == list(range(5))
+    with pytest.raises(KeyError, match="six"):
+        next(items)
+    prefetcher.close()
+
+
+def test_a_prefetcher_can_be_left_early():
+    before = threading.active_count()
+    prefetcher = Prefetcher(lambda: iter(itertools.count()))
+    assert next(iter(prefetcher)) == 0
+    prefetcher.close()
+    assert threading.active_count() == before

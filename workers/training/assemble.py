@@ -1,0 +1,150 @@
+"""A training spec's parts put together in one process: model, feature source, trained weights.
+
+Input: a TrainingSpec and a store. Output: what the loop, the evaluation and the export work with. Invariant: the same spec gives the same initial
+bytes in every process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+
+from model.connector import build_connector
+from model.language_model import embedding_rms, load_language_model
+from model.specs import fingerprint
+from model.vision_language import VisionLanguageModel
+from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
+from workers.dataset.samples import Sample, read_samples
+from workers.errors import TrainingError
+from workers.language_models import verified_folder
+from workers.storage import Store
+from workers.training.batches import needed_maps
+from workers.training.checkpoints import load_weights, read_checked
+from workers.training.spec import TrainingSpec
+
+__all__ = ["TrainingData", "assemble_model", "choose_device", "final_folder", "load_trained", "open_features", "training_data"]
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        asked: `auto` takes a GPU where there is one.
+
+    Raises:
+        TrainingError: cuda was asked for and is not there.
+    """
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise TrainingError("device is cuda, but torch sees no GPU here; use device=auto or device=cpu")
+    return torch.device("cuda" if there and asked != "cpu" else "cpu")
+
+
+def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: torch.device | str = "cpu") -> VisionLanguageModel:
+    """The model with its initial weights.
+
+    Args:
+        spec: of the run.
+        freeze_language_model: hold it in the run's precision, without gradients; fp32 else.
+        device: where it goes.
+
+    Raises:
+        LanguageModelError: the language model is missing or another by now.
+    """
+    language_model = load_language_model(verified_folder(spec.language_model))
+    connector = build_connector(
+        spec.connector,
+        spec.features.encoder,
+        hidden=language_model.hidden,
+        embedding_rms=embedding_rms(language_model.network),
+        seed=spec.schedule.seed,
+    )
+    model = VisionLanguageModel(connector, language_model, precision=spec.precision)
+    if freeze_language_model:
+        model.language_model.requires_grad_(requires_grad=False)
+        if spec.precision == "bf16":
+            model.language_model.to(torch.bfloat16)
+    return model.to(device)
+
+
+def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> FeatureSource:
+    """The run's feature source, giving the connector's maps in the order of `needed_maps`.
+
+    Args:
+        spec: of the run.
+        store: where the cache and the images are.
+        device: for encoding.
+
+    Raises:
+        MissingFeaturesError: there is no cache.
+    """
+    global_maps, local_maps = needed_maps(spec.connector)
+    if spec.feature_source == "live":
+        return LiveFeatures(store, spec.features, device, global_maps=global_maps, local_maps=local_maps)
+    return CachedFeatures(store, spec.features, global_maps=global_maps, local_maps=local_maps, device=device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """One split with its features."""
+
+    samples: list[Sample]
+    source: FeatureSource
+
+
+def training_data(
+    spec: TrainingSpec, store: Store, split: Literal["train", "held_out"], *, device: str = "cpu", verify: bool = False
+) -> TrainingData:
+    """The samples of a split whose features can be had.
+
+    Args:
+        spec: of the run.
+        store: where everything is.
+        split: which side of the dataset.
+        device: for encoding.
+        verify: encode a few cached images again and refuse a cache that no longer is what its encoder gives.
+
+    Raises:
+        StaleCacheError: the cache does not fit its encoder.
+    """
+    samples: Sequence[Sample] = read_samples(store, spec.dataset_fingerprint, split)
+    source = open_features(spec, store, device)
+    if isinstance(source, CachedFeatures):
+        samples = [sample for sample in samples if source.holds(sample)]  # others are in the quarantine, with the reason
+        if verify:
+            source.verify(samples)
+    return TrainingData(samples=list(samples), source=source)
+
+
+def final_folder(spec: TrainingSpec) -> str:
+    """Where a run's trained weights lie, relative to the root."""
+    return f"checkpoints/{fingerprint(spec)[:16]}/final"
+
+
+def load_trained(spec: TrainingSpec, store: Store, *, device: torch.device | str = "cpu") -> VisionLanguageModel:
+    """The model with its trained weights.
+
+    Args:
+        spec: of the run.
+        store: where its weights are.
+        device: where it goes.
+
+    Raises:
+        TrainingError: the run has not ended, or its weights are damaged.
+    """
+    folder = final_folder(spec)
+    files = read_checked(store, folder)
+    if files is None:
+        raise TrainingError(f"{store.url(folder)} holds no whole trained weights; run train-connector (remove the folder first if it is damaged)")
+    tensors: dict[str, Any] = {}
+    for part in ("connector", "language_model"):
+        if f"{part}.safetensors" in files:
+            loaded = safetensors.torch.load(files[f"{part}.safetensors"])
+            tensors |= {f"{part}.{name}": tensor for name, tensor in loaded.items()}
+    trains_language_model = "language_model.safetensors" in files
+    model = assemble_model(spec, freeze_language_model=not trains_language_model, device=device)
+    load_weights(model, tensors)
+    model.requires_grad_(requires_grad=False)
+    return model

@@ -1,0 +1,175 @@
+"""Saved training state: safetensors and JSON, files first, a manifest with their digests last.
+
+    checkpoints/<key>/<stage>/step-00000200/model.safetensors       what may have changed: connector, and the language model where it trains
+    checkpoints/<key>/<stage>/step-00000200/optimizer.safetensors   AdamW's state by parameter name, fp32
+    checkpoints/<key>/<stage>/step-00000200/state.json              phase, step, hashes of the blocks, records of finished phases
+    checkpoints/<key>/<stage>/step-00000200/MANIFEST.json           sha256 of the others; a folder without it does not exist
+
+Invariant: whoever finds a manifest finds the files it names, whole; a folder that does not match its manifest is passed over for an older one.
+Nothing is unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from workers.errors import TrainingError
+from workers.storage import Store
+
+__all__ = ["CheckpointFolder", "Saved", "load_weights", "read_checked", "weights_of", "write_checked"]
+
+_MANIFEST = "MANIFEST.json"
+_KEPT = 2
+"""Checkpoints that stay; older ones are deleted once a newer one is whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A checkpoint in memory."""
+
+    step: int
+    """Steps done, counted over all phases of the schedule."""
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def weights_of(model: nn.Module, *, with_language_model: bool) -> dict[str, Tensor]:
+    """What training may have changed: parameters (tied ones once) and the connector's measured buffers.
+
+    Args:
+        model: a VisionLanguageModel.
+        with_language_model: whether the language model's parameters are among them.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("connector.")}
+    if with_language_model:
+        tensors |= {name: parameter for name, parameter in model.named_parameters() if name.startswith("language_model.")}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved weights into a model, in place.
+
+    Args:
+        model: a VisionLanguageModel.
+        tensors: as `weights_of` gave them.
+
+    Raises:
+        TrainingError: they are of another model.
+    """
+    places = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("connector.")} | dict(model.named_parameters())
+    needed = {name for name in places if name.startswith("connector.")}
+    if any(name.startswith("language_model.") for name in tensors):
+        needed |= {name for name, _ in model.named_parameters() if name.startswith("language_model.")}
+    if difference := sorted(needed ^ tensors.keys()):
+        raise TrainingError(
+            f"saved weights are of another model: {difference[:4]} stand on one side only; remove the checkpoint or restore the recipe"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if places[name].shape != tensor.shape:
+                raise TrainingError(
+                    f"saved weights are of another model: {name} has shape {tuple(tensor.shape)}, expected {tuple(places[name].shape)}"
+                )
+            places[name].copy_(tensor)
+
+
+def write_checked(store: Store, folder: str, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Write files and then their manifest.
+
+    Args:
+        store: where.
+        folder: relative to the root.
+        files: bytes by name.
+
+    Returns:
+        sha256 (hex) by name.
+    """
+    digests = {}
+    for name, data in files.items():
+        store.write_bytes(f"{folder}/{name}", data)
+        digests[name] = hashlib.sha256(data).hexdigest()
+    store.write_json(f"{folder}/{_MANIFEST}", {"files": digests})
+    return digests
+
+
+def read_checked(store: Store, folder: str) -> dict[str, bytes] | None:
+    """The files of a folder if they are what its manifest says.
+
+    Args:
+        store: where.
+        folder: relative to the root.
+
+    Returns:
+        Bytes by name; None when there is no manifest, or a file is missing or differs.
+    """
+    if not store.exists(f"{folder}/{_MANIFEST}"):
+        return None
+    files = {}
+    for name, digest in store.read_json(f"{folder}/{_MANIFEST}")["files"].items():
+        if not store.exists(f"{folder}/{name}"):
+            return None
+        files[name] = store.read_bytes(f"{folder}/{name}")
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            return None
+    return files
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage of one training run.
+
+    Args:
+        store: where they lie.
+        key: of the training run.
+        stage: `align` or `sft`.
+    """
+
+    def __init__(self, store: Store, key: str, stage: str) -> None:
+        self._store = store
+        self.folder = f"checkpoints/{key}/{stage}"
+        self.bytes_written = 0
+
+    def save(self, saved: Saved) -> None:
+        """Write a checkpoint, then delete those that are no longer needed.
+
+        Args:
+            saved: what to keep.
+        """
+        files = {
+            "model.safetensors": safetensors.torch.save(saved.model),
+            "optimizer.safetensors": safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in saved.optimizer.items()}),
+            "state.json": json.dumps(saved.state, sort_keys=True).encode(),
+        }
+        write_checked(self._store, self._path(saved.step), files)
+        self.bytes_written += sum(len(data) for data in files.values())
+        for step in self._steps()[:-_KEPT]:
+            # The manifest goes first: a half deleted checkpoint must not look whole.
+            paths = self._store.list(self._path(step))
+            for path in sorted(paths, key=lambda path: not path.endswith(_MANIFEST)):
+                self._store.delete(path)
+
+    def latest(self) -> Saved | None:
+        """The newest whole checkpoint."""
+        for step in reversed(self._steps()):
+            files = read_checked(self._store, self._path(step))
+            if files is not None:
+                return Saved(
+                    step=step,
+                    model=safetensors.torch.load(files["model.safetensors"]),
+                    optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
+                    state=json.loads(files["state.json"]),
+                )
+        return None
+
+    def _path(self, step: int) -> str:
+        return f"{self.folder}/step-{step:08d}"
+
+    def _steps(self) -> list[int]:
+        names = {path[len(self.folder) + 1 :].split("/")[0] for path in self._store.list(self.folder)}
+        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
