@@ -202,7 +202,7 @@ def plan_sequences(
         supervised = np.flatnonzero(np.asarray(conversation.supervised, dtype=bool))
         # The hidden state at position p predicts the token at p + 1.
         labels.append((len(rows[-1]) - len(after) + supervised - 1, [conversation.after[place] for place in supervised]))
-    length = max(len(row) for row in rows)
+    length = max((len(row) for row in rows), default=0)
     gather = np.full((len(rows), length), _PADDING_ROW, dtype=np.int64)
     positions = []
     for number, row in enumerate(rows):
@@ -212,8 +212,8 @@ def plan_sequences(
     return Batch(
         text_ids=torch.tensor(text, dtype=torch.int64),
         gather=torch.from_numpy(gather),
-        lengths=torch.tensor([len(row) for row in rows]),
-        label_positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        label_positions=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions])),
         label_ids=torch.tensor([token for _, ids in labels for token in ids], dtype=torch.int64),
         **maps,
     )
@@ -260,6 +260,15 @@ class VisionLanguageModel(nn.Module):
                 else self.connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise),
                 local_tokens=None if batch.local_maps is None else self.connector.local_tokens(batch.local_maps),
             )
+
+    @torch.no_grad()
+    def visual_tokens_without_gradient(self, batch: Batch) -> VisualTokens:
+        """The same, for answering.
+
+        Args:
+            batch: with the maps of some images; its sequences do not matter.
+        """
+        return self.visual_tokens(batch)
 
     def embed_sequences(self, batch: Batch, visual: VisualTokens) -> Float[Tensor, "batch length hidden"]:
         """Input embeddings of every position, gathered from the bank.

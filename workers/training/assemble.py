@@ -4,6 +4,7 @@ Input: a TrainingSpec and a store. Output: what the loop, the evaluation and the
 bytes in every process.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,13 +19,14 @@ from model.vision_language import VisionLanguageModel
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import TrainingError
+from workers.execution import ExecutionSettings
 from workers.language_models import verified_folder
 from workers.storage import Store
 from workers.training.batches import needed_maps
 from workers.training.checkpoints import load_weights, read_checked
 from workers.training.spec import TrainingSpec
 
-__all__ = ["TrainingData", "assemble_model", "choose_device", "final_folder", "load_trained", "open_features", "training_data"]
+__all__ = ["TrainingData", "assemble_model", "choose_device", "final_folder", "load_trained", "open_features", "set_threads", "training_data"]
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -40,6 +42,15 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if asked == "cuda" and not there:
         raise TrainingError("device is cuda, but torch sees no GPU here; use device=auto or device=cpu")
     return torch.device("cuda" if there and asked != "cpu" else "cpu")
+
+
+def set_threads(execution: ExecutionSettings) -> None:
+    """Let torch use the run's CPUs in this process.
+
+    Args:
+        execution: num_cpus counts.
+    """
+    torch.set_num_threads(execution.num_cpus or os.cpu_count() or 1)
 
 
 def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: torch.device | str = "cpu") -> VisionLanguageModel:
