@@ -22,7 +22,7 @@ from pipelines.errors import FlowServerError
 
 __all__ = ["FlowServer", "cache_folder", "flow_environment", "start_flow_server"]
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0  # 4 s on an idle machine, 90 s seen on a crowded one
 PR_SET_PDEATHSIG = 1
 
 
