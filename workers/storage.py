@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -295,8 +295,14 @@ class Store:
                 found = [key.removeprefix(base) for key in keys if key.startswith(folder) and key != folder]
         return sorted(found)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes, *, sync: bool = True) -> None:
         """Put an object there, whole, whatever lay there before.
+
+        Args:
+            path: where.
+            data: all of it.
+            sync: whether it must survive a power cut from now on. Without, it survives killed processes only until `sync` is called for it:
+                ten times faster for many small files.
 
         Raises:
             StorageError: it cannot be written; what lay there before is still whole.
@@ -305,11 +311,28 @@ class Store:
             if self._local is not None:
                 target = self._local / _relative(path)
                 with self._temporary(target) as temporary:
-                    _write_synced(temporary, data)
+                    if sync:
+                        _write_synced(temporary, data)
+                    else:
+                        temporary.write_bytes(data)
                     os.replace(temporary, target)  # noqa: PTH105 - the atomicity is the point
-                _sync_folder(target.parent)
+                if sync:
+                    _sync_folder(target.parent)
             else:
                 self._s3.pipe_file(self._key(path), data)
+
+    def sync(self, paths: Sequence[str]) -> None:
+        """Make objects that were written without `sync` survive a power cut."""
+        if self._local is None:
+            return
+        folders = set()
+        for path in paths:
+            target = self._local / _relative(path)
+            with translated("write", self.url(path)), target.open("rb") as file:
+                os.fsync(file.fileno())
+            folders.add(target.parent)
+        for folder in sorted(folders):
+            _sync_folder(folder)
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Put an object there unless one is there already. Of any number of callers exactly one wins.

@@ -38,9 +38,9 @@ _CANARY_TOLERANCE = 5e-3
 class ImageFeatures:
     """The maps of one image's views, in the order that was asked for."""
 
-    global_maps: Float[Tensor, "maps patches width"] | None
+    global_maps: Float[Tensor, "global_maps patches width"] | None
     """fp32; None when not asked for."""
-    local_maps: Float[Tensor, "views maps patches width"] | None
+    local_maps: Float[Tensor, "views local_maps patches width"] | None
     """fp32, views row by row; None when not asked for."""
 
 

@@ -229,6 +229,7 @@ def build_unit(job: _UnitJob) -> _UnitReport:
             samples.append(loaded[0])
             sizes.append(loaded[1])
     unit = _StagedUnit(samples=tuple(samples), image_bytes=tuple(sizes), quarantined=tuple(quarantined))
+    store.sync([sample.image_path for sample in samples if "://" not in sample.image_path])
     store.write_json(job.path, to_json(unit))
     return _UnitReport(path=job.path, num_items=len(job.items), quarantined=unit.quarantined)
 

@@ -139,7 +139,7 @@ def _load_rendered(item: Item, source: RenderedSourceSpec, spec: DatasetSpec, st
     digest = hashlib.sha256(rendered.png).hexdigest()
     path = image_path(digest)
     if not store.exists(path):
-        store.write_bytes(path, rendered.png)
+        store.write_bytes(path, rendered.png, sync=False)  # the unit syncs all of its images at its end
     sample = Sample(
         sample_id=f"{source.family}-{item.number:06d}",
         index=item.index,

@@ -1,0 +1,347 @@
+import dataclasses
+import shutil
+
+import deltalake
+import duckdb
+import numpy as np
+import polars
+import pytest
+import torch
+from tests import small_data
+
+from model.encoder import describe_encoder, load_encoder
+from model.errors import EncoderError, MissingMapError
+from model.specs import FeatureSpec, MapSpec, fingerprint
+from workers.caching import build as caching_build
+from workers.caching.build import cache_features, planned_bytes
+from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
+from workers.caching.units import BRANCHES, feature_bytes, features_table, load_views
+from workers.commits import Stage
+from workers.dataset.samples import read_samples
+from workers.errors import DiskSpaceError, ErrorBudgetError, IncompleteError, MissingFeaturesError, SpecChangedError, StaleCacheError, TableError
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.quarantine import read_quarantine
+from workers.runtime import InlineCluster
+from workers.storage import Store
+
+SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
+"""5 images of the small dataset in a unit."""
+
+
+def cache(store, spec, settings=SETTINGS, progress=None):
+    return cache_features(spec, store, settings, progress or SilentProgress(), cluster=InlineCluster())
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, tiny_encoder_folder):
+    """A built dataset and its cache: (store, spec, samples, record). Not to be changed."""
+    store = Store(str(tmp_path_factory.mktemp("cached")))
+    dataset = small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    record = cache(store, spec)
+    return store, spec, read_samples(store, fingerprint(dataset)), record
+
+
+@pytest.fixture
+def built(root, tiny_encoder_folder):
+    """A built dataset without a cache: (store, spec, samples)."""
+    store = Store(root)
+    dataset = small_data.dataset_spec()
+    small_data.build(store, dataset)
+    return store, small_data.feature_spec(dataset, tiny_encoder_folder), read_samples(store, fingerprint(dataset))
+
+
+def table_rows(store, spec):
+    """Every row of the table as plain values, ordered."""
+    rows = []
+    for branch in BRANCHES:
+        table = features_table(store, spec).read({"branch": branch})
+        rows += [(branch, *(value for _, value in sorted(row.items()))) for row in table.to_pylist()]
+    return sorted(rows)
+
+
+def test_the_books_balance(cached):
+    store, spec, samples, record = cached
+    assert (record.num_images, record.num_cached, record.num_quarantined) == (16, 16, 0)
+    assert record.num_global_views == 16
+    assert record.num_local_views == 16 * 2
+    assert record.num_units == 4
+    assert planned_bytes(spec, store) == feature_bytes(spec, samples) == 16 * (3 + 2 * 2) * 16 * 32 * 2
+    assert feature_bytes(spec, samples) < record.feature_bytes
+    assert record.feature_bytes == sum(path.stat().st_size for path in store.local_path(features_table(store, spec).path).rglob("branch=*/*.parquet"))
+
+
+def test_files_are_laid_out_for_random_access(cached):
+    store, spec, samples, _ = cached
+    table = features_table(store, spec)
+    for branch, views in (("global", 1), ("local", 2)):
+        files = table.files({"branch": branch})
+        opened = table.open_file(files[0])
+        assert opened.num_row_groups == 5
+        assert {opened.metadata.row_group(group).num_rows for group in range(5)} == {views}
+        assert opened.schema_arrow.names[-len(spec.maps(branch)) :] == [item.name for item in spec.maps(branch)]
+        field = opened.schema_arrow.field("layer_5")
+        assert str(field.type) == f"fixed_size_binary[{16 * 32 * 2}]"
+        assert field.metadata == {b"map": b"layer_5", b"layers": b"[5]", b"dtype": b"float16", b"shape": b"[16, 32]"}
+        assert opened.schema_arrow.metadata[b"loupe.features"].decode() == fingerprint(spec)
+        rows = opened.read(columns=["image_sha256", "view_index"]).to_pylist()
+        assert [row["view_index"] for row in rows[:views]] == ([0] if branch == "global" else [1, 2])
+        assert [row["image_sha256"] for row in rows[::views]] == [sample.image_sha256 for sample in samples[:5]]
+
+
+@pytest.mark.parametrize(("precision", "relative", "absolute"), [("fp32", 0.0, 2e-5), ("fp16", 2**-10, 2e-5)])
+def test_cached_equals_live_equals_the_encoder_for_every_map(cached, root, precision, relative, absolute):
+    store, spec, samples, _ = cached
+    if precision == "fp32":
+        spec = dataclasses.replace(spec, precision="fp32")
+        cache(store, spec)
+    source, live = CachedFeatures(store, spec), LiveFeatures(store, spec, batch_views=7)
+    assert isinstance(source, FeatureSource)
+    ours = source.fetch(samples[:6], want_global=True, want_local=True)
+    theirs = live.fetch(samples[:6], want_global=True, want_local=True)
+    encoder = load_encoder(spec.encoder, 5)
+    for sample, cached_image, live_image in zip(samples[:6], ours, theirs, strict=True):
+        assert cached_image.global_maps.shape == (3, 16, 32)
+        assert cached_image.local_maps.shape == (2, 2, 16, 32)
+        torch.testing.assert_close(cached_image.global_maps, live_image.global_maps, rtol=relative, atol=absolute)
+        torch.testing.assert_close(cached_image.local_maps, live_image.local_maps, rtol=relative, atol=absolute)
+        views = torch.from_numpy(load_views(spec, sample, store))
+        for place, item in enumerate(spec.global_maps):
+            torch.testing.assert_close(cached_image.global_maps[place], encoder(views[:1], [item])[item.name][0], rtol=relative, atol=absolute)
+        for place, item in enumerate(spec.local_maps):
+            torch.testing.assert_close(cached_image.local_maps[:, place], encoder(views[1:], [item])[item.name], rtol=relative, atol=absolute)
+
+
+def test_only_the_wanted_maps_are_read_in_the_wanted_order(cached):
+    store, spec, samples, _ = cached
+    whole = CachedFeatures(store, spec).fetch(samples[3:4], want_global=True, want_local=True)[0]
+    chosen = CachedFeatures(store, spec, global_maps=spec.global_maps[::-2], local_maps=spec.local_maps[1:])
+    part = chosen.fetch(samples[3:4], want_global=True, want_local=True)[0]
+    assert torch.equal(part.global_maps, whole.global_maps[[2, 0]])
+    assert torch.equal(part.local_maps, whole.local_maps[:, 1:])
+    alone = chosen.fetch([samples[3], samples[3]], want_global=False, want_local=True)
+    assert alone[0].global_maps is None
+    assert torch.equal(alone[1].local_maps, part.local_maps)
+    assert chosen.fetch([], want_global=True, want_local=True) == []
+    with pytest.raises(MissingMapError, match=r"hold the global maps .*\['layer_6'\] are needed"):
+        CachedFeatures(store, spec, global_maps=[MapSpec(layers=(6,))])
+
+
+def test_the_table_is_read_by_duckdb_and_polars(cached):
+    store, spec, samples, _ = cached
+    table = features_table(store, spec)
+    frame = polars.read_delta(table.uri)
+    assert frame.height == 48
+    values = np.frombuffer(frame.filter(polars.col("branch") == "global")["layer_5"][0], dtype=np.float16)
+    assert values.shape == (16 * 32,)
+    features = deltalake.DeltaTable(table.uri).to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by its name
+    query = "select branch, count(*), count(distinct image_sha256), sum(octet_length(layer_5)) from features group by branch order by branch"
+    assert duckdb.sql(query).fetchall() == [("global", 16, 16, 16 * 1024), ("local", 32, 16, 32 * 1024)]
+
+
+def test_a_finished_cache_is_found_without_work(cached, monkeypatch):
+    store, spec, _, record = cached
+    monkeypatch.setattr(caching_build, "_run", None)
+    assert cache(store, spec) == record
+
+
+def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_path):
+    store, spec, samples = built
+
+    class Interrupts(SilentProgress):
+        def advance(self, count=1, **facts):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(store, spec, progress=Interrupts())
+    assert len(features_table(store, spec).files({"branch": "global"})) == 1
+
+    class Counts(SilentProgress):
+        def __init__(self):
+            self.calls = []
+
+        def start(self, what, total, done=0):
+            self.calls.append((total, done))
+
+        def advance(self, count=1, **facts):
+            self.calls.append(count)
+
+    counts = Counts()
+    # Another unit size now: the plan on record counts.
+    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=10**9), progress=counts)
+    assert counts.calls == [(16, 5), 5, 5, 1]
+    other = Store(str(tmp_path / "undisturbed"))
+    small_data.build(other, small_data.dataset_spec())
+    cache(other, spec)
+    assert table_rows(store, spec) == table_rows(other, spec)
+
+
+def test_an_outcome_on_record_is_committed_by_the_next_run(built, monkeypatch):
+    """Killed after the files were written and before the table knew of them."""
+    store, spec, _ = built
+
+    def killed(stage, table, outcomes):
+        if outcomes:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching_build, "_commit_outcomes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache(store, spec)
+    assert features_table(store, spec).files() == []
+    assert cache(store, spec).num_cached == 16
+
+
+def test_bad_images_are_rows_and_the_rest_is_cached(built):
+    store, spec, samples = built
+    store.delete(samples[1].image_path)
+    store.write_bytes(samples[6].image_path, small_data.png(999))
+    record = cache(store, spec)
+    assert (record.num_cached, record.num_quarantined) == (14, 2)
+    assert record.quarantined_by_reason == {"content_changed": 1, "missing_file": 1}
+    rows = read_quarantine(store, "cache-features", fingerprint(spec)[:16])
+    assert [(row.index, row.reason, row.bytes_sha256) for row in rows] == [
+        (1, "missing_file", samples[1].image_sha256),
+        (6, "content_changed", samples[6].image_sha256),
+    ]
+    source = CachedFeatures(store, spec)
+    assert [source.holds(sample) for sample in samples[:3]] == [True, False, True]
+    with pytest.raises(MissingFeaturesError, match="may be in quarantine"):
+        source.fetch(samples[:2], want_global=True, want_local=False)
+
+
+def test_too_many_bad_images_stop_the_stage_and_a_repair_resumes_it(built):
+    store, spec, samples = built
+    kept = {sample.image_path: store.read_bytes(sample.image_path) for sample in samples}
+    for sample in samples[:10]:
+        store.delete(sample.image_path)
+    with pytest.raises(ErrorBudgetError, match=r"source rendered/noise: \d+ of 10"):
+        cache(store, spec)
+    for path, data in kept.items():
+        store.write_bytes(path, data)
+    record = cache(store, spec)
+    assert record.num_cached + record.num_quarantined == 16
+    assert record.num_quarantined <= 5
+
+
+def test_values_that_are_not_finite_are_refused(built, tmp_path, tiny_encoder_folder):
+    from safetensors.torch import load_file, save_file
+
+    store, spec, _ = built
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "overflowing")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.4.mlp.fc2.bias" in name)
+    save_file({**weights, name: weights[name] + 1e6}, folder / "model.safetensors", metadata={"format": "pt"})
+    overflowing = dataclasses.replace(spec, encoder=describe_encoder(str(folder)))
+    # fp16 ends at 65504; the same values fit fp32.
+    with pytest.raises(ErrorBudgetError, match="non_finite_features"):
+        cache(store, overflowing)
+    assert cache(store, dataclasses.replace(overflowing, precision="fp32")).num_cached == 16
+    with pytest.raises(MissingFeaturesError, match="not finite"):
+        LiveFeatures(store, overflowing).fetch(read_samples(store, spec.dataset_fingerprint)[:1], want_global=True, want_local=True)
+
+
+def test_one_branch_alone_can_be_cached(built):
+    store, spec, samples = built
+    only = dataclasses.replace(spec, local_maps=())
+    record = cache(store, only)
+    assert (record.num_global_views, record.num_local_views) == (16, 0)
+    source = CachedFeatures(store, only)
+    assert source.fetch(samples[:1], want_global=True, want_local=False)[0].local_maps is None
+    with pytest.raises(MissingMapError, match="no local maps"):
+        source.fetch(samples[:1], want_global=True, want_local=True)
+    source.verify(samples)
+
+
+def test_too_little_disk_is_told_before_work(built, monkeypatch):
+    store, spec, _ = built
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 1000)
+    with pytest.raises(DiskSpaceError, match=r"need 0\.00 GiB, but file://.* has 0\.00 GiB free"):
+        cache(store, spec)
+    assert features_table(store, spec).files() == []
+
+
+def test_a_cache_needs_its_dataset_and_its_encoder(root, built, tiny_encoder_folder, tmp_path):
+    store, spec, _ = built
+    with pytest.raises(TableError, match="holds no dataset"):
+        cache(store, dataclasses.replace(spec, dataset_fingerprint="f" * 64))
+    with pytest.raises(EncoderError, match="weights were changed"):
+        cache(store, dataclasses.replace(spec, encoder=dataclasses.replace(spec.encoder, weights_sha256="0" * 64)))
+    with pytest.raises(MissingFeaturesError, match="holds no features"):
+        CachedFeatures(store, dataclasses.replace(spec, precision="fp32"))
+
+
+def test_another_spec_under_the_key_is_refused_by_field(built):
+    store, spec, _ = built
+    stage = Stage.open(store, "cache-features", spec)
+    stored = store.read_json(stage.path("spec.json"))
+    stored["spec"]["encoder"]["weights_sha256"] = "other"
+    store.write_json(stage.path("spec.json"), stored)
+    with pytest.raises(SpecChangedError, match=r"spec\.encoder\.weights_sha256: recorded \"other\""):
+        cache(store, spec)
+
+
+def test_a_lost_file_of_the_table_is_no_complete_cache(built):
+    store, spec, _ = built
+    cache(store, spec)
+    stage = Stage.open(store, "cache-features", spec)
+    store.delete(stage.path("COMMITTED.json"))
+    outcome = store.read_json(stage.path("units/unit-000000.json"))
+    outcome["quarantined"] = [{"reason": "missing_file", "source": "s", "item": "i", "index": 0, "bytes_sha256": "x", "detail": "d"}]
+    store.write_json(stage.path("units/unit-000000.json"), outcome)
+    with pytest.raises(IncompleteError):
+        cache(store, spec)
+
+
+def test_the_canary_passes_a_true_cache_and_refuses_a_stale_one(built, tiny_encoder_folder):
+    from tests.tiny import write_tiny_encoder
+
+    store, spec, samples = built
+    cache(store, spec)
+    source = CachedFeatures(store, spec)
+    source.verify(samples)
+    source.verify([])
+    # The cache of another encoder under this spec's name: what a moved table or a wrong digest would look like.
+    other = write_tiny_encoder(store.local_path("other-encoder"), seed=7)
+    stale = CachedFeatures(store, spec)
+    stale._live = LiveFeatures(store, dataclasses.replace(spec, encoder=describe_encoder(str(other))))
+    with pytest.raises(StaleCacheError, match=r"map layer_5 of image .* differs .* by"):
+        stale.verify(samples)
+
+
+def corrupt(path, marker, offset=0):
+    data = bytearray(path.read_bytes())
+    place = data.index(marker) + offset
+    data[place] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "gone"])
+def test_damaged_files_follow_the_policy(built, damage):
+    store, spec, samples = built
+    cache(store, spec)
+    good = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=False)
+    table = features_table(store, spec)
+    path = store.local_path(f"{table.path}/{table.files({'branch': 'global'})[0].path}")
+    if damage == "flipped bit":
+        blob = good[2].global_maps[0].to(torch.float16).numpy().tobytes()
+        corrupt(path, blob[:64], 10)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.unlink()
+    with pytest.raises(MissingFeaturesError, match="damaged|cannot be read"):
+        CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=False)
+    lenient = CachedFeatures(store, spec, policy="encode")
+    found = lenient.fetch(samples, want_global=True, want_local=False)
+    assert lenient.num_encoded_live == (1 if damage == "flipped bit" else 5)
+    for ours, theirs in zip(found, good, strict=True):
+        torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
+
+
+def test_the_spec_is_what_the_key_says(cached):
+    _, spec, _, record = cached
+    assert isinstance(spec, FeatureSpec)
+    assert record.feature_fingerprint == fingerprint(spec)
+    assert record.global_maps == ("layer_5", "mean_0_2", "mean_1.4")

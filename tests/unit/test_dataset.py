@@ -1,0 +1,305 @@
+import dataclasses
+import json
+
+import pytest
+from tests import small_data
+
+from model.errors import SpecError
+from model.specs import fingerprint
+from workers.commits import Stage
+from workers.dataset.build import build_dataset, merge_duplicates, samples_table
+from workers.dataset.samples import Sample, Turn, read_samples, samples_from_table, samples_to_table
+from workers.dataset.sources import describe_llava_json, normalise_conversation, split_of
+from workers.dataset.spec import LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.errors import ErrorBudgetError, SourceError, TableError, WorkerError
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.quarantine import read_quarantine
+from workers.runtime import InlineCluster
+from workers.storage import Store
+from workers.tables import Table
+
+
+@pytest.fixture
+def store(root):
+    return Store(root)
+
+
+def quarantine_of(store, spec):
+    return read_quarantine(store, "build-dataset", fingerprint(spec)[:16])
+
+
+def test_a_rendered_dataset_is_complete_ordered_and_addressed_by_content(store):
+    spec = small_data.dataset_spec()
+    record = small_data.build(store, spec)
+    samples = read_samples(store, fingerprint(spec))
+    assert [sample.index for sample in samples] == list(range(16))
+    assert [sample.sample_id for sample in samples[:2]] == ["noise-000000", "noise-000001"]
+    assert record.num_samples == record.num_items == 16
+    assert record.num_train + record.num_held_out == 16
+    assert record.samples_by_family == {"grain": 6, "noise": 10}
+    assert record.num_small_turns == record.num_turns == 32
+    assert record.num_units == 4
+    for sample in samples:
+        assert sample.image_path == f"images/{sample.image_sha256[:2]}/{sample.image_sha256}.png"
+        assert store.exists(sample.image_path)
+    assert record.image_bytes == sum(store.size_bytes(path) for path in store.list("images"))
+    assert samples[0].turns == small_data.render_noise("noise", 0, spec).turns
+    assert read_samples(store, record.dataset_fingerprint[:16], "held_out") == [sample for sample in samples if sample.split == "held_out"]
+
+
+def test_a_committed_dataset_is_returned_without_work(store):
+    spec = small_data.dataset_spec()
+    record = small_data.build(store, spec)
+
+    def never(family, number, spec):
+        raise AssertionError("rendered again")
+
+    again = build_dataset(spec, store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster(), renderer=never)
+    assert again == record
+    assert store.list(f"runs/build-dataset/{fingerprint(spec)[:16]}/staged") == []
+
+
+def test_an_interrupted_build_goes_on_where_it_was(store):
+    spec = small_data.dataset_spec()
+    drawn = []
+
+    def stops(family, number, spec):
+        drawn.append((family, number))
+        if len(drawn) == 7:
+            raise KeyboardInterrupt
+        return small_data.render_noise(family, number, spec)
+
+    def continues(family, number, spec):
+        drawn.append((family, number))
+        return small_data.render_noise(family, number, spec)
+
+    settings = ExecutionSettings(images_per_build_unit=4)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(spec, store, settings, SilentProgress(), cluster=InlineCluster(), renderer=stops)
+    with pytest.raises(TableError, match="holds no dataset"):
+        read_samples(store, fingerprint(spec))
+    drawn.clear()
+    # Another unit size now: the plan on record counts.
+    other = dataclasses.replace(settings, images_per_build_unit=5)
+    build_dataset(spec, store, other, SilentProgress(), cluster=InlineCluster(), renderer=continues)
+    assert len(drawn) == 12
+    assert len(read_samples(store, fingerprint(spec))) == 16
+
+
+@pytest.mark.parametrize("moment", ["quarantine", "samples", "record"])
+def test_a_kill_between_commits_leaves_each_row_once(store, monkeypatch, tmp_path, moment):
+    images = {f"{number}.png": small_data.png(number) for number in range(6)}
+    records = [{"id": str(number), "image": f"{number}.png", "conversations": small_data.conversation("q?", "a")} for number in range(8)]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
+    commit, commit_record = Table.commit, Stage.commit
+
+    def killed_after(self, files):
+        result = commit(self, files)
+        if self.path == moment:
+            raise KeyboardInterrupt
+        return result
+
+    def killed_before_the_record(self, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "commit", killed_after)
+        if moment == "record":
+            patch.setattr(Stage, "commit", killed_before_the_record)
+        with pytest.raises(KeyboardInterrupt):
+            small_data.build(store, spec)
+    # Repairing the refused records now is too late: the tables are being written.
+    (tmp_path / "llava" / "images" / "6.png").write_bytes(small_data.png(6))
+    assert Stage.commit is commit_record
+    record = small_data.build(store, spec)
+    assert (record.num_samples, record.num_quarantined) == (6, 2)
+    assert len(read_samples(store, fingerprint(spec))) == 6
+    assert [row.index for row in quarantine_of(store, spec)] == [6, 7]
+
+
+def test_duplicates_of_an_image_become_one_sample_with_all_questions(store, tmp_path):
+    images = {"a.png": small_data.png(1), "copy of a.png": small_data.png(1), "b.png": small_data.png(2)}
+    records = [
+        {"id": "first", "image": "a.png", "conversations": small_data.conversation("<image>\none?", "1")},
+        {"id": "b", "image": "b.png", "conversations": small_data.conversation("b?\n<image>", "b")},
+        {"id": "second", "image": "copy of a.png", "conversations": small_data.conversation("one?", "another answer", "two?", "2")},
+        {"id": "third", "image": "a.png", "conversations": small_data.conversation("three?", "3")},
+    ]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
+    record = small_data.build(store, spec, images_per_build_unit=1)
+    samples = read_samples(store, fingerprint(spec))
+    assert [(sample.sample_id, sample.index) for sample in samples] == [("first", 0), ("b", 1)]
+    assert [(turn.question, turn.answer) for turn in samples[0].turns] == [("one?", "1"), ("two?", "2"), ("three?", "3")]
+    assert (record.num_items, record.num_samples, record.num_duplicates) == (4, 2, 2)
+    assert store.list("images") == []
+    assert store.read_reference(samples[0].image_path) == small_data.png(1)
+
+
+def test_every_bad_record_is_a_row_with_its_reason(store, tmp_path):
+    good = small_data.conversation("<image>\nq?", "a")
+    images = {"good.png": small_data.png(1), "page.png": b"<html>", "half.png": small_data.png(2)[:500], "deep/in er.png": small_data.png(3)}
+    records = [
+        {"id": "ok", "image": "good.png", "conversations": good},
+        {"id": "deep", "image": "deep/in er.png", "conversations": good},
+        {"id": "text", "conversations": good},
+        {"id": "gone", "image": "gone.png", "conversations": good},
+        {"id": "html", "image": "page.png", "conversations": good},
+        {"id": "half", "image": "half.png", "conversations": good},
+        {"id": "away", "image": "../records.json", "conversations": good},
+        {"id": "odd", "image": "good.png", "conversations": small_data.conversation("q?", "a", "q?")},
+        "no record",
+    ]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
+    record = small_data.build(store, spec, max_quarantined_fraction=0.9)
+    reasons = {row.index: row.reason for row in quarantine_of(store, spec)}
+    assert reasons == {2: "no_image", 3: "missing_file", 4: "not_an_image", 5: "truncated", 6: "bad_path", 7: "bad_conversation", 8: "bad_record"}
+    assert record.num_samples + record.num_quarantined == record.num_items == 9
+    assert record.quarantined_by_reason["missing_file"] == 1
+    by_index = {row.index: row for row in quarantine_of(store, spec)}
+    assert by_index[4].bytes_sha256 is not None
+    assert by_index[3].item == "gone.png"
+
+
+def test_too_many_bad_records_stop_the_stage_and_a_repair_resumes_it(store, tmp_path):
+    records = [{"id": str(number), "image": f"{number}.png", "conversations": small_data.conversation("q?", "a")} for number in range(12)]
+    source = small_data.write_llava(tmp_path / "llava", records, {"0.png": small_data.png(0)})
+    spec = small_data.dataset_spec(sources=(source,))
+    with pytest.raises(ErrorBudgetError, match=r"source llava_json/records: \d+ of 12 .*missing_file.*max_quarantined_fraction"):
+        small_data.build(store, spec)
+    for number in range(12):
+        (tmp_path / "llava" / "images" / f"{number}.png").write_bytes(small_data.png(number))
+    assert small_data.build(store, spec).num_samples == 12
+
+
+def test_edited_records_are_refused(store, tmp_path):
+    source = small_data.write_llava(tmp_path / "llava", [{"id": "1"}], {})
+    assert describe_llava_json(source.records, source.images) == source
+    (tmp_path / "llava" / "records.json").write_text("[]")
+    with pytest.raises(SourceError, match="records were edited after the recipe"):
+        small_data.build(store, small_data.dataset_spec(sources=(source,)))
+    empty = describe_llava_json(source.records, source.images)
+    with pytest.raises(SourceError, match="at least one LLaVA record"):
+        small_data.build(store, small_data.dataset_spec(sources=(empty,)))
+    gone = LlavaJsonSourceSpec(records=str(tmp_path / "gone.json"), images=source.images, records_sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"gone\.json"):
+        small_data.build(store, small_data.dataset_spec(sources=(gone,)))
+
+
+def test_an_unknown_family_is_refused_before_work(store):
+    with pytest.raises(SourceError, match="unknown family 'noise'; rendered sources can draw charts"):
+        build_dataset(small_data.dataset_spec(), store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+
+
+def test_a_fault_of_the_store_is_no_quarantine_row(store, monkeypatch):
+    def fails(self, path, data, *, sync=True):
+        raise WorkerError("the disk is full")
+
+    monkeypatch.setattr(Store, "write_bytes", fails)
+    with pytest.raises(WorkerError, match="the disk is full"):
+        small_data.build(store, small_data.dataset_spec())
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("<image>\nwhat?", "this"), [("what?", "this")]),
+        (("what?\n<image>", "this", "and?", "that"), [("what?", "this"), ("and?", "that")]),
+        (("no placeholder", "fine"), [("no placeholder", "fine")]),
+    ],
+)
+def test_conversations_are_normalised(texts, expected):
+    assert [(turn.question, turn.answer) for turn in normalise_conversation(small_data.conversation(*texts))] == expected
+
+
+def test_a_leading_answer_is_skipped():
+    turns = normalise_conversation([{"from": "gpt", "value": "hello"}, *small_data.conversation("q?", "a")])
+    assert [turn.question for turn in turns] == ["q?"]
+
+
+@pytest.mark.parametrize(
+    "conversations",
+    [
+        [],
+        small_data.conversation("q?"),
+        small_data.conversation("<image>", "empty question"),
+        small_data.conversation("q?", "  "),
+        small_data.conversation("<image> <image> two?", "a"),
+        small_data.conversation("q?", "an answer with <image>"),
+        [{"from": "human", "value": "q?"}, {"from": "human", "value": "q?"}],
+        [{"from": "system", "value": "q?"}],
+        [{"from": "human"}],
+        ["q?"],
+    ],
+)
+def test_other_conversations_are_refused(conversations):
+    with pytest.raises(Exception, match="turn|alternate|stand once") as caught:
+        normalise_conversation(conversations)
+    assert caught.value.reason == "bad_conversation"
+
+
+def sample(**changes):
+    fields = {
+        "sample_id": "s",
+        "index": 0,
+        "image_sha256": "a" * 64,
+        "image_path": "images/aa/a.png",
+        "width_px": 4,
+        "height_px": 3,
+        "family": "f",
+        "source": "rendered/f",
+        "split": "train",
+        "licence": "CC0-1.0",
+        "detail_score": 0.5,
+        "turns": (Turn(question="q", answer="a", kind="k", detail="large"), Turn(question="r", answer="b", kind="k", detail="small", evidence=(1.0, 2.0, 3.0, 4.0))),
+    }
+    return Sample(**(fields | changes))
+
+
+def test_samples_survive_their_table():
+    samples = [sample(), sample(index=1, turns=())]
+    assert samples_from_table(samples_to_table(samples)) == samples
+
+
+def test_merging_does_not_depend_on_the_order():
+    candidates = [sample(index=2, sample_id="late"), sample(index=0), sample(index=1, image_sha256="b" * 64)]
+    assert merge_duplicates(candidates) == merge_duplicates(candidates[::-1])
+    merged, count = merge_duplicates(candidates)
+    assert ([item.index for item in merged], count) == ([0, 1], 1)
+
+
+def test_the_split_follows_the_image_alone():
+    sides = [split_of(f"{number:064x}", 0, 0.25) for number in range(2000)]
+    assert 0.2 < sides.count("held_out") / 2000 < 0.3
+    assert split_of("a" * 64, 0, 0.0) == "train"
+    assert [split_of(f"{number:064x}", 1, 0.25) for number in range(2000)] != sides
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sources": ()},
+        {"sources": (RenderedSourceSpec(family="a", num_images=1), RenderedSourceSpec(family="a", num_images=2))},
+        {"held_out_fraction": 1.0},
+        {"turns_per_image": 0},
+    ],
+)
+def test_a_spec_that_cannot_be_right_is_refused(change):
+    with pytest.raises(SpecError):
+        small_data.dataset_spec(**change)
+    with pytest.raises(SpecError):
+        LegibilitySpec(local_min_px=3.0, global_max_px=4.0)
+
+
+def test_the_samples_table_is_read_by_duckdb_and_polars(store):
+    import duckdb
+    import polars
+
+    spec = small_data.dataset_spec()
+    small_data.build(store, spec)
+    table = samples_table(store)
+    frame = polars.read_delta(table.uri)
+    assert frame.filter(polars.col("dataset") == fingerprint(spec)[:16]).height == 16
+    assert json.dumps(frame["turns"].to_list()[0][0]["kind"]).endswith('/digit"')
+    files = [store.fs_path(f"samples/{file.path}") for file in table.files()]
+    counts = duckdb.sql(f"select family, count(*), sum(len(turns)) from read_parquet({files!r}) group by family order by family").fetchall()
+    assert counts == [("grain", 6, 12), ("noise", 10, 20)]
