@@ -76,11 +76,12 @@ def _flow_recipe(file: RecipeFile, word: str) -> str:
     return word if word in recipe_files() else str(file.path.resolve())
 
 
-def _shown_path(url: str) -> str:
-    """A URL as a person would type it."""
-    from urllib.parse import unquote, urlsplit
+def _print_path(root: str, path: str, label: str = "") -> None:
+    """Print where something below the root lies, as a person would type it."""
+    from pipelines.stages import shown_path
+    from workers.storage import Store
 
-    return unquote(urlsplit(url).path) if url.startswith("file://") else url
+    print(f"{label}{shown_path(Store(root).url(path))}")
 
 
 @app.command
@@ -89,9 +90,9 @@ def run(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings 
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
         export = next(outcome for outcome in outcomes if outcome["stage"] == "export")
-        folder = _shown_path(export["record"]["url"])
-        print(f'\nAsk it:  loupe ask {folder} IMAGE "question"')
-        print(f"Report:  {_shown_path(outcomes[-1]['record']['url'])}")
+        print()
+        _print_path(root, export["record"]["folder"], "Ask it:  loupe ask EXPORT IMAGE QUESTION, with EXPORT = ")
+        _print_path(root, outcomes[-1]["record"]["path"], "Report:  ")
 
 
 @app.command(name="build-dataset")
@@ -123,7 +124,7 @@ def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
     if outcomes:
-        print(_shown_path(outcomes[-1]["record"]["url"]))
+        _print_path(root, outcomes[-1]["record"]["folder"])
 
 
 @app.command
@@ -131,7 +132,7 @@ def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the report page, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
-        print(_shown_path(outcomes[-1]["record"]["url"]))
+        _print_path(root, outcomes[-1]["record"]["path"])
 
 
 @app.command

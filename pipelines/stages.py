@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from model.errors import ModelError, SpecError
 from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
@@ -304,6 +305,11 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
     return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+
+
+def shown_path(url: str) -> str:
+    """A URL as a person would type it: file URLs as paths."""
+    return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
 def planned_feature_bytes(experiment: Experiment) -> int:

@@ -1,0 +1,395 @@
+"""Stage report: the committed records of a run, read back and drawn as one HTML page.
+
+Input: an experiment whose other stages are done. Output: `reports/<name>-<key>/report.html` under the root. The page states what the records say;
+nothing is computed here but means over seeds.
+"""
+
+import io
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.specs import PhaseSpec, fingerprint
+from model.views import Box, View, ViewPlan, plan_views
+from pipelines.errors import NothingThereError
+from pipelines.progress import duration_text
+from pipelines.report_page import (
+    AccuracyCell,
+    AccuracyRow,
+    Curve,
+    DatasetRow,
+    PageSample,
+    PageTurn,
+    PhaseCurves,
+    ReportPage,
+    StageRow,
+    data_uri,
+    page_template_sha256,
+    render_page,
+)
+from pipelines.stages import shown_path
+from workers.commits import Stage, from_json
+from workers.dataset.samples import Sample, Turn, read_samples
+from workers.evaluation import EvaluationRecord
+from workers.execution import Progress
+from workers.storage import Store
+from workers.training.spec import TrainingRecord, TrainingSpec
+
+if TYPE_CHECKING:
+    from pipelines.stages import Experiment
+
+__all__ = ["ReportRecord", "template_sha256", "write_report"]
+
+SAMPLES_PER_FAMILY = 2
+TURNS_PER_SAMPLE = 4
+
+template_sha256 = page_template_sha256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportRecord:
+    """Where the report lies."""
+
+    url: str
+    path: str
+    """Relative to the root."""
+    bytes_written: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SeedRun:
+    """What one seed left behind."""
+
+    seed: int
+    training_spec: TrainingSpec
+    training: TrainingRecord
+    evaluation: EvaluationRecord
+
+
+def write_report(experiment: "Experiment", progress: Progress) -> ReportRecord:
+    """Write the report of a finished experiment, or find it written.
+
+    Args:
+        experiment: all its other stages are committed.
+        progress: told in steps of drawing.
+
+    Returns:
+        The record, committed.
+
+    Raises:
+        NothingThereError: a stage is not done.
+    """
+    spec = experiment.report()
+    stage = Stage.open(experiment.store, "report", spec)
+    if (done := stage.committed(ReportRecord)) is not None:
+        return done
+    started = time.monotonic()
+    progress.start("drawing the report", 2)
+    try:
+        page = collect_page(experiment)
+        progress.advance()
+        html = render_page(page).encode()
+        path = f"reports/{experiment.file.recipe.name}-{stage.key}/report.html"
+        experiment.store.write_bytes(path, html)
+        progress.advance()
+    finally:
+        progress.finish()
+    return stage.commit(ReportRecord(url=experiment.store.url(path), path=path, bytes_written=len(html), seconds=time.monotonic() - started))
+
+
+def _record(experiment: "Experiment", stage: Any, spec: Any) -> dict[str, Any]:
+    record = experiment.record(stage, spec)
+    if record is None:
+        raise NothingThereError(f"the report needs stage {stage}, which is not done in {experiment.store.root}; run `loupe run` on the recipe")
+    return record
+
+
+def collect_page(experiment: "Experiment") -> ReportPage:
+    """Read back what the page shows.
+
+    Args:
+        experiment: all its other stages are committed.
+
+    Returns:
+        The page's data.
+    """
+    recipe, store = experiment.file.recipe, experiment.store
+    dataset = _record(experiment, "build-dataset", experiment.dataset)
+    cache = _record(experiment, "cache-features", experiment.features)
+    export = _record(experiment, "export", experiment.export())
+    runs = [
+        _SeedRun(
+            seed=seed,
+            training_spec=experiment.training(seed),
+            training=from_json(TrainingRecord, _record(experiment, "train-connector", experiment.training(seed))),
+            evaluation=from_json(EvaluationRecord, _record(experiment, "evaluate", experiment.evaluation(seed))),
+        )
+        for seed in recipe.seeds
+    ]
+    samples = read_samples(store, fingerprint(experiment.dataset))
+    modes = runs[0].evaluation.modes
+    accuracy = accuracy_rows([run.evaluation for run in runs], modes)
+    stages = _stage_rows(experiment, dataset, cache, export, runs)
+    shown = _page_samples(experiment, samples, runs[0].evaluation)
+    question = next((turn.question for sample in shown for turn in sample.turns), "What is this?")
+    return ReportPage(
+        title=recipe.name,
+        description=recipe.description,
+        headline=_headline(accuracy, dataset, stages),
+        facts=_facts(experiment, runs),
+        dataset=_dataset_rows(samples),
+        quarantine=tuple(
+            (name, reason, number)
+            for name, record in (("build-dataset", dataset), ("cache-features", cache))
+            for reason, number in record["quarantined_by_reason"].items()
+        ),
+        phases=_phase_curves(store, runs),
+        modes=modes,
+        accuracy=accuracy,
+        normalisation=f"An answer is right when it equals the true one after {runs[0].evaluation.normalisation.removesuffix('; then equality')}.",
+        samples=shown,
+        stages=stages,
+        ask_command=f'loupe ask {shown_path(store.url(export["folder"]))} IMAGE "{question}"',
+        recipe_text=experiment.file.text,
+        seeds=recipe.seeds,
+    )
+
+
+def accuracy_rows(evaluations: Sequence[EvaluationRecord], modes: Sequence[str]) -> tuple[AccuracyRow, ...]:
+    """The accuracy table: all questions, by detail, by family; each seed's counts side by side.
+
+    Args:
+        evaluations: one per seed, of the same questions.
+        modes: columns.
+
+    Returns:
+        Rows in the table's order.
+    """
+    counts: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
+    for evaluation in evaluations:
+        for count in evaluation.counts:
+            if not count.kind and not (count.family and count.detail):
+                counts[count.mode, count.family, count.detail].append((count.correct, count.total))
+    groups = [("all questions", "overall", "", "")]
+    groups += [(f"{detail} detail", "detail", "", detail) for detail in ("small", "large")]
+    groups += [(family, "family", family, "") for family in sorted({family for _, family, _ in counts if family})]
+    rows = []
+    for label, group, family, detail in groups:
+        if (modes[0], family, detail) not in counts:
+            continue
+        cells = {
+            mode: AccuracyCell(
+                num_right=tuple(right for right, _ in counts[mode, family, detail]),
+                num_asked=tuple(asked for _, asked in counts[mode, family, detail]),
+            )
+            for mode in modes
+        }
+        majority = counts.get(("majority", family, detail))
+        rows.append(
+            AccuracyRow(
+                label=label,
+                group=group,
+                num_questions=max(cells[modes[0]].num_asked),
+                majority=majority[0][0] / majority[0][1] if majority and majority[0][1] else None,
+                cells=cells,
+            )
+        )
+    return tuple(rows)
+
+
+def _headline(accuracy: Sequence[AccuracyRow], dataset: dict[str, Any], stages: Sequence[StageRow]) -> tuple[tuple[str, str], ...]:
+    overall = accuracy[0].cells
+    tiles = []
+    both = overall.get("both") or overall.get("global")
+    if both is not None and both.mean is not None:
+        tiles.append(("both views, right" if "both" in overall else "global view, right", f"{100 * both.mean:.1f} %"))
+        for mode, words in (("blind", "points over blind"), ("global", "points over global only")):
+            if mode in overall and overall[mode] is not both and (mean := overall[mode].mean) is not None:
+                tiles.append((words, f"{100 * (both.mean - mean):+.1f}"))
+    tiles.append(("pictures", str(dataset["num_samples"])))
+    tiles.append(("questions", str(dataset["num_turns"])))
+    tiles.append(("all stages", duration_text(sum(row.seconds for row in stages))))
+    return tuple(tiles)
+
+
+def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[str, str], ...]:
+    encoder, features, training = experiment.encoder, experiment.features, runs[0].training
+    size = f"{encoder.num_blocks} blocks of {encoder.width}, views of {encoder.view_px} px in {encoder.num_patches} patches"
+    return (
+        ("Encoder", f"{encoder.model}: {size}"),
+        ("Language model", experiment.language_model.model),
+        ("Maps of the global view", ", ".join(map_spec.name for map_spec in features.global_maps)),
+        ("Maps of the local views", ", ".join(map_spec.name for map_spec in features.local_maps) or "none"),
+        ("Trained parameters", ", ".join(f"{block} {number:,}" for block, number in training.parameters.items())),
+        ("Training", f"{training.steps} steps, {training.samples} images seen, {training.samples_per_second:.1f} images/s on {training.device}"),
+        ("Seeds", ", ".join(str(run.seed) for run in runs)),
+        ("Features", f"stored as {features.precision}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
+        ("Root", experiment.store.root),
+    )
+
+
+def _dataset_rows(samples: Sequence[Sample]) -> tuple[DatasetRow, ...]:
+    rows = []
+    for family in sorted({sample.family for sample in samples}):
+        mine = [sample for sample in samples if sample.family == family]
+        splits = Counter(sample.split for sample in mine)
+        turns = [turn for sample in mine for turn in sample.turns]
+        rows.append(
+            DatasetRow(
+                family=family,
+                num_train=splits["train"],
+                num_held_out=splits["held_out"],
+                num_turns=len(turns),
+                num_small_turns=sum(turn.detail == "small" for turn in turns),
+            )
+        )
+    return tuple(rows)
+
+
+def _stage_rows(
+    experiment: "Experiment", dataset: dict[str, Any], cache: dict[str, Any], export: dict[str, Any], runs: Sequence[_SeedRun]
+) -> tuple[StageRow, ...]:
+    rows = [
+        StageRow(
+            name="build-dataset",
+            key=fingerprint(experiment.dataset)[:16],
+            seconds=dataset["seconds"],
+            num_bytes=dataset["image_bytes"],
+            note=f"{dataset['num_samples']} pictures, {dataset['num_turns']} questions",
+        ),
+        StageRow(
+            name="cache-features",
+            key=fingerprint(experiment.features)[:16],
+            seconds=cache["seconds"],
+            num_bytes=cache["feature_bytes"],
+            note=f"{cache['num_global_views']} global and {cache['num_local_views']} local views",
+        ),
+    ]
+    for run in runs:
+        key = fingerprint(run.training_spec)[:16]
+        note = f"{run.training.steps} steps, {len(run.training.phases)} phases"
+        rows.append(StageRow(name=f"train seed {run.seed}", key=key, seconds=run.training.seconds, num_bytes=run.training.bytes_written, note=note))
+    for run in runs:
+        key = fingerprint(experiment.evaluation(run.seed))[:16]
+        note = f"{run.evaluation.num_questions} questions in {len(run.evaluation.modes)} modes"
+        rows.append(StageRow(name=f"evaluate seed {run.seed}", key=key, seconds=run.evaluation.seconds, num_bytes=None, note=note))
+    rows.append(StageRow(name="export", key=fingerprint(experiment.export())[:16], seconds=export["seconds"], num_bytes=export["num_bytes"], note=""))
+    return tuple(rows)
+
+
+def _phase_curves(store: Store, runs: Sequence[_SeedRun]) -> tuple[PhaseCurves, ...]:
+    """Losses per phase, steps counted from 1 in each."""
+    losses: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for run in runs:
+        text = store.read_bytes(f"runs/train-connector/{fingerprint(run.training_spec)[:16]}/metrics.jsonl").decode()
+        for row in map(json.loads, text.splitlines()):
+            losses[row["phase"]].setdefault(run.seed, []).append(float(row["loss"]))
+    phases: tuple[PhaseSpec, ...] = runs[0].training_spec.schedule.phases
+    return tuple(
+        PhaseCurves(
+            phase=phase.name,
+            trained=", ".join(phase.train),
+            curves=tuple(
+                Curve(seed=seed, steps=tuple(range(1, len(values) + 1)), losses=tuple(values)) for seed, values in losses[phase.name].items()
+            ),
+        )
+        for phase in phases
+    )
+
+
+# -- samples with their views
+
+
+def _overlap(view: View, box: Box) -> float:
+    width = min(view.source.right, box.right) - max(view.source.left, box.left)
+    height = min(view.source.bottom, box.bottom) - max(view.source.top, box.top)
+    return max(0.0, width) * max(0.0, height)
+
+
+def answer_view(plan: ViewPlan, evidence: tuple[float, float, float, float] | None) -> View:
+    """The local view that shows most of where the answer stands; the first one when that is nowhere in particular."""
+    if evidence is None:
+        return plan.local_views[0]
+    left, top, right, bottom = evidence
+    box = Box(left=left, top=top, right=right, bottom=bottom)
+    return max(plan.local_views, key=lambda view: _overlap(view, box))
+
+
+def _clipped(box: Box, plan: ViewPlan) -> tuple[float, float, float, float]:
+    width, height = plan.image_width_px, plan.image_height_px
+    return max(0.0, box.left), max(0.0, box.top), min(float(width), box.right), min(float(height), box.bottom)
+
+
+def _shown_turns(turns: Sequence[Turn]) -> list[int]:
+    """Small details first, since the picture frames the first one's answer."""
+    order = sorted(range(len(turns)), key=lambda place: (turns[place].detail != "small" or turns[place].evidence is None, place))
+    return order[:TURNS_PER_SAMPLE]
+
+
+def _answers(store: Store, evaluation: EvaluationRecord) -> dict[tuple[str, int], dict[str, tuple[str, bool]]]:
+    """(sample, turn) -> mode -> answer and whether it is right."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(store.read_bytes(evaluation.answers)), columns=["sample_id", "turn", "mode", "answer", "correct"])
+    given: dict[tuple[str, int], dict[str, tuple[str, bool]]] = defaultdict(dict)
+    for row in table.to_pylist():
+        given[row["sample_id"], row["turn"]][row["mode"]] = (row["answer"], row["correct"])
+    return given
+
+
+def _page_samples(experiment: "Experiment", samples: Sequence[Sample], evaluation: EvaluationRecord) -> tuple[PageSample, ...]:
+    """The first held-out pictures of each family that questions were asked about; not chosen by how well they went."""
+    given = _answers(experiment.store, evaluation)
+    asked = {sample_id for sample_id, _ in given}
+    shown = []
+    for family in sorted({sample.family for sample in samples}):
+        mine = [sample for sample in samples if sample.family == family and sample.sample_id in asked]
+        shown += [_page_sample(experiment, sample, given, evaluation.modes) for sample in mine[:SAMPLES_PER_FAMILY]]
+    return tuple(shown)
+
+
+def _page_sample(
+    experiment: "Experiment", sample: Sample, given: dict[tuple[str, int], dict[str, tuple[str, bool]]], modes: Sequence[str]
+) -> PageSample:
+    from PIL import Image
+
+    from model.images import cut_views, decode_image
+
+    image = decode_image(experiment.store.read_reference(sample.image_path))
+    plan = plan_views(image.width, image.height, experiment.encoder.view_px, experiment.dataset.views)
+    views = cut_views(image, plan)
+    turns = [(place, sample.turns[place]) for place in _shown_turns(sample.turns) if (sample.sample_id, place) in given]
+    evidence = turns[0][1].evidence if turns else None
+    holder = answer_view(plan, evidence)
+
+    def encoded(picture: Any, kind: str) -> str:
+        out = io.BytesIO()
+        picture.save(out, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
+        return data_uri(out.getvalue(), f"image/{kind.lower()}")
+
+    return PageSample(
+        sample_id=sample.sample_id,
+        family=sample.family,
+        image_uri=encoded(image, "JPEG"),
+        width_px=image.width,
+        height_px=image.height,
+        grid=tuple(_clipped(view.source, plan) for view in plan.local_views),
+        evidence=evidence,
+        global_uri=encoded(Image.fromarray(views[0].transpose(1, 2, 0)), "PNG"),
+        answer_uri=encoded(Image.fromarray(views[holder.index].transpose(1, 2, 0)), "PNG"),
+        answer_view=holder.index,
+        turns=tuple(
+            PageTurn(
+                question=turn.question,
+                truth=turn.answer,
+                detail=turn.detail,
+                answers=tuple((mode, *given[sample.sample_id, place][mode]) for mode in modes if mode in given[sample.sample_id, place]),
+            )
+            for place, turn in turns
+        ),
+    )
