@@ -53,7 +53,7 @@ class Share:
         share, square = self.fraction, Z_95**2
         centre = (share + square / (2 * self.total)) / (1 + square / self.total)
         half = Z_95 * math.sqrt(share * (1 - share) / self.total + square / (4 * self.total**2)) / (1 + square / self.total)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not push the share out
 
 
 def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,0 +1,257 @@
+"""Stage export: trained weights, language model, encoder and a model card written from the run's records, as one folder that `loupe ask` can use.
+
+Input: committed training and evaluation records. Output: exports/<key>/ (see model/export.py for what lies there). Invariant: the folder is loaded
+and asked before it is committed, and the manifest is uploaded last.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from model.specs import fingerprint
+from workers.commits import Stage, from_json
+from workers.dataset.samples import read_samples
+from workers.errors import ExportingError
+from workers.evaluation import EvaluationRecord
+from workers.execution import ExecutionSettings, Progress
+from workers.language_models import PACKAGED
+from workers.storage import Store
+from workers.training.spec import TrainingRecord, TrainingSpec
+
+if TYPE_CHECKING:
+    from model.export import ExportedModel
+    from workers.dataset.samples import Sample
+
+Decoded = TypeVar("Decoded")
+
+__all__ = ["ExportRecord", "ExportSpec", "export", "model_card"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSpec:
+    """Identity of an export."""
+
+    training_fingerprint: str
+    evaluation_fingerprint: str
+    format_version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportRecord:
+    """What was exported."""
+
+    training_fingerprint: str
+    folder: str
+    """Relative to the root."""
+    url: str
+    """Where the folder was when it was written."""
+    files: dict[str, str]
+    """sha256 by path inside the folder."""
+    num_bytes: int
+    load_seconds: float
+    """Of the check that loads the folder and asks it a question."""
+    check_question: str
+    check_expected: str
+    check_answer: str
+    seconds: float
+
+
+def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: ExecutionSettings, progress: Progress) -> ExportRecord:
+    """Export a trained connector, or find it done.
+
+    Args:
+        spec: which.
+        training: of the connector.
+        store: where its weights and records are.
+        execution: num_cpus counts.
+        progress: told in steps of work.
+
+    Returns:
+        The record, committed.
+
+    Raises:
+        ExportingError: the run is not trained and evaluated yet, or the folder does not pass its check.
+    """
+    stage = Stage.open(store, "export", spec)
+    if (done := stage.committed(ExportRecord)) is not None:
+        return done
+    if spec.training_fingerprint != fingerprint(training):
+        raise ExportingError("the export names another training run than it was given; make both from one recipe")
+    trained = _record(store, "train-connector", spec.training_fingerprint, TrainingRecord)
+    evaluated = _record(store, "evaluate", spec.evaluation_fingerprint, EvaluationRecord)
+    from model.export import MANIFEST, load_export
+    from workers.training.assemble import set_threads
+
+    set_threads(execution)
+    target = f"exports/{stage.key}"
+    with stage.attempt() as timer, tempfile.TemporaryDirectory(prefix="loupe-export-") as temporary:
+        folder = Path(temporary)
+        progress.start("exporting", 4)
+        try:
+            files = _write(folder, training, trained, evaluated, store)
+            progress.advance()
+            started = time.monotonic()
+            exported = load_export(folder)
+            load_seconds = time.monotonic() - started
+            progress.advance()
+            sample, answer = _check(exported, training, store)
+            progress.advance()
+            for name in [*sorted(files), MANIFEST]:
+                with store.publishing(f"{target}/{name}") as file:
+                    shutil.copyfile(folder / name, file)
+            progress.advance()
+        finally:
+            progress.finish()
+        record = ExportRecord(
+            training_fingerprint=spec.training_fingerprint,
+            folder=target,
+            url=store.url(target),
+            files=files,
+            num_bytes=sum((folder / name).stat().st_size for name in files),
+            load_seconds=load_seconds,
+            check_question=sample.turns[0].question,
+            check_expected=sample.turns[0].answer,
+            check_answer=answer,
+            seconds=timer.seconds,
+        )
+    return stage.commit(record)
+
+
+def _record(store: Store, stage: str, full: str, kind: type[Decoded]) -> Decoded:
+    path = f"runs/{stage}/{full[:16]}/COMMITTED.json"
+    if not store.exists(path):
+        raise ExportingError(f"{store.url(path)} is not there; an export is written from finished runs, so run {stage} first")
+    return from_json(kind, store.read_json(path), where=store.url(path))
+
+
+def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, store: Store) -> dict[str, str]:
+    """Everything that an export holds; file digests by path."""
+    import torch
+
+    from model.encoder import encoder_folder
+    from model.export import ExportConfig, write_config, write_manifest
+    from workers.training.assemble import load_trained
+
+    model = load_trained(training, store)
+    write_config(
+        folder,
+        ExportConfig(
+            connector=training.connector,
+            encoder=training.features.encoder,
+            views=training.features.views,
+            feature_precision=training.features.precision,
+            precision=training.precision,
+        ),
+    )
+    (folder / "connector.safetensors").write_bytes(store.read_bytes(f"{trained.folder}/connector.safetensors"))
+    network = model.language_model
+    if "language_model.safetensors" not in trained.files:
+        network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+    network.save_pretrained(folder / "language_model")  # type: ignore[operator]
+    model.tokenizer.save_pretrained(folder / "language_model")
+    source = encoder_folder(training.features.encoder.model)
+    (folder / "encoder").mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (file.suffix == ".safetensors" or file.name in ("config.json", "preprocessor_config.json", "README.md", "LICENSE")):
+            shutil.copyfile(file, folder / "encoder" / file.name)
+    licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
+    (folder / "README.md").write_text(model_card(training, trained, evaluated, licences))
+    return write_manifest(folder)
+
+
+def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", str]:
+    """Ask the finished folder one held-out question, from the image's bytes."""
+    samples = read_samples(store, training.dataset_fingerprint)
+    sample = next((sample for sample in samples if sample.split == "held_out"), samples[0])
+    data = store.read_reference(sample.image_path)
+    if hashlib.sha256(data).hexdigest() != sample.image_sha256:
+        raise ExportingError(f"image {sample.image_path} is not the one that the dataset was built from; build it again")
+    return sample, exported.ask(data, sample.turns[0].question, "both").text  # without a local branch that is the global view
+
+
+def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str]) -> str:
+    """The card: what it is, how it was trained, how good it is, what it is made of. From records alone.
+
+    Args:
+        training: of the run.
+        trained: its record.
+        evaluated: its evaluation's record.
+        licences: of the training images.
+
+    Returns:
+        Markdown.
+    """
+    features, connector = training.features, training.connector
+    local = connector.local_branch
+    lines = [
+        "# A Loupe vision-language connector",
+        "",
+        f"A {connector.global_branch.fusion.kind} / {connector.global_branch.adapters.kind} connector between the vision encoder "
+        f"`{features.encoder.model}` ({features.encoder.view_px} px views, {features.encoder.num_patches} patches) and the language model "
+        f"`{training.language_model.model}`. "
+        + (
+            f"Local views are fused by {local.fusion.kind} and compressed to {local.compression.queries} tokens each."
+            if local is not None
+            else "It has no local branch."
+        ),
+        "",
+        'Ask it: `loupe ask THIS_FOLDER IMAGE "question"`.',
+        "",
+        "## Accuracy",
+        "",
+        (
+            f"Exact match on {evaluated.num_questions} questions about {evaluated.num_images} images of the {evaluated.split} split, each asked by "
+            "itself. "
+            f"Normalisation: {evaluated.normalisation}. Intervals are 95 % Wilson. `majority` always gives the commonest training answer to the "
+            "question's "
+            "kind."
+        ),
+        "",
+        *_accuracy_table(evaluated),
+        "",
+        "## Training",
+        "",
+        (
+            f"{trained.num_images} images, {trained.samples} conversations in {trained.steps} steps, {trained.seconds:.0f} s on {trained.workers} "
+            "worker(s) "
+            f"with {trained.threads} thread(s) on {trained.device}; matrix products in {training.precision}, seed {training.schedule.seed}."
+        ),
+        "",
+        "| phase | trained | steps | batch | learning rate | first loss | last loss |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {record.name} | {', '.join(record.train)} | {record.steps} | {phase.batch_size} | {phase.learning_rate:g} | {record.first_loss:.3f} "
+            "| "
+            f"{record.last_loss:.3f} |"
+            for record, phase in zip(trained.phases, training.schedule.phases, strict=True)
+        ),
+        "",
+        "Every block that a phase does not train was proven unchanged by it, byte for byte.",
+        "",
+        "## Made of",
+        "",
+        f"- dataset `{training.dataset_fingerprint[:16]}`; licences of its images: {', '.join(licences)}",
+        f"- encoder `{features.encoder.model}`, weights sha256 `{features.encoder.weights_sha256[:16]}`",
+        f"- language model `{training.language_model.model}`, sha256 `{training.language_model.weights_sha256[:16]}`"
+        + (f", {PACKAGED[training.language_model.model].licence}" if training.language_model.model in PACKAGED else ""),
+        f"- training run `{trained.training_fingerprint[:16]}`",
+        "- " + ", ".join(f"{name} {number}" for name, number in sorted(trained.versions.items())),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracy_table(evaluated: EvaluationRecord) -> list[str]:
+    modes = (*evaluated.modes, "majority")
+    groups = sorted({(count.family, count.detail) for count in evaluated.counts if not count.kind})
+    rows = ["| questions | number | " + " | ".join(modes) + " |", "|---|---|" + "---|" * len(modes)]
+    for family, detail in groups:
+        found = {count.mode: count for count in evaluated.counts if (count.family, count.detail, count.kind) == (family, detail, "")}
+        name = ", ".join([family or "all", *([f"{detail} detail"] if detail else [])])
+        cells = [f"{found[mode].fraction:.1%} ({found[mode].low:.0%} to {found[mode].high:.0%})" for mode in modes]
+        rows.append(f"| {name} | {found[modes[0]].total} | " + " | ".join(cells) + " |")
+    return rows
