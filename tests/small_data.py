@@ -72,9 +72,7 @@ def write_llava(folder: Path, records: list, images: dict[str, bytes]) -> LlavaJ
         (folder / "images" / name).write_bytes(data)
     text = json.dumps(records).encode()
     (folder / "records.json").write_bytes(text)
-    return LlavaJsonSourceSpec(
-        records=str(folder / "records.json"), images=str(folder / "images"), records_sha256=hashlib.sha256(text).hexdigest()
-    )
+    return LlavaJsonSourceSpec(records=str(folder / "records.json"), images=str(folder / "images"), records_sha256=hashlib.sha256(text).hexdigest())
 
 
 def feature_spec(dataset: DatasetSpec, encoder_folder: Path, **changes) -> FeatureSpec:

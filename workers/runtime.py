@@ -29,6 +29,8 @@ Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
+_TEMP_DIR_PREFIX = "loupe-ray-"
+_PID_FILE = "driver.pid"
 _MAX_TEMP_DIR_CHARS = 40
 """Ray appends about 65 characters for its sockets, and a socket's path may have 107."""
 
@@ -288,6 +290,19 @@ def _stop_ray(temp_dir: Path, *, keep: bool) -> None:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
+def _sweep(parent: Path) -> None:
+    """Remove the folders of our own drivers that were killed before they could do it."""
+    for folder in parent.glob(f"{_TEMP_DIR_PREFIX}*"):
+        try:
+            if folder.stat().st_uid != os.getuid():
+                continue
+            os.kill(int((folder / _PID_FILE).read_text()), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # not ours, being made or being removed right now
+
+
 def _temp_dir(execution: ExecutionSettings) -> Path:
     if execution.ray_temp_dir is not None:
         folder = Path(execution.ray_temp_dir)
@@ -296,7 +311,10 @@ def _temp_dir(execution: ExecutionSettings) -> Path:
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > _MAX_TEMP_DIR_CHARS - 15 and os.access("/tmp", os.W_OK):  # noqa: S108 - the one folder that is sure to be short
         parent = Path("/tmp")  # noqa: S108
-    return Path(tempfile.mkdtemp(prefix="loupe-ray-", dir=parent))
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_TEMP_DIR_PREFIX, dir=parent))
+    (folder / _PID_FILE).write_text(str(os.getpid()))
+    return folder
 
 
 def translate_ray_error(error: BaseException) -> Exception:

@@ -85,13 +85,15 @@ def test_other_columns_are_refused(store_root):
 def test_duckdb_polars_and_arrow_read_the_table(store_root):
     import deltalake
     import duckdb
-    import polars
+    import polars as pl
 
     table = table_at(store_root)
     table.ensure()
-    table.commit([table.write_file({"kind": kind}, "one.parquet", [rows(*numbers)], blobs=["blob"]) for kind, numbers in (("a", (1, 2)), ("b", (3,)))])
+    table.commit(
+        [table.write_file({"kind": kind}, "one.parquet", [rows(*numbers)], blobs=["blob"]) for kind, numbers in (("a", (1, 2)), ("b", (3,)))]
+    )
     options = table.store.delta_options
-    frame = polars.scan_delta(table.uri, storage_options=options or None).filter(polars.col("kind") == "a").sort("id").collect()
+    frame = pl.scan_delta(table.uri, storage_options=options or None).filter(pl.col("kind") == "a").sort("id").collect()
     assert frame["id"].to_list() == [1, 2]
     assert frame["blob"].to_list() == [b"\x00\x00\x00\x01", b"\x00\x00\x00\x02"]
     things = deltalake.DeltaTable(table.uri, storage_options=options or None).to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by its name

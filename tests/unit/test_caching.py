@@ -4,14 +4,14 @@ import shutil
 import deltalake
 import duckdb
 import numpy as np
-import polars
+import polars as pl
 import pytest
 import torch
-from tests import small_data
 
 from model.encoder import describe_encoder, load_encoder
 from model.errors import EncoderError, MissingMapError
 from model.specs import FeatureSpec, MapSpec, fingerprint
+from tests import small_data
 from workers.caching import build as caching_build
 from workers.caching.build import cache_features, planned_bytes
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
@@ -131,9 +131,9 @@ def test_only_the_wanted_maps_are_read_in_the_wanted_order(cached):
 def test_the_table_is_read_by_duckdb_and_polars(cached):
     store, spec, samples, _ = cached
     table = features_table(store, spec)
-    frame = polars.read_delta(table.uri)
+    frame = pl.read_delta(table.uri)
     assert frame.height == 48
-    values = np.frombuffer(frame.filter(polars.col("branch") == "global")["layer_5"][0], dtype=np.float16)
+    values = np.frombuffer(frame.filter(pl.col("branch") == "global")["layer_5"][0], dtype=np.float16)
     assert values.shape == (16 * 32,)
     features = deltalake.DeltaTable(table.uri).to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by its name
     query = "select branch, count(*), count(distinct image_sha256), sum(octet_length(layer_5)) from features group by branch order by branch"
@@ -147,7 +147,7 @@ def test_a_finished_cache_is_found_without_work(cached, monkeypatch):
 
 
 def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_path):
-    store, spec, samples = built
+    store, spec, _ = built
 
     class Interrupts(SilentProgress):
         def advance(self, count=1, **facts):
@@ -331,7 +331,7 @@ def test_damaged_files_follow_the_policy(built, damage):
         path.write_bytes(path.read_bytes()[:-200])
     else:
         path.unlink()
-    with pytest.raises(MissingFeaturesError, match="damaged|cannot be read"):
+    with pytest.raises(MissingFeaturesError, match=r"damaged|cannot be read"):
         CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=False)
     lenient = CachedFeatures(store, spec, policy="encode")
     found = lenient.fetch(samples, want_global=True, want_local=False)

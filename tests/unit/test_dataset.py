@@ -2,10 +2,10 @@ import dataclasses
 import json
 
 import pytest
-from tests import small_data
 
 from model.errors import SpecError
 from model.specs import fingerprint
+from tests import small_data
 from workers.commits import Stage
 from workers.dataset.build import build_dataset, merge_duplicates, samples_table
 from workers.dataset.samples import Sample, Turn, read_samples, samples_from_table, samples_to_table
@@ -232,7 +232,7 @@ def test_a_leading_answer_is_skipped():
     ],
 )
 def test_other_conversations_are_refused(conversations):
-    with pytest.raises(Exception, match="turn|alternate|stand once") as caught:
+    with pytest.raises(Exception, match=r"turn|alternate|stand once") as caught:
         normalise_conversation(conversations)
     assert caught.value.reason == "bad_conversation"
 
@@ -250,7 +250,10 @@ def sample(**changes):
         "split": "train",
         "licence": "CC0-1.0",
         "detail_score": 0.5,
-        "turns": (Turn(question="q", answer="a", kind="k", detail="large"), Turn(question="r", answer="b", kind="k", detail="small", evidence=(1.0, 2.0, 3.0, 4.0))),
+        "turns": (
+            Turn(question="q", answer="a", kind="k", detail="large"),
+            Turn(question="r", answer="b", kind="k", detail="small", evidence=(1.0, 2.0, 3.0, 4.0)),
+        ),
     }
     return Sample(**(fields | changes))
 
@@ -292,13 +295,13 @@ def test_a_spec_that_cannot_be_right_is_refused(change):
 
 def test_the_samples_table_is_read_by_duckdb_and_polars(store):
     import duckdb
-    import polars
+    import polars as pl
 
     spec = small_data.dataset_spec()
     small_data.build(store, spec)
     table = samples_table(store)
-    frame = polars.read_delta(table.uri)
-    assert frame.filter(polars.col("dataset") == fingerprint(spec)[:16]).height == 16
+    frame = pl.read_delta(table.uri)
+    assert frame.filter(pl.col("dataset") == fingerprint(spec)[:16]).height == 16
     assert json.dumps(frame["turns"].to_list()[0][0]["kind"]).endswith('/digit"')
     files = [store.fs_path(f"samples/{file.path}") for file in table.files()]
     counts = duckdb.sql(f"select family, count(*), sum(len(turns)) from read_parquet({files!r}) group by family order by family").fetchall()

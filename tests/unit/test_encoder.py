@@ -20,7 +20,15 @@ from model.errors import EncoderError
 from model.specs import MapSpec
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 MODELS = {
     "clip tower": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
@@ -105,7 +113,7 @@ def test_an_unknown_family_is_refused(tiny_encoder_folder, tmp_path):
     folder = shutil.copytree(tiny_encoder_folder, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
-    with pytest.raises(EncoderError, match="expected a model_type out of .* found 'vit'"):
+    with pytest.raises(EncoderError, match=r"expected a model_type out of .* found 'vit'"):
         describe_encoder(str(folder))
 
 

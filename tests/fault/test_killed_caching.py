@@ -1,0 +1,142 @@
+"""Caching with its processes killed: the next run completes, and the table holds each row once."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model.specs import fingerprint
+from tests import small_data
+from workers.caching.build import CacheRecord, cache_features
+from workers.caching.units import BRANCHES, features_table
+from workers.commits import Stage
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_IMAGES = 16
+UNDISTURBED = ExecutionSettings(feature_unit_bytes=16_000, encoder_threads=1)
+
+
+def start(root, encoder, stop_after):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPOSITORY / "tests" / "fault" / "cache_driver.py"), root, str(encoder), str(stop_after)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, start_new_session=True
+    )
+
+
+def wait_for(process, line):
+    for found in process.stdout:
+        if found.strip().startswith(line):
+            return found.strip()
+    raise AssertionError(f"the driver ended with {process.wait()} before it said {line!r}")
+
+
+def rows(store, spec):
+    found = []
+    for branch in BRANCHES:
+        table = features_table(store, spec).read({"branch": branch})
+        found += [(branch, row["image_sha256"], row["view_index"], *(row[item.name] for item in spec.maps(branch))) for row in table.to_pylist()]
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_encoder_folder):
+    """The rows that every run must end with."""
+    store = Store(str(tmp_path_factory.mktemp("undisturbed")))
+    dataset = small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    cache_features(spec, store, UNDISTURBED, SilentProgress(), cluster=InlineCluster())
+    return spec, rows(store, spec)
+
+
+@pytest.fixture
+def store(root):
+    store = Store(root)
+    small_data.build(store, small_data.dataset_spec())
+    return store
+
+
+@contextlib.contextmanager
+def ending_by_themselves(process):
+    """The process's children must end with it; what is left after the test is ended by its own id."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    try:
+        yield family
+        # Ray's two agents first try, for up to two minutes, to tell the dead control service that it is dead.
+        bound = [child for child in family if child.is_running() and "Agent" not in "".join(child.cmdline())]
+        _, alive = psutil.wait_procs(bound, timeout=60)
+        assert not alive
+    finally:
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def test_a_killed_driver_takes_ray_along_and_the_next_run_completes(store, undisturbed, tiny_encoder_folder):
+    spec, expected = undisturbed
+    process = start(store.root, tiny_encoder_folder, 3)
+    wait_for(process, "units 3")
+    with ending_by_themselves(process) as family:
+        assert any("raylet" in child.name() for child in family)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    stage = Stage.open(store, "cache-features", spec)
+    assert stage.committed(CacheRecord) is None
+    assert 3 <= len(store.list(stage.path("units"))) < 8
+
+    again = start(store.root, tiny_encoder_folder, 0)
+    assert wait_for(again, "done") == f"done {NUM_IMAGES} {fingerprint(spec)}"
+    assert again.wait(timeout=60) == 0
+    assert rows(store, spec) == expected
+
+
+def test_a_killed_encoder_is_replaced_within_the_run(store, undisturbed, tiny_encoder_folder):
+    spec, expected = undisturbed
+    process = start(store.root, tiny_encoder_folder, 2)
+    wait_for(process, "units 2")
+    encoders = [child for child in psutil.Process(process.pid).children(recursive=True) if "_Finisher" in "".join(child.cmdline())]
+    assert len(encoders) == 1
+    encoders[0].kill()
+    time.sleep(0.5)
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    wait_for(process, "done")
+    assert process.wait(timeout=60) == 0
+    assert rows(store, spec) == expected
+
+
+def test_ctrl_c_leaves_a_state_that_the_next_run_resumes(store, undisturbed, tiny_encoder_folder):
+    spec, expected = undisturbed
+    process = start(store.root, tiny_encoder_folder, 2)
+    wait_for(process, "units 2")
+    with ending_by_themselves(process):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        wait_for(process, "interrupted")
+        assert process.wait(timeout=60) == 130
+    stage = Stage.open(store, "cache-features", spec)
+    accounts = [store.read_json(path)["outcome"] for path in store.list(stage.path("attempts"))]
+    assert accounts == ["interrupted"]
+    done = len(store.list(stage.path("units")))
+    assert done >= 2
+
+    class Counts(SilentProgress):
+        num_units = 0
+
+        def advance(self, count=1, **facts):
+            Counts.num_units += 1
+
+    cache_features(spec, store, UNDISTURBED, Counts(), cluster=InlineCluster())
+    assert Counts.num_units == 8 - done
+    assert rows(store, spec) == expected

@@ -1,0 +1,115 @@
+"""Properties that hold for every size, order and cut."""
+
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from PIL import Image
+
+from model.images import cut_views
+from model.specs import canonical_json
+from model.views import ViewSpec, plan_views
+from workers.caching.units import UnitPlan
+from workers.commits import from_json, to_json
+from workers.dataset.sources import split_of
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
+from workers.storage import Store
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), view_px=st.sampled_from([14, 28]), max_slices=st.integers(2, 9))
+def test_local_views_hold_every_pixel_of_the_scaled_image_once(width, height, view_px, max_slices):
+    plan = plan_views(width, height, view_px, ViewSpec(max_slices=max_slices))
+    white = Image.new("RGB", (width, height), "white")
+    views = cut_views(white, plan)
+    assert views.shape == (1 + plan.rows * plan.columns, 3, view_px, view_px)
+    assert views[0].min() == 255
+    # White is the image, black the padding.
+    assert np.count_nonzero(views[1:, 0]) == plan.scaled_width_px * plan.scaled_height_px
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_images=st.integers(0, 500), images_per_unit=st.integers(1, 60))
+def test_units_tile_the_samples_exactly(num_images, images_per_unit):
+    plan = UnitPlan(num_images=num_images, images_per_unit=images_per_unit, samples_sha256="", planned_bytes=0)
+    covered = [place for unit in plan.units for place in range(unit.start, unit.stop)]
+    assert covered == list(range(num_images))
+    assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(digest=st.text("0123456789abcdef", min_size=64, max_size=64), seed=st.integers(0, 9), low=st.floats(0, 0.99), high=st.floats(0, 0.99))
+def test_a_larger_held_out_share_only_adds_images(digest, seed, low, high):
+    low, high = sorted((low, high))
+    if split_of(digest, seed, low) == "held_out":
+        assert split_of(digest, seed, high) == "held_out"
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(-(2**40), 2**40), fraction=st.floats(0, 0.99), families=st.lists(st.text(min_size=1), min_size=1, max_size=4, unique=True))
+def test_every_spec_survives_its_json(seed, fraction, families):
+    spec = DatasetSpec(
+        sources=tuple(RenderedSourceSpec(family=family, num_images=3) for family in families),
+        seed=seed,
+        held_out_fraction=fraction,
+        view_px=56,
+        views=ViewSpec(),
+        legibility=LegibilitySpec(local_min_px=7.0, global_max_px=4.0),
+    )
+    assert from_json(DatasetSpec, to_json(spec)) == spec
+    assert canonical_json(from_json(DatasetSpec, to_json(spec))) == canonical_json(spec)
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "a b", "ab"]), min_size=1, max_size=3).map("/".join)
+
+
+class StoreAgainstDict(RuleBasedStateMachine):
+    """A local store does what a dict does."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(prefix="loupe-store-")
+        self.store = Store(self.folder.name)
+        self.expected = {}
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    def blocked(self, name):
+        """A name that is a folder of another, or lies below a file, exists in object stores only."""
+        return any(other != name and (other.startswith(name + "/") or name.startswith(other + "/")) for other in self.expected)
+
+    @rule(name=NAMES, data=st.binary(max_size=20), sync=st.booleans())
+    def write(self, name, data, sync):
+        if not self.blocked(name):
+            self.store.write_bytes(name, data, sync=sync)
+            self.store.sync([name])
+            self.expected[name] = data
+
+    @rule(name=NAMES, data=st.binary(max_size=20))
+    def create(self, name, data):
+        if not self.blocked(name):
+            assert self.store.create_bytes(name, data) == (name not in self.expected)
+            self.expected.setdefault(name, data)
+
+    @rule(name=NAMES)
+    def delete(self, name):
+        if not self.blocked(name):
+            self.store.delete(name)
+            self.expected.pop(name, None)
+
+    @rule(name=NAMES)
+    def list_folder(self, name):
+        assert self.store.list(name) == sorted(other for other in self.expected if other.startswith(name + "/"))
+
+    @invariant()
+    def equal(self):
+        assert {name: self.store.read_bytes(name) for name in self.store.list()} == self.expected
+
+
+TestStoreAgainstDict = StoreAgainstDict.TestCase
+TestStoreAgainstDict.settings = settings(max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck))
+TestStoreAgainstDict = pytest.mark.timeout(60)(TestStoreAgainstDict)
