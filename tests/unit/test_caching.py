@@ -129,7 +129,7 @@ def test_only_the_wanted_maps_are_read_in_the_wanted_order(cached):
 
 
 def test_the_table_is_read_by_duckdb_and_polars(cached):
-    store, spec, samples, _ = cached
+    store, spec, _, _ = cached
     table = features_table(store, spec)
     frame = pl.read_delta(table.uri)
     assert frame.height == 48

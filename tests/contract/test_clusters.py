@@ -1,0 +1,159 @@
+"""What every cluster promises: the same jobs give the same results, errors keep their types."""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from model.errors import ImageError
+from model.specs import fingerprint
+from tests import small_data
+from workers.caching.build import cache_features
+from workers.caching.units import BRANCHES, features_table
+from workers.dataset.build import build_dataset
+from workers.dataset.samples import read_samples
+from workers.dataset.spec import LegibilitySpec, RenderedSourceSpec
+from workers.errors import ClusterError, SourceError, SpecChangedError, WorkerError, WorkFailedError
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import Cluster, InlineCluster, RayCluster
+from workers.storage import Store
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def cluster(request):
+    if request.param == "inline":
+        return InlineCluster()
+    request.getfixturevalue("ray_session")
+    return RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
+
+
+def square(number):
+    return number * number
+
+
+def prepare(number):
+    return [number, number + 1]
+
+
+@dataclass
+class Adds:
+    """A finisher that is called from two threads."""
+
+    amount: int
+
+    def __call__(self):
+        return lambda pair: sum(pair) + self.amount
+
+
+def fails_with_ours(number):
+    raise SourceError(f"source {number} is damaged")
+
+
+def fails_with_a_model_error(number):
+    raise ImageError("truncated", "half an image")
+
+
+def fails_with_differences(number):
+    raise SpecChangedError("another spec", ["a: 1, 2"])
+
+
+def test_streams_and_pipelines_give_every_result_once(cluster):
+    assert isinstance(cluster, Cluster)
+    assert sorted(cluster.stream(square, range(20), in_flight=3)) == [number * number for number in range(20)]
+    assert sorted(cluster.pipeline(prepare, Adds(5), range(12), finishers=2, in_flight=4)) == [2 * number + 6 for number in range(12)]
+    assert list(cluster.stream(square, [], in_flight=1)) == []
+    assert list(cluster.pipeline(prepare, Adds(5), [], finishers=1, in_flight=1)) == []
+
+
+def test_jobs_are_taken_only_as_there_is_room(cluster):
+    taken = []
+
+    def jobs():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    results = cluster.stream(square, jobs(), in_flight=4)
+    next(results)
+    assert len(taken) <= 5
+    results.close()
+
+
+def test_errors_keep_their_types(cluster):
+    with pytest.raises(SourceError, match="source 0 is damaged"):
+        list(cluster.stream(fails_with_ours, [0], in_flight=1))
+    with pytest.raises(ImageError) as caught:
+        list(cluster.stream(fails_with_a_model_error, [0], in_flight=1))
+    assert caught.value.reason == "truncated"
+    with pytest.raises(SpecChangedError) as changed:
+        list(cluster.pipeline(fails_with_differences, Adds(1), [0], finishers=1, in_flight=1))
+    assert changed.value.differences == ("a: 1, 2",)
+
+
+def fails_with_a_key_error(number):
+    return {}[number]
+
+
+def dies(number):
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_foreign_errors_and_deaths_on_ray_become_ours(ray_session):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, max_failures=0))
+    with pytest.raises(WorkFailedError, match="KeyError: 7") as failed:
+        list(cluster.stream(fails_with_a_key_error, [7], in_flight=1))
+    assert not failed.value.retryable
+    with pytest.raises(ClusterError, match="beyond its retries") as died:
+        list(cluster.stream(dies, [0], in_flight=1))
+    assert died.value.retryable
+    assert isinstance(died.value, WorkerError)
+
+
+@dataclass
+class Overlaps:
+    """A finisher that finishes only when it runs twice at a time."""
+
+    def __call__(self):
+        barrier = threading.Barrier(2, timeout=60)
+
+        def finish(pair):
+            barrier.wait()
+            return time.monotonic()
+
+        return finish
+
+
+@pytest.mark.slow
+def test_a_finisher_works_on_two_jobs_at_once(ray_session):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
+    assert len(list(cluster.pipeline(prepare, Overlaps(), range(4), finishers=1, in_flight=3))) == 4
+
+
+@pytest.mark.slow
+def test_a_dataset_and_its_cache_are_the_same_on_ray_and_inline(ray_session, tmp_path, tiny_encoder_folder):
+    sources = (RenderedSourceSpec(family="geometry", num_images=4), RenderedSourceSpec(family="charts", num_images=3))
+    # Limits for these tests' small views, which show everything at half of the size of the demo's.
+    dataset = small_data.dataset_spec(sources=sources, legibility=LegibilitySpec(local_min_px=2.5, global_max_px=2.5))
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    settings = ExecutionSettings(num_cpus=2, images_per_build_unit=3, feature_unit_bytes=60_000, encoder_threads=1, device="cpu")
+    found = {}
+    for name in ("inline", "ray"):
+        store = Store(str(tmp_path / name))
+        cluster = InlineCluster() if name == "inline" else None
+        built = build_dataset(dataset, store, settings, SilentProgress(), cluster=cluster)
+        record = cache_features(spec, store, settings, SilentProgress(), cluster=cluster)
+        assert (built.num_samples, record.num_cached) == (7, 7)
+        samples = read_samples(store, fingerprint(dataset))
+        rows = []
+        for branch in BRANCHES:
+            table = features_table(store, spec)
+            rows += [(branch, tuple(sorted(row.items(), key=str))) for row in table.read({"branch": branch}).to_pylist()]
+        found[name] = (samples, sorted(rows, key=str))
+        assert [path for path in store.list() if "staged" in path] == []
+    assert found["inline"][0] == found["ray"][0]
+    assert found["inline"][1] == found["ray"][1]
