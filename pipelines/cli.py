@@ -208,9 +208,11 @@ def _quiet_environment() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
-        "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
     }
+    if not Path("/dev/nvidiactl").exists():
+        wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns, on standard output, that it had to find that out itself
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

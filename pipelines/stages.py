@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from workers.exporting import ExportSpec
 
 
-__all__ = ["STAGES", "Experiment", "ReportSpec", "StageOutcome", "StageRun", "check_disk", "open_experiment", "stage_runs"]
+__all__ = [
+    "STAGES",
+    "Experiment",
+    "ReportSpec",
+    "StageOutcome",
+    "StageRun",
+    "check_disk",
+    "open_experiment",
+    "planned_feature_bytes",
+    "run_stage",
+    "shown_path",
+    "stage_runs",
+]
 
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
