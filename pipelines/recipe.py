@@ -296,7 +296,7 @@ class Phase(Table):
     """One phase of the schedule."""
 
     name: str | None = None
-    """The trained blocks' names when absent."""
+    """When absent, the trained blocks' names; `sft` for the last phase."""
     train: Annotated[
         tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model", "connector"], ...], Field(min_length=1)
     ]
@@ -521,7 +521,11 @@ class Recipe(Table):
                 raise SpecError(f"{path}: {error}") from error
 
         align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
-        sft = None if self.schedule.sft is None else build("schedule.sft", self.schedule.sft)
+        sft = (
+            None
+            if self.schedule.sft is None
+            else build("schedule.sft", self.schedule.sft.model_copy(update={"name": self.schedule.sft.name or "sft"}))
+        )
         return ScheduleSpec(align=align, sft=sft, seed=seed)
 
 

@@ -207,9 +207,10 @@ def _headline(accuracy: Sequence[AccuracyRow], dataset: dict[str, Any], stages: 
     both = overall.get("both") or overall.get("global")
     if both is not None and both.mean is not None:
         tiles.append(("both views, right" if "both" in overall else "global view, right", f"{100 * both.mean:.1f} %"))
-        for mode, words in (("blind", "points over blind"), ("global", "points over global only")):
-            if mode in overall and overall[mode] is not both and (mean := overall[mode].mean) is not None:
-                tiles.append((words, f"{100 * (both.mean - mean):+.1f}"))
+    small = next((row.cells for row in accuracy if row.label == "small detail"), {})
+    for cells, mode, words in ((overall, "blind", "points over blind"), (small, "global", "points over global only, small detail")):
+        if "both" in cells and mode in cells and (best := cells["both"].mean) is not None and (mean := cells[mode].mean) is not None:
+            tiles.append((words, f"{100 * (best - mean):+.1f}"))
     tiles.append(("pictures", str(dataset["num_samples"])))
     tiles.append(("questions", str(dataset["num_turns"])))
     tiles.append(("all stages", duration_text(sum(row.seconds for row in stages))))

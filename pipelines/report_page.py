@@ -210,14 +210,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 12.0, 12.0, 30.0
 
 
 def _ticks(low: float, high: float, number: int = 4) -> list[float]:
-    """Round values that cover a range."""
+    """Round values that cover a range, the last at or above its end."""
     if high <= low:
-        return [low]
+        return [low, low + 1.0]
     raw = (high - low) / number
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * magnitude >= raw)
     first = math.ceil(low / step - 1e-9) * step
-    return [first + step * place for place in range(int((high - first) / step + 1e-9) + 1)]
+    return [first + step * place for place in range(math.ceil((high - first) / step - 1e-9) + 1)]
 
 
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
@@ -239,7 +239,8 @@ def plot_geometry(phase: PhaseCurves) -> dict[str, Any]:
     """Lines, ticks and their places for one phase's plot."""
     raw = [loss for curve in phase.curves for loss in curve.losses]
     steps = [step for curve in phase.curves for step in curve.steps]
-    low, high = 0.0, max(raw) * 1.05 if raw else 1.0
+    y_ticks = _ticks(0.0, max(raw) if raw else 1.0)
+    low, high = 0.0, y_ticks[-1]
     last = max(steps, default=1)
 
     def x(step: float) -> float:
@@ -264,8 +265,8 @@ def plot_geometry(phase: PhaseCurves) -> dict[str, Any]:
         "left": _LEFT,
         "right": _PLOT_WIDTH - _RIGHT,
         "bottom": _PLOT_HEIGHT - _BOTTOM,
-        "x_ticks": [{"at": round(x(tick), 1), "text": f"{tick:g}"} for tick in _ticks(0, last)],
-        "y_ticks": [{"at": round(y(tick), 1), "text": f"{tick:g}"} for tick in _ticks(low, high)],
+        "x_ticks": [{"at": round(x(tick), 1), "text": f"{tick:g}"} for tick in _ticks(0, last) if tick <= last],
+        "y_ticks": [{"at": round(y(tick), 1), "text": f"{tick:g}"} for tick in y_ticks],
         "lines": lines,
         "first": sum(first) / len(first) if first else None,
         "final": sum(final) / len(final) if final else None,

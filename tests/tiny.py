@@ -80,3 +80,46 @@ def write_tiny_language_model(folder: Path, *, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_recipe(encoder: Path, language_model: Path, *, seeds: str = "[0, 1]", steps: int = 3) -> str:
+    """A recipe over the tiny models, as TOML: two families of eight pictures, two phases."""
+    return f"""
+name = "tiny"
+description = "Small enough for a test."
+seeds = {seeds}
+
+[dataset]
+sources = [{{ kind = "rendered", family = "charts", num_images = 8 }}, {{ kind = "rendered", family = "pages", num_images = 8 }}]
+held_out_fraction = 0.4
+turns_per_image = 3
+legibility = {{ local_min_px = 3.0, global_max_px = 3.0 }}
+
+[encoder]
+model = "{encoder}"
+
+[connector.global]
+fusion = {{ kind = "dci", groups = 2 }}
+adapters = {{ kind = "gated_mixture" }}
+
+[connector.local]
+fusion = {{ kind = "dci", groups = 2 }}
+compression = {{ queries = 4 }}
+
+[language_model]
+model = "{language_model}"
+
+[[schedule.align]]
+train = ["global_mlp"]
+branch = "global"
+steps = {steps}
+batch_size = 4
+learning_rate = 1e-3
+
+[schedule.sft]
+train = ["connector", "language_model"]
+branch = "both"
+steps = {steps}
+batch_size = 4
+learning_rate = 1e-3
+"""
