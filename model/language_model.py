@@ -138,7 +138,9 @@ def load_language_model(folder: Path) -> LanguageModel:
         LanguageModelError: it cannot be read, has no chat template, or its logits are more than its head on its last hidden state.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its bars would spoil ours
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         network = AutoModelForCausalLM.from_pretrained(

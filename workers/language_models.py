@@ -209,7 +209,9 @@ def _convert(name: str, gguf: Path, target: Path) -> None:
         ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model read from GGUF keeps a mark of its quantisation and refuses other types: its numbers go into a fresh one.
