@@ -8,6 +8,9 @@ from model.views import Box, View
 from workers.dataset.rendering.canvas import COLOURS, OBJECTS, Canvas, Mark
 from workers.dataset.rendering.legibility import glyph_size_px
 
+_MIN_OVERLAP = 0.2
+"""Share of a glyph's ink box that a patch must hold to be labelled with it; a quarter is what four patches get of a glyph on their common corner."""
+
 __all__ = ["COLOUR_CLASSES", "GLYPH_CLASSES", "PlacedGlyph", "colour_shares", "place_glyphs"]
 
 COLOUR_CLASSES: tuple[str, ...] = tuple(COLOURS)
@@ -32,7 +35,7 @@ class PlacedGlyph:
     size_px: float
     """Geometric mean of its ink's sides, in view pixels."""
     patches: tuple[int, ...]
-    """Patches (row-major) that hold 35 % or more of its ink box."""
+    """Patches (row-major) that hold enough of its ink box."""
 
 
 def _glyph_number(mark: Mark) -> int | None:
@@ -57,11 +60,9 @@ def place_glyphs(canvas: Canvas, view: View, grid: int) -> list[PlacedGlyph]:
         if number is None or not (0 <= centre_x < view.view_px and 0 <= centre_y < view.view_px):
             continue
         area = max(box.width_px * box.height_px, 1e-9)
-        patches = []
-        for row in range(max(int(box.top // cell_px), 0), min(int(box.bottom // cell_px), grid - 1) + 1):
-            for column in range(max(int(box.left // cell_px), 0), min(int(box.right // cell_px), grid - 1) + 1):
-                if _overlap(box, row, column, cell_px) / area >= 0.35:
-                    patches.append(row * grid + column)
+        rows = range(max(int(box.top // cell_px), 0), min(int(box.bottom // cell_px), grid - 1) + 1)
+        columns = range(max(int(box.left // cell_px), 0), min(int(box.right // cell_px), grid - 1) + 1)
+        patches = [row * grid + column for row in rows for column in columns if _overlap(box, row, column, cell_px) / area >= _MIN_OVERLAP]
         if patches:
             placed.append(PlacedGlyph(glyph=number, size_px=glyph_size_px(box), patches=tuple(patches)))
     return placed

@@ -39,13 +39,20 @@ NUM_LOCAL = 6 * LOCAL_GRID**2
 SEPARATOR = ","
 GLOBAL_READABLE_PX = 5.0
 """A glyph at least this large is written into the global view's layout; the encoder's card has the measurement."""
-_MIN_COLOUR_SHARE = 0.01
-"""Two of the 196 lattice points of a place: a pictograph's ink covers 2 to 4 % of its place."""
+_MIN_COLOUR_SHARE = 0.0075
+"""Three of the 400 lattice points of a place: a pictograph's ink covers 2 to 4 % of its place."""
+_QUESTION_WEIGHT = 0.03
+_LOOKED_UP = frozenset(
+    {"charts/value", "maps/number of colour", "collages/colour of object", "collages/object of colour", "pages/number of colour", "geometry/length"}
+)
+"""Kinds that are answered by finding one place by its contents: what the curriculum begins with."""
 _HELD_OUT_FROM = 1_000_000
 _MODES = ("both", "local", "global", "blind")
-_MODE_SHARES = (0.5, 0.2, 0.15, 0.15)
+_MODE_SHARES = (0.45, 0.25, 0.15, 0.15)
 
-BOS, EOS, PAD, USER, ASSISTANT, IMAGE = "<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<image>"
+BOS, EOS, PAD, USER, ASSISTANT = "<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+BLANK = "."
+"""The word for a place with nothing on it."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
     "{% else %}<|assistant|> {{ message['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -65,7 +72,7 @@ class Layout:
 
 
 def _slots(canvas: Canvas, view: View, grid: int, min_glyph_px: float) -> list[Slot]:
-    shares = colour_shares(canvas, view, grid, samples_per_cell=14)
+    shares = colour_shares(canvas, view, grid, samples_per_cell=20)
     words: list[list[tuple[str, int]]] = [[] for _ in range(grid * grid)]
     for cell, row in enumerate(shares):
         words[cell].extend((COLOUR_CLASSES[number], 0) for number in np.flatnonzero(row >= _MIN_COLOUR_SHARE))
@@ -127,7 +134,9 @@ class SlotTable:
 
     max_words = 6
 
-    def __init__(self, layouts: Sequence[Layout], word_ids: dict[str, int]) -> None:
+    def __init__(self, layouts: Sequence[Layout], word_ids: dict[str, int], blank_id: int) -> None:
+        self.blank_id = blank_id
+        self.glyph_ids = [number for word, number in word_ids.items() if word not in COLOUR_CLASSES]
         shape = (len(layouts), NUM_GLOBAL + NUM_LOCAL, 2, self.max_words)
         self.ids = np.full(shape, -1, dtype=np.int16)
         for row, layout in enumerate(layouts):
@@ -141,13 +150,29 @@ class SlotTable:
     def embed(self, rows: np.ndarray, places: slice, embedding: Tensor, rotation: Tensor) -> Tensor:
         """[batch, places, width]: sums of word embeddings, the second role rotated."""
         ids = torch.from_numpy(self.ids[rows][:, places].astype(np.int64))
+        blank = embedding.detach()[self.blank_id]
         present = (ids >= 0).unsqueeze(-1).to(embedding.dtype)
-        summed = (embedding[ids.clamp(min=0)] * present).sum(dim=3)
-        return summed[:, :, 0] + summed[:, :, 1] @ rotation
+        # Detached: the words learn from the text alone; the gather's backward would take as long as the model's.
+        summed = (embedding.detach()[ids.clamp(min=0)] * present).sum(dim=3)
+        # Every place holds the blank, so that an empty one is one vector and not the noise blown up by the first norm.
+        return blank + summed[:, :, 0] + summed[:, :, 1] @ rotation
+
+
+def _compact(table: SlotTable, rows: np.ndarray, keep_share: float, embedding: Tensor, rotation: Tensor, rng: np.random.Generator) -> Tensor:
+    """The local places that hold a glyph, and a share of the others, in order with blanks behind: the short sequences of the curriculum's first part.
+
+    Looking a word up among ten places is learned in a hundred steps, among a hundred and sixty not in a thousand; once learned it carries over.
+    """
+    ids = table.ids[rows, NUM_GLOBAL:]
+    kept = np.isin(ids, table.glyph_ids).any(axis=(2, 3)) | ((ids >= 0).any(axis=(2, 3)) & (rng.random(ids.shape[:2]) < keep_share))
+    order = torch.argsort(torch.from_numpy(~kept).byte(), dim=1, stable=True)[:, : max(int(kept.sum(axis=1).max()), 1)]
+    places = table.embed(rows, slice(NUM_GLOBAL, None), embedding, rotation)
+    places = torch.where(torch.from_numpy(kept).unsqueeze(-1), places, embedding.detach()[table.blank_id])
+    return places.gather(1, order.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[list[int], list[float]]:
-    """Token ids after the image's place, and each one's loss weight: 1 on answers, 0.1 on questions."""
+    """Token ids after the image's place, and each one's loss weight: 1 on answers, little on questions."""
     ids: list[int] = []
     weights: list[float] = []
     for position, turn in enumerate(turns):
@@ -155,7 +180,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tupl
         asked = tokenizer.encode(question, add_special_tokens=False)
         answered = tokenizer.encode(f" {turn.answer}{EOS}", add_special_tokens=False)
         ids += asked + answered
-        weights += [0.1] * len(asked) + [1.0] * len(answered)
+        weights += [_QUESTION_WEIGHT] * len(asked) + [1.0] * len(answered)
     return ids, weights
 
 
@@ -194,14 +219,24 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
     started = time.monotonic()
     layouts = [make_layout(FAMILIES[position % len(FAMILIES)], position // len(FAMILIES), arguments.seed) for position in range(arguments.pictures)]
     tokenizer = train_tokenizer(layouts, arguments.vocabulary)
-    table = SlotTable(layouts, _word_ids(tokenizer))
+    table = SlotTable(layouts, _word_ids(tokenizer), tokenizer.convert_tokens_to_ids(BLANK))
     log = [f"{len(layouts)} layouts, {len(tokenizer)} tokens, {time.monotonic() - started:.0f} s"]
     print(log[-1], flush=True)
+    heads = arguments.width // 32
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=arguments.width * 8 // 3, num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.width // 32, num_key_value_heads=arguments.width // 32, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.04,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.width,
+        intermediate_size=arguments.width * 8 // 3,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.04,
+    )
     model = LlamaForCausalLM(config)
     rotation, _ = torch.linalg.qr(torch.randn(arguments.width, arguments.width))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05, betas=(0.9, 0.95))
@@ -209,6 +244,7 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
     rng = np.random.Generator(np.random.Philox(key=arguments.seed + 1))
     separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
     prose = [tokenizer.encode(f"{BOS}{text}{EOS}", add_special_tokens=False)[:256] for text in load_paragraphs()]
+    answers_loss = 0.0
     head_ids = torch.tensor(tokenizer.encode(f"{BOS}{USER}", add_special_tokens=False))
     for step in range(arguments.steps):
         if step % 10 == 9:
@@ -219,12 +255,19 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
         else:
             mode = _MODES[int(rng.choice(4, p=_MODE_SHARES))]
             rows = rng.integers(0, len(layouts), size=arguments.batch_size)
-            texts = [_text_ids(tokenizer, choose_turns(layouts[row].turns, arguments.turns, rng)) for row in rows]
+            compact = step < arguments.compact_steps
+            asked = [tuple(turn for turn in layouts[row].turns if not compact or turn.kind in _LOOKED_UP) or layouts[row].turns for row in rows]
+            texts = [_text_ids(tokenizer, choose_turns(turns, arguments.turns, rng)) for turns in asked]
             ids, weights = _pad(texts, tokenizer.pad_token_id)
             embedding = model.model.embed_tokens.weight
             scale = embedding.detach().pow(2).mean().sqrt()
             noise = torch.randn(arguments.batch_size, NUM_GLOBAL + 1 + NUM_LOCAL, arguments.width) * scale * arguments.noise
-            places = _prefix(mode, rows, table, embedding, rotation, separator_id, noise)
+            if compact:
+                keep_share = max(0.0, 2.0 * step / arguments.compact_steps - 1.0)
+                places = _compact(table, rows, keep_share, embedding, rotation, rng)
+                places = places + noise[:, : places.shape[1]]
+            else:
+                places = _prefix(mode, rows, table, embedding, rotation, separator_id, noise)
             head = model.model.embed_tokens(head_ids).expand(arguments.batch_size, -1, -1)
             inputs = torch.cat([part for part in (head, places, model.model.embed_tokens(ids)) if part is not None], dim=1)
             skip = inputs.shape[1] - ids.shape[1]
@@ -241,9 +284,15 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 200 == 199:
+        if step % 10 != 9:
+            answers_loss += 0.05 * (loss.item() - answers_loss)
+        if step % 100 == 99 and step < arguments.compact_steps:
+            log.append(f"step {step + 1}: mean loss {answers_loss:.4f} on compact layouts ({time.monotonic() - started:.0f} s)")
+            print(log[-1], flush=True)
+        elif step % 200 == 199:
             accuracy = measure(model, tokenizer, rotation, 100, arguments.seed, ("both",))["both"]["overall"]
-            log.append(f"step {step + 1}: loss {loss.item():.4f}, held-out layouts answered rightly {accuracy:.3f} ({time.monotonic() - started:.0f} s)")
+            seconds = time.monotonic() - started
+            log.append(f"step {step + 1}: mean loss {answers_loss:.4f}, held-out layouts answered rightly {accuracy:.3f} ({seconds:.0f} s)")
             print(log[-1], flush=True)
     return model.eval(), tokenizer, rotation, log
 
@@ -254,7 +303,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Share of single questions about unseen layouts whose greedy answer is exactly right, by mode and kind."""
     layouts = [make_layout(FAMILIES[position % len(FAMILIES)], _HELD_OUT_FROM + position // len(FAMILIES), seed) for position in range(num_pictures)]
-    table = SlotTable(layouts, _word_ids(tokenizer))
+    table = SlotTable(layouts, _word_ids(tokenizer), tokenizer.convert_tokens_to_ids(BLANK))
     rng = np.random.Generator(np.random.Philox(key=seed + 2))
     chosen = [(row, turn) for row, layout in enumerate(layouts) for turn in choose_turns(layout.turns, 8, rng)]
     embedding = model.model.embed_tokens.weight
@@ -286,14 +335,15 @@ def main() -> None:
     """Train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--compact-steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=12000)
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1280)
-    parser.add_argument("--noise", type=float, default=0.3)
+    parser.add_argument("--noise", type=float, default=0.2)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -312,6 +362,10 @@ def main() -> None:
         "seconds": round(seconds),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "weights_bytes": len(weights),
+        "num_tokens": len(tokenizer),
+        "shares": f"Shares of what a conversation showed, after the first {arguments.compact_steps} steps (which showed local places that hold something): "
+        + ", ".join(f"{mode} {share:.0%}" for mode, share in zip(_MODES, _MODE_SHARES, strict=True))
+        + ".",
         "measured": measured,
         "log": log,
     }

@@ -98,8 +98,9 @@ def _checked(family: str, number: int, spec: DatasetSpec) -> tuple[Picture, np.r
         if sum(turn.detail == "small" for turn in kept) >= 2:
             return Picture(canvas=picture.canvas, turns=kept, licence=picture.licence), rng
     raise WorkerError(
-        f"no drawing of {family} number {number} in {_MAX_ATTEMPTS} attempts has two questions that are readable from {spec.legibility.local_min_px} px in a "
-        f"local view and unreadable below {spec.legibility.global_max_px} px in the global one (views of {spec.view_px} px); relax the limits or use larger images"
+        f"no drawing of {family} number {number} in {_MAX_ATTEMPTS} attempts has two questions that are readable from "
+        f"{spec.legibility.local_min_px} px in a local view and unreadable below {spec.legibility.global_max_px} px in the global one (views of "
+        f"{spec.view_px} px); relax the limits or use larger images"
     )
 
 
@@ -150,7 +151,8 @@ def choose_turns(candidates: tuple[Turn, ...], num_turns: int, rng: np.random.Ge
     num_small = round(num_turns * 2 / 3)
     chosen: list[Turn] = []
     used: set[tuple[float, float, float, float]] = set()
-    for detail, wanted in (("small", num_small), ("large", num_turns - num_small)):
+    for detail, share in (("small", num_small), ("large", num_turns - num_small)):
+        wanted = share
         by_kind: dict[str, list[Turn]] = {}
         for turn in shuffled:
             if turn.detail == detail:

@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from model.views import Box
 
-__all__ = ["COLOURS", "OBJECTS", "Canvas", "Colour", "Mark", "load_font"]
+__all__ = ["COLOURS", "LATTICE_PX", "OBJECTS", "Canvas", "Colour", "Mark", "load_font", "on_lattice"]
 
 Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"]
 
@@ -58,6 +58,10 @@ OBJECTS: dict[str, str] = {
 
 _COLOUR_NUMBERS = {name: number for number, name in enumerate(COLOURS, start=1)}
 
+LATTICE_PX = 28
+"""Marks to be read stand on the centres of a lattice of this width: the patches of a local view of 112 px in patches of 14, at half scale. A small
+encoder learns to read a glyph that one patch holds in minutes, and one that may lie across four patches only in days."""
+
 FontStyle = Literal["sans", "sans-bold", "serif", "serif-bold", "mono", "mono-bold"]
 _FONT_FILES: dict[FontStyle, str] = {
     "sans": "DejaVuSans.ttf",
@@ -77,7 +81,12 @@ def load_font(style: FontStyle, size_px: int) -> ImageFont.FreeTypeFont:
         style: family and weight.
         size_px: em size in pixels; a digit's ink is about 0.73 of it high.
     """
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / _FONT_FILES[style]), size_px)
+    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / _FONT_FILES[style]), size_px)
+
+
+def on_lattice(position_px: float) -> float:
+    """The lattice centre nearest to a coordinate."""
+    return LATTICE_PX / 2 + LATTICE_PX * round((position_px - LATTICE_PX / 2) / LATTICE_PX)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

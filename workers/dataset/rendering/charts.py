@@ -3,7 +3,7 @@
 import numpy as np
 
 from model.views import Box
-from workers.dataset.rendering.canvas import COLOURS, Canvas, load_font
+from workers.dataset.rendering.canvas import COLOURS, LATTICE_PX, Canvas, load_font, on_lattice
 from workers.dataset.rendering.material import load_tables
 from workers.dataset.samples import Turn
 
@@ -37,12 +37,15 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         y = bottom - (bottom - top) * level / 100
         canvas.line([(left, y), (right, y)], _GRID, 1)
         canvas.prose(8, y - 7, str(level), load_font("sans", 11), _INK)
-    slot = (right - left) / num_bars
+    slot_cells = int((right - left) / LATTICE_PX / num_bars)
+    slot = LATTICE_PX * slot_cells
+    # Bars stand evenly and each on a lattice centre: an odd number of cells has its middle there, an even one half a cell beside.
+    first = 2 * LATTICE_PX + (0 if slot_cells % 2 else LATTICE_PX / 2)
     bar_width = slot * float(rng.uniform(0.62, 0.8))
-    value_font = load_font("sans-bold", int(rng.integers(20, 23)))
+    value_font = load_font("sans-bold", int(rng.integers(19, 21)))
     turns: list[Turn] = []
     for position, (key, value, colour) in enumerate(zip(chosen, values, colours, strict=True)):
-        centre = left + slot * (position + 0.5)
+        centre = first + slot * (position + 0.5)
         bar_top = bottom - (bottom - top) * value / 100
         canvas.rectangle(Box(left=centre - bar_width / 2, top=bar_top, right=centre + bar_width / 2, bottom=bottom), colour, outline=_INK)
         caption = key if len(key) <= 12 else key[:11] + "."
@@ -50,7 +53,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         canvas.prose(centre - caption_font.getlength(caption) / 2, bottom + 6, caption, caption_font, _INK)
         # Black on light, white on dark, as charting tools choose.
         ink = (255, 255, 255) if sum(canvas.shade(colour)) < 330 else (0, 0, 0)
-        box = canvas.text(centre, min(bar_top + 24, bottom - 14), str(value), value_font, ink)
+        box = canvas.text(centre, min(on_lattice(bar_top + 26), on_lattice(bottom - LATTICE_PX)), str(value), value_font, ink)
         evidence = (box.left, box.top, box.right, box.bottom)
         question = (f"What value is written on the {colour} bar?", f"Which number stands on the {colour} bar?")[int(rng.integers(2))]
         turns.append(Turn(question=question, answer=str(value), kind="charts/value", detail="small", evidence=evidence))

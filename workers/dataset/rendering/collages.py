@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from workers.dataset.rendering.canvas import COLOURS, OBJECTS, Canvas
+from workers.dataset.rendering.canvas import COLOURS, OBJECTS, Canvas, on_lattice
 from workers.dataset.rendering.places import PLACES
 from workers.dataset.samples import Turn
 
@@ -32,10 +32,10 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
     turns: list[Turn] = []
     for ninth, name, colour in zip(ninths, names, colours, strict=True):
         row, column = divmod(int(ninth), 3)
-        # 0.22 of a third stays free at each side, so that a place is never in doubt.
-        x = (column + float(rng.uniform(0.22, 0.78))) * width / 3
-        y = (row + float(rng.uniform(0.22, 0.78))) * height / 3
-        box = canvas.pictograph(x, y, name, int(rng.integers(24, 29)), colour)
+        # A fifth of a third stays free at each side, so that a place is never in doubt.
+        x = on_lattice((column + float(rng.uniform(0.2, 0.8))) * width / 3)
+        y = on_lattice((row + float(rng.uniform(0.2, 0.8))) * height / 3)
+        box = canvas.pictograph(x, y, name, int(rng.integers(27, 31)), colour)
         evidence = (box.left, box.top, box.right, box.bottom)
         place = PLACES[int(ninth)]
         asked = (f"Which object is at the {place}?", f"What is shown at the {place}?")[int(rng.integers(2))]

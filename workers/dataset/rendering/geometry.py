@@ -5,13 +5,14 @@ from math import acos, degrees, hypot
 import numpy as np
 
 from model.views import Box
-from workers.dataset.rendering.canvas import COLOURS, Canvas, load_font
+from workers.dataset.rendering.canvas import COLOURS, LATTICE_PX, Canvas, load_font
 from workers.dataset.samples import Turn
 
 __all__ = ["draw"]
 
 _INK = (20, 20, 20)
 _PX_PER_UNIT = 10.0
+_STEPS = tuple((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y)
 _LETTERS = "ABCDEFGHKLMNPRSTVXYZ"
 
 
@@ -44,7 +45,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         length = round(hypot(x1 - x0, y1 - y0) / _PX_PER_UNIT)
         lengths.append(length)
         middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
-        tag = Box(left=middle_x - 23, top=middle_y - 14, right=middle_x + 23, bottom=middle_y + 14)
+        tag = Box(left=middle_x - 16, top=middle_y - 13, right=middle_x + 16, bottom=middle_y + 13)
         canvas.rectangle(tag, colours[side], outline=_INK, radius_px=4)
         ink = (255, 255, 255) if sum(canvas.shade(colours[side])) < 330 else (0, 0, 0)
         box = canvas.text(middle_x, middle_y, str(length), tag_font, ink)
@@ -57,11 +58,12 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 evidence=(box.left, box.top, box.right, box.bottom),
             )
         )
-    letter_font = load_font("sans-bold", 22)
+    letter_font = load_font("sans-bold", 26)
     letter_boxes = []
     for (x, y), letter in zip(corners, letters, strict=True):
-        away = hypot(x - centre[0], y - centre[1])
-        box = canvas.text(x + (x - centre[0]) / away * 24, y + (y - centre[1]) / away * 24, letter, letter_font, _INK)
+        outward = (x - centre[0], y - centre[1])
+        step_x, step_y = max(_STEPS, key=lambda step: (step[0] * outward[0] + step[1] * outward[1]) / hypot(*step))
+        box = canvas.text(x + step_x * LATTICE_PX, y + step_y * LATTICE_PX, letter, letter_font, _INK)
         letter_boxes.append((box.left, box.top, box.right, box.bottom))
     by_height = sorted(range(3), key=lambda corner: corners[corner][1])
     by_side = sorted(range(3), key=lambda corner: corners[corner][0])
@@ -113,13 +115,18 @@ def _angle(corners: list[tuple[float, float]], corner: int) -> float:
 
 def _corners(width: int, height: int, rng: np.random.Generator) -> list[tuple[float, float]]:
     """Three corners that make a triangle fit to be lettered; a third of them with a right angle."""
+    # Odd and even lattice centres do not mix, so that the middle of every side is a lattice centre too.
+    parity_x, parity_y = (int(parity) for parity in rng.integers(2, size=2))
+    columns = range(2 + parity_x, width // LATTICE_PX - 2, 2)
+    rows = range(2 + parity_y, height // LATTICE_PX - 2, 2)
     while True:
-        corners = [(float(rng.uniform(60, width - 60)), float(rng.uniform(60, height - 60))) for _ in range(3)]
+        places = [(columns[int(rng.integers(len(columns)))], rows[int(rng.integers(len(rows)))]) for _ in range(3)]
         if rng.random() < 1 / 3:
-            (x0, y0), (x1, y1) = corners[0], corners[1]
-            stretch = float(rng.uniform(0.5, 1.5)) * (1 if rng.random() < 0.5 else -1)
-            corners[2] = (x0 - (y1 - y0) * stretch, y0 + (x1 - x0) * stretch)
-        inside = all(50 <= x <= width - 50 and 50 <= y <= height - 50 for x, y in corners)
+            (x0, y0), (x1, y1) = places[0], places[1]
+            turn = 1 if rng.random() < 0.5 else -1
+            places[2] = (x0 - (y1 - y0) * turn, y0 + (x1 - x0) * turn)
+        corners = [((column + 0.5) * LATTICE_PX, (row + 0.5) * LATTICE_PX) for column, row in places]
+        inside = all(2 * LATTICE_PX <= x <= width - 2 * LATTICE_PX and 2 * LATTICE_PX <= y <= height - 2 * LATTICE_PX for x, y in corners)
         sides = [hypot(corners[side][0] - corners[(side + 1) % 3][0], corners[side][1] - corners[(side + 1) % 3][1]) for side in range(3)]
         if inside and min(sides) >= 150 and min(_angle(corners, corner) for corner in range(3)) >= 25:
             return corners

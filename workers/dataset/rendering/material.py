@@ -37,10 +37,8 @@ class State:
     name: str
     rings: tuple[tuple[tuple[float, float], ...], ...]
     """Outer rings as (longitude, latitude), the largest first."""
-    label: tuple[float, float]
-    """A point well inside the largest ring."""
-    radius_degrees: float
-    """Radius of the largest circle inside the state, centred on the label."""
+    centre: tuple[float, float]
+    """Of its area, as (longitude, latitude)."""
 
 
 def _read(name: str) -> bytes:
@@ -106,14 +104,11 @@ def load_states() -> tuple[State, ...]:
             continue
         shape = shapely.from_wkb(geometry).simplify(0.05)
         polygons = sorted(getattr(shape, "geoms", [shape]), key=lambda polygon: -polygon.area)
-        circle = shapely.maximum_inscribed_circle(polygons[0])
-        label = circle.coords[0]
         states.append(
             State(
                 name=name,
                 rings=tuple(tuple((float(x), float(y)) for x, y in polygon.exterior.coords) for polygon in polygons if polygon.area > 0.01),
-                label=(float(label[0]), float(label[1])),
-                radius_degrees=float(circle.length),
+                centre=(float(shape.centroid.x), float(shape.centroid.y)),
             )
         )
     return tuple(sorted(states, key=lambda state: state.name))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from model.views import Box
-from workers.dataset.rendering.canvas import COLOURS, Canvas, load_font
+from workers.dataset.rendering.canvas import COLOURS, LATTICE_PX, Canvas, load_font
 from workers.dataset.rendering.material import load_paragraphs
 from workers.dataset.samples import Turn
 
@@ -39,26 +39,27 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
             break
     numbers = rng.permutation(np.arange(10, 100))[:num_paragraphs]
     body = load_font("serif", int(rng.integers(10, 13)))
-    cap_font = load_font("serif-bold", 24)
+    cap_font = load_font("serif-bold", 26)
     tag_font = load_font("sans-bold", 20)
-    column_width = (width - 24.0) / num_columns
-    row_height = (height - 24.0) / 2
+    column_width = (width - LATTICE_PX) / num_columns
+    row_height = (height - LATTICE_PX) / 2
     turns: list[Turn] = []
     for position, (text, number, colour) in enumerate(zip(chosen, numbers, colours, strict=True)):
         row, column = divmod(position, num_columns)
-        left, top = 16.0 + column * column_width, 14.0 + row * row_height
-        tag = Box(left=left, top=top, right=left + 44, bottom=top + 26)
-        canvas.rectangle(tag, colour, radius_px=4)
+        left = LATTICE_PX * (1 + column * (width // LATTICE_PX // num_columns))
+        top = LATTICE_PX * (1 + row * (height // LATTICE_PX // 2))
+        canvas.rectangle(Box(left=left, top=top, right=left + LATTICE_PX, bottom=top + LATTICE_PX), colour)
         ink = (255, 255, 255) if sum(canvas.shade(colour)) < 330 else (0, 0, 0)
-        number_box = canvas.text(left + 22, top + 13, str(number), tag_font, ink)
-        cap_box = canvas.text(left + 12, top + 44, text[0], cap_font, _INK)
+        middle = LATTICE_PX / 2
+        number_box = canvas.text(left + middle, top + middle, str(number), tag_font, ink)
+        cap_box = canvas.text(left + middle, top + LATTICE_PX + middle, text[0], cap_font, _INK)
         line_height = body.size + 4
-        x, y = left + 30, top + 32
+        x, y = left + 32.0, top + 30.0
         for word in text[1:].split(" ") if text[1] != " " else text[2:].split(" "):
             length = body.getlength(word + " ")
-            if x + length > left + column_width - 12:
-                x, y = (left + 30 if y + line_height < top + 58 else left), y + line_height
-                if y > top + row_height - line_height - 10:
+            if x + length > left + column_width - 20:
+                x, y = (left + 32.0 if y + line_height < top + 56 else float(left)), y + line_height
+                if y > top + row_height - line_height - 16:
                     break
             canvas.prose(x, y, word, body, _INK)
             x += length
