@@ -185,6 +185,9 @@ class Encoder(nn.Module):
 
         Args:
             views_uint8: [batch, 3, view_px, view_px].
+
+        Returns:
+            [batch, 3, view_px, view_px] in the tower's dtype.
         """
         scaled = views_uint8.to(self.device).to(torch.float32) * (1 / 255)
         return ((scaled - self.mean) / self.std).to(self._dtype)

@@ -90,6 +90,12 @@ class Stage:
     def committed(self, record_type: type[Decoded]) -> Decoded | None:
         """The record of this stage if it is done.
 
+        Args:
+            record_type: the stage's record dataclass.
+
+        Returns:
+            The record, or None when the stage is not done.
+
         Raises:
             RecordError: the record on disk is not of this type.
         """
@@ -137,6 +143,12 @@ class Stage:
 
 def to_json(value: Any) -> Any:
     """A dataclass of plain values as JSON values: tuples become lists, nested dataclasses objects.
+
+    Args:
+        value: a dataclass, or dicts, lists, tuples and scalars.
+
+    Returns:
+        What json.dumps takes.
 
     Raises:
         RecordError: something in it is no plain value.

@@ -101,9 +101,12 @@ class WorkFailedError(ClusterError):
 class SpecChangedError(WorkerError):
     """Work on record was done under another spec.
 
-    Attributes:
-        differences: one line per field that differs.
+    Args:
+        message: for people.
+        differences: one line per field that differs; kept as an attribute.
     """
+
+    differences: tuple[str, ...]
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
         super().__init__(message)

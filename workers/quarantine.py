@@ -78,6 +78,9 @@ def read_quarantine(store: Store, stage: str, key: str) -> list[QuarantineRow]:
         store: where the table lies.
         stage: a stage's name.
         key: first 16 characters of its spec's fingerprint.
+
+    Returns:
+        Rows by index.
     """
     table = quarantine_table(store).read({"stage": stage, "key": key}, QUARANTINE_SCHEMA.names)
     rows = [] if table is None else [QuarantineRow(**row) for row in table.to_pylist()]

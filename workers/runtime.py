@@ -265,7 +265,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
                 ray.init(address=address, **quiet)
                 return
             temp_dir = _temp_dir(execution)
-            ray.init(
+            _init_local(
                 address="local",
                 num_cpus=execution.num_cpus,
                 include_dashboard=False,
@@ -280,6 +280,19 @@ def _start_ray(execution: ExecutionSettings) -> None:
             f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
         ) from error
     atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
+
+
+def _init_local(**options: Any) -> None:
+    """Start a local Ray; once more when it did not come up in time, since Ray waits for 30 s and a machine under load may need longer."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**options)
 
 
 def _stop_ray(temp_dir: Path, *, keep: bool) -> None:

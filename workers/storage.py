@@ -233,6 +233,12 @@ class Store:
     def read_bytes(self, path: str) -> bytes:
         """All bytes of an object.
 
+        Args:
+            path: of the object.
+
+        Returns:
+            Its bytes.
+
         Raises:
             ObjectNotFoundError: nothing lies there.
             StorageError: it cannot be read.
@@ -244,6 +250,12 @@ class Store:
 
     def read_reference(self, reference: str) -> bytes:
         """All bytes of an object below this root, or anywhere when `reference` is an absolute URL.
+
+        Args:
+            reference: a path below the root, or a URL.
+
+        Returns:
+            Its bytes.
 
         Raises:
             ObjectNotFoundError: nothing lies there.
@@ -263,6 +275,12 @@ class Store:
 
     def size_bytes(self, path: str) -> int:
         """Size of an object.
+
+        Args:
+            path: of the object.
+
+        Returns:
+            In bytes.
 
         Raises:
             ObjectNotFoundError: nothing lies there.
@@ -337,6 +355,10 @@ class Store:
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Put an object there unless one is there already. Of any number of callers exactly one wins.
 
+        Args:
+            path: where.
+            data: all of it.
+
         Returns:
             Whether this call created it.
 
@@ -371,6 +393,12 @@ class Store:
 
     def read_json(self, path: str) -> Any:
         """An object as JSON.
+
+        Args:
+            path: of the object.
+
+        Returns:
+            The parsed value.
 
         Raises:
             ObjectNotFoundError: nothing lies there.

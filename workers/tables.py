@@ -151,6 +151,9 @@ class Table:
 
         Args:
             partition: keep only files with these values.
+
+        Returns:
+            Committed files by path.
         """
         found = self._open()
         if found is None:

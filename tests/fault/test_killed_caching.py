@@ -68,20 +68,32 @@ def store(root):
     return store
 
 
+def is_alive(process):
+    """Whether it still runs; one that nobody has buried yet does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextlib.contextmanager
 def ending_by_themselves(process):
     """The process's children must end with it; what is left after the test is ended by its own id."""
     family = psutil.Process(process.pid).children(recursive=True)
+    # Ray's two agents first try, for up to two minutes, to tell the dead control service that it is dead.
+    bound = [child for child in family if "Agent" not in "".join(child.cmdline())]
     try:
-        yield family
-        # Ray's two agents first try, for up to two minutes, to tell the dead control service that it is dead.
-        bound = [child for child in family if child.is_running() and "Agent" not in "".join(child.cmdline())]
-        _, alive = psutil.wait_procs(bound, timeout=60)
+        yield bound
+        deadline = time.monotonic() + 60
+        while (alive := [child for child in bound if is_alive(child)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert not alive
     finally:
         for child in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def test_a_killed_driver_takes_ray_along_and_the_next_run_completes(store, undisturbed, tiny_encoder_folder):
@@ -98,7 +110,8 @@ def test_a_killed_driver_takes_ray_along_and_the_next_run_completes(store, undis
 
     again = start(store.root, tiny_encoder_folder, 0)
     assert wait_for(again, "done") == f"done {NUM_IMAGES} {fingerprint(spec)}"
-    assert again.wait(timeout=60) == 0
+    again.communicate(timeout=60)
+    assert again.returncode == 0
     assert rows(store, spec) == expected
 
 
@@ -113,7 +126,8 @@ def test_a_killed_encoder_is_replaced_within_the_run(store, undisturbed, tiny_en
     process.stdin.write("go on\n")
     process.stdin.flush()
     wait_for(process, "done")
-    assert process.wait(timeout=60) == 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert rows(store, spec) == expected
 
 

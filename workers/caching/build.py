@@ -63,6 +63,9 @@ def planned_bytes(spec: FeatureSpec, store: Store) -> int:
         spec: of the cache.
         store: where the dataset is.
 
+    Returns:
+        Bytes, without the files' small overhead.
+
     Raises:
         TableError: the dataset is not built.
     """

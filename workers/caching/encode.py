@@ -254,5 +254,8 @@ def as_features(stored: Mapping[str, np.ndarray], maps: Sequence[MapSpec]) -> Fl
     Args:
         stored: [views, patches, width] by map name.
         maps: which, in order; at least one.
+
+    Returns:
+        fp32 [views, maps, patches, width].
     """
     return torch.from_numpy(np.stack([stored[item.name].astype(np.float32) for item in maps], axis=1))

@@ -124,6 +124,14 @@ class LiveFeatures:
     def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
         """As FeatureSource.fetch.
 
+        Args:
+            images: which; an image may stand there twice.
+            want_global: whether the global view's maps are wanted.
+            want_local: whether the local views' maps are wanted.
+
+        Returns:
+            One per image, in their order.
+
         Raises:
             EncoderError: the encoder cannot be loaded.
             MissingFeaturesError: a value is not finite at the spec's precision.
@@ -215,6 +223,14 @@ class CachedFeatures:
 
     def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
         """As FeatureSource.fetch.
+
+        Args:
+            images: which; an image may stand there twice.
+            want_global: whether the global view's maps are wanted.
+            want_local: whether the local views' maps are wanted.
+
+        Returns:
+            One per image, in their order.
 
         Raises:
             MissingFeaturesError: an image is missing or damaged, and the policy is `fail`.

@@ -152,6 +152,9 @@ def plan_units(stage: Stage, spec: FeatureSpec, samples: Sequence[Sample], unit_
         samples: the dataset in its frozen order.
         unit_bytes: feature bytes per unit, for a new plan.
 
+    Returns:
+        The plan that holds from now on.
+
     Raises:
         IncompleteError: the plan on record was made for another list of samples.
     """
@@ -248,6 +251,9 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
 
     Args:
         job: the unit.
+
+    Returns:
+        Its views, and what was refused.
 
     Raises:
         StorageError: the store failed in a way that says nothing about one image.

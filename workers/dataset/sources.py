@@ -60,6 +60,9 @@ def split_of(image_sha256: str, seed: int, held_out_fraction: float) -> Split:
         image_sha256: of the image's bytes.
         seed: of the dataset.
         held_out_fraction: expected share on the held-out side.
+
+    Returns:
+        The side.
     """
     digest = hashlib.sha256(f"split:{seed}:{image_sha256}".encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64 else "train"
@@ -77,6 +80,9 @@ def describe_llava_json(records: str, images: str) -> LlavaJsonSourceSpec:
         records: path or URL of the JSON file.
         images: path or URL of the image folder.
 
+    Returns:
+        The spec, with the digest of the records.
+
     Raises:
         StorageError: the records cannot be read.
     """
@@ -86,6 +92,12 @@ def describe_llava_json(records: str, images: str) -> LlavaJsonSourceSpec:
 
 def read_records(source: LlavaJsonSourceSpec) -> list[Any]:
     """The records of a LLaVA source, unchecked but for the file's digest.
+
+    Args:
+        source: where they are, and their digest.
+
+    Returns:
+        At least one record.
 
     Raises:
         SourceError: the file is not there, changed since it was described, or is no JSON array.

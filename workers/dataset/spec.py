@@ -56,16 +56,16 @@ SourceSpec = RenderedSourceSpec | LlavaJsonSourceSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LegibilitySpec:
-    """What the encoder can read, as glyph heights in the pixels of a view, measured for the encoder.
+    """What the encoder can read: glyph sizes (geometric mean of the ink's sides) in the pixels of a view, measured for the encoder.
 
     Raises:
         SpecError: sizes that are not positive or leave no room for a detail to be small.
     """
 
     local_min_px: float
-    """Readable from this height up."""
+    """Readable from this size up."""
     global_max_px: float
-    """Unreadable up to this height."""
+    """Unreadable below this size."""
 
     def __post_init__(self) -> None:
         if not 0 < self.global_max_px <= self.local_min_px:
