@@ -98,7 +98,7 @@ class Progress(Protocol):
 
         Args:
             count: how much more.
-            facts: numbers worth showing now, e.g. loss=1.2.
+            **facts: numbers worth showing now, e.g. loss=1.2.
         """
 
     def finish(self) -> None:
