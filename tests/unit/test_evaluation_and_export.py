@@ -20,6 +20,8 @@ from workers.exporting import ExportSpec, export
 from workers.training.assemble import load_trained
 from workers.training.run import train_connector, train_stage
 
+pytestmark = pytest.mark.slow  # trains with DeepSpeed
+
 EXECUTION = ExecutionSettings(device="cpu", num_cpus=1, checkpoint_every_steps=100, eval_batch_size=5)
 
 

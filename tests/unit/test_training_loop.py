@@ -98,6 +98,7 @@ def test_phases_train_what_they_name_and_nothing_else(straight, spec):
     assert [line["step"] for line in lines(straight["store"])] == list(range(12))
 
 
+@pytest.mark.slow
 def test_deepspeed_equals_its_twin_bit_for_bit(straight, spec, tmp_path):
     model, state = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
     assert [line["loss"] for line in lines(Store(str(tmp_path)))] == straight["losses"]
@@ -105,7 +106,18 @@ def test_deepspeed_equals_its_twin_bit_for_bit(straight, spec, tmp_path):
     assert state.records[-1].hashes_after == straight["state"].records[-1].hashes_after
 
 
-@pytest.mark.parametrize(("engine", "kill_after"), [(TorchEngine, 1), (TorchEngine, 6), (DeepSpeedEngine, 4), (DeepSpeedEngine, 10)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("engine", "kill_after"),
+    [
+        (TorchEngine, 6),
+        pytest.param(TorchEngine, 1, marks=SLOW),
+        pytest.param(DeepSpeedEngine, 4, marks=SLOW),
+        pytest.param(DeepSpeedEngine, 10, marks=SLOW),
+    ],
+)
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(straight, spec, tmp_path, engine, kill_after):
     store = Store(str(tmp_path))
     with pytest.raises(Interrupted):
@@ -131,6 +143,7 @@ def test_accumulation_does_not_change_the_losses(straight, spec, tmp_path):
     assert [line["loss"] for line in lines(Store(str(tmp_path)))] == pytest.approx(straight["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_every_stage_of_zero(straight, spec, tmp_path):
     weights = CheckpointFolder(straight["store"], "k", "align").latest().model
     losses = {}
@@ -156,6 +169,7 @@ def test_fine_tuning_on_every_stage_of_zero(straight, spec, tmp_path):
     assert losses["zero-2"] == pytest.approx(losses["torch"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sharded_stages_refuse_blocks_that_rest(spec):
     solo_process_group()
     engine = DeepSpeedEngine(assemble_model(spec, freeze_language_model=True), spec.connector.blocks, zero_stage=2)
@@ -224,6 +238,7 @@ def test_weights_of_another_model_are_refused(spec):
         load_weights(model, weights | {"connector.gate.weight": torch.zeros(1, 1)})
 
 
+@pytest.mark.slow
 def test_bf16_holds_the_frozen_language_model_in_bf16(tiny_language_model_folder, tmp_path):
     spec = tiny_training_spec(tiny_language_model_folder, precision="bf16", schedule=tiny_schedule(steps=1))
     model, _ = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
