@@ -132,6 +132,12 @@ class Connector(nn.Module):
     def fuse_local(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views patches wide"]:
         """Fused, not yet standardised tokens of local views.
 
+        Args:
+            maps: maps by name.
+
+        Returns:
+            Tokens: [views, patches, wide].
+
         Raises:
             MissingMapError: there is no local branch.
         """

@@ -26,6 +26,9 @@ def fused_width(spec: FusionSpec, width: int) -> int:
     Args:
         spec: the fusion.
         width: the encoder's width.
+
+    Returns:
+        The encoder's width, times the number of maps for sci and dci.
     """
     match spec:
         case SingleSpec() | STISpec():
@@ -42,6 +45,9 @@ def fused_tokens(spec: FusionSpec, num_patches: int) -> int:
     Args:
         spec: the fusion.
         num_patches: patches in a view.
+
+    Returns:
+        The patches, and for sti the pooled tokens behind them.
     """
     match spec:
         case SingleSpec() | SCISpec() | DCISpec():

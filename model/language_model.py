@@ -94,6 +94,9 @@ def check_folder(folder: Path, name: str) -> Path:
         folder: to look at.
         name: how the user called it, for the message.
 
+    Returns:
+        The same folder.
+
     Raises:
         LanguageModelError: a part is missing.
     """
@@ -113,6 +116,9 @@ def describe_folder(folder: Path, name: str) -> LanguageModelSpec:
     Args:
         folder: in transformers' layout.
         name: how the user calls it.
+
+    Returns:
+        The spec.
 
     Raises:
         LanguageModelError: a part is missing.
@@ -185,6 +191,9 @@ def embedding_rms(network: nn.Module) -> float:
 
     Args:
         network: a causal language model.
+
+    Returns:
+        The root mean square over the whole table.
     """
     table: Float[Tensor, "vocabulary hidden"] = network.get_input_embeddings().weight  # type: ignore[operator]
     return float(table.detach().float().square().mean().sqrt())
@@ -196,6 +205,9 @@ def first_token(tokenizer: Any, text: str) -> int:
     Args:
         tokenizer: whose.
         text: not empty.
+
+    Returns:
+        Its id.
 
     Raises:
         LanguageModelError: the text has no token.

@@ -19,6 +19,9 @@ def normalise_answer(text: str) -> str:
 
     Args:
         text: an answer, given or expected.
+
+    Returns:
+        The normalised text.
     """
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
@@ -29,6 +32,9 @@ def exact_match(given: str, expected: str) -> bool:
     Args:
         given: the model's answer.
         expected: the true one.
+
+    Returns:
+        True when they are equal.
     """
     return normalise_answer(given) == normalise_answer(expected)
 

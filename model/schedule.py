@@ -53,6 +53,9 @@ def locate(phases: Sequence[PhaseSpec], step: int) -> Place:
         phases: in the order they run.
         step: counted from 0 over all of them.
 
+    Returns:
+        Phase and step within it.
+
     Raises:
         IndexError: the step lies behind the last phase.
     """
@@ -85,6 +88,9 @@ def learning_rates(phase: PhaseSpec, step: int) -> dict[Block, float]:
     Args:
         phase: what trains, and how fast.
         step: counted from 0 within the phase.
+
+    Returns:
+        Rate by block.
     """
     factor = schedule_factor(phase, step)
     own = phase.language_model_learning_rate
@@ -134,6 +140,9 @@ def block_hashes(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> dict[str
 
     Args:
         blocks: what `parameters_by_block` gave.
+
+    Returns:
+        Digest by block.
     """
     hashes: dict[str, str] = {}
     for block, parameters in blocks.items():

@@ -72,6 +72,9 @@ def lay_out_images(connector: Connector, has_global: Sequence[bool], num_views: 
         connector: tells how many tokens a view makes.
         has_global: for every image, whether its global view is in the batch.
         num_views: for every image, how many of its local views are.
+
+    Returns:
+        The layout.
     """
     places = np.cumsum(has_global) - 1
     return VisualLayout(
@@ -90,6 +93,9 @@ def room_for_text(max_tokens: int, connector: Connector, num_views: int) -> int:
         max_tokens: the language model's longest sequence.
         connector: tells how many tokens a view makes.
         num_views: local views of the image.
+
+    Returns:
+        Number of tokens; negative when the visual ones alone do not fit.
     """
     return max_tokens - connector.tokens_per_global_view - 1 - num_views * connector.tokens_per_local_view
 
@@ -180,7 +186,7 @@ def plan_sequences(
         images: which image of the layout each is about; several may share one.
         layout: where the images' visual tokens lie.
         pad_left: pad in front, as generation needs it; behind else.
-        maps: fields of the Batch that hold features: `global_maps`, `local_maps`, `gate_noise`, `experts`.
+        **maps: fields of the Batch that hold features: `global_maps`, `local_maps`, `gate_noise`, `experts`.
 
     Returns:
         The batch, on the CPU.
@@ -252,6 +258,9 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             batch: with the maps that its sequences show.
+
+        Returns:
+            Their visual tokens; None for a branch that the batch has no maps of.
         """
         with self._autocast():
             return VisualTokens(
@@ -267,6 +276,9 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             batch: with the maps of some images; its sequences do not matter.
+
+        Returns:
+            As `visual_tokens`.
         """
         return self.visual_tokens(batch)
 
@@ -276,6 +288,9 @@ class VisionLanguageModel(nn.Module):
         Args:
             batch: the plan.
             visual: the images' tokens.
+
+        Returns:
+            Embeddings; zeros where there is padding.
         """
         separator = torch.tensor([self.separator_id], device=batch.text_ids.device)
         text = embed(self.language_model, torch.cat([separator, batch.text_ids]))

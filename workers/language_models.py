@@ -77,6 +77,9 @@ def describe_language_model(name: str) -> LanguageModelSpec:
     Args:
         name: builtin, folder, hub id, or a packaged model's name.
 
+    Returns:
+        The spec.
+
     Raises:
         LanguageModelError: there is no such model, or its folder lacks a part.
     """
@@ -92,6 +95,9 @@ def language_model_hidden(name: str) -> int:
 
     Args:
         name: as for `describe_language_model`.
+
+    Returns:
+        The width.
 
     Raises:
         LanguageModelError: there is no such model, or its config names no width.
@@ -112,6 +118,9 @@ def language_model_folder(name: str) -> Path:
     Args:
         name: as for `describe_language_model`.
 
+    Returns:
+        The folder.
+
     Raises:
         LanguageModelError: there is no such model.
         LanguageModelPrepareError: it cannot be fetched or converted.
@@ -128,6 +137,9 @@ def verified_folder(spec: LanguageModelSpec) -> Path:
 
     Args:
         spec: as `describe_language_model` gave it.
+
+    Returns:
+        The folder.
 
     Raises:
         LanguageModelError: the model under this name is another one by now.

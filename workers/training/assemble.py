@@ -35,6 +35,9 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
     Args:
         asked: `auto` takes a GPU where there is one.
 
+    Returns:
+        A torch device.
+
     Raises:
         TrainingError: cuda was asked for and is not there.
     """
@@ -60,6 +63,9 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
         spec: of the run.
         freeze_language_model: hold it in the run's precision, without gradients; fp32 else.
         device: where it goes.
+
+    Returns:
+        The model, its connector's inputs not measured yet.
 
     Raises:
         LanguageModelError: the language model is missing or another by now.
@@ -87,6 +93,9 @@ def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> Feat
         spec: of the run.
         store: where the cache and the images are.
         device: for encoding.
+
+    Returns:
+        Cached or live features.
 
     Raises:
         MissingFeaturesError: there is no cache.
@@ -117,6 +126,9 @@ def training_data(
         device: for encoding.
         verify: encode a few cached images again and refuse a cache that no longer is what its encoder gives.
 
+    Returns:
+        Samples in frozen order, and their features.
+
     Raises:
         StaleCacheError: the cache does not fit its encoder.
     """
@@ -141,6 +153,9 @@ def load_trained(spec: TrainingSpec, store: Store, *, device: torch.device | str
         spec: of the run.
         store: where its weights are.
         device: where it goes.
+
+    Returns:
+        The model, without gradients.
 
     Raises:
         TrainingError: the run has not ended, or its weights are damaged.

@@ -46,6 +46,9 @@ def sample_index(seed: int, position: int, num_samples: int) -> int:
         seed: of the schedule.
         position: counted over the whole schedule.
         num_samples: in the training split.
+
+    Returns:
+        Its place in the frozen order.
     """
     return int(_permutation(seed, position // num_samples, num_samples)[position % num_samples])
 
@@ -70,6 +73,9 @@ def branch_mode(mix: BranchMix, seed: int, phase: int, position: int) -> Mode:
         seed: of the schedule.
         phase: its index.
         position: counted over the whole schedule.
+
+    Returns:
+        One of the modes with a share above 0.
     """
     shares: dict[Mode, float] = {"blind": mix.blind, "global": mix.global_only, "local": mix.local_only, "both": mix.both}
     drawn = _generator(seed, _BRANCH, phase, position).random()
@@ -100,6 +106,9 @@ def stack_maps(
     Args:
         features: of each image: [maps, patches, width], or [views, maps, patches, width].
         held: the maps of the features, in order.
+
+    Returns:
+        By map name.
     """
     if features[0].ndim == 3:
         return {map_spec.name: torch.stack([feature[place] for feature in features]) for place, map_spec in enumerate(held)}
@@ -111,6 +120,9 @@ def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[Ma
 
     Args:
         connector: the spec.
+
+    Returns:
+        Global and local maps.
     """
     local = () if connector.local_branch is None else connector.local_branch.fusion.maps
     return tuple(dict.fromkeys(connector.global_branch.fusion.maps)), tuple(dict.fromkeys(local))
@@ -173,6 +185,9 @@ class BatchBuilder:
             world: number of ranks.
             micro_batch_size: most samples in a micro-batch; None puts a rank's share in one.
 
+        Returns:
+            Micro-batches of the rank, and the supervised tokens of all ranks.
+
         Raises:
             TrainingError: the batch cannot be shared evenly.
             MissingFeaturesError: the source gave an image without a view that was asked for.
@@ -201,6 +216,9 @@ class BatchBuilder:
 
         Args:
             num_images: how many, at most.
+
+        Returns:
+            Global and local maps by name; None without a local branch.
         """
         images = list(self.samples[:num_images])
         local = self.connector.spec.local_branch

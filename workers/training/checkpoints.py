@@ -46,6 +46,9 @@ def weights_of(model: nn.Module, *, with_language_model: bool) -> dict[str, Tens
     Args:
         model: a VisionLanguageModel.
         with_language_model: whether the language model's parameters are among them.
+
+    Returns:
+        Tensors on the CPU by parameter or buffer name.
     """
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("connector.")}
     if with_language_model:

@@ -60,6 +60,9 @@ class Engine(Protocol):
             supervised: tokens that the summed loss is divided by: those of all ranks.
             rates: learning rate of every active block.
             max_grad_norm: the gradient of all active blocks is scaled down to this norm.
+
+        Returns:
+            Sums over all ranks.
         """
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -225,6 +228,9 @@ class DeepSpeedEngine:
 
     def set_active(self, active: Sequence[Block]) -> None:
         """As Engine.set_active.
+
+        Args:
+            active: blocks.
 
         Raises:
             TrainingError: some blocks would rest on a stage that moves resting blocks.

@@ -34,6 +34,9 @@ def stage_phases(schedule: ScheduleSpec, stage: StageName) -> range:
     Args:
         schedule: the whole of it.
         stage: align or sft.
+
+    Returns:
+        Indices into `schedule.phases`.
     """
     if stage == "align":
         return range(len(schedule.align))
