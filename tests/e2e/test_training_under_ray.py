@@ -111,12 +111,12 @@ def test_two_workers_give_the_same_losses(trained, tmp_path):
     assert record.workers == 2
 
 
-def test_an_error_of_ours_comes_out_as_itself(trained, tmp_path):
+def test_an_error_of_ours_comes_out_as_itself(small, ray_session, tmp_path):
     from workers.errors import MissingFeaturesError
 
-    store = elsewhere(trained["store"], tmp_path)
+    store = elsewhere(small[0], tmp_path)
     import shutil
 
     shutil.rmtree(store.local_path("features"))
     with pytest.raises(MissingFeaturesError, match="holds no features"):
-        train_connector(trained["spec"], store, settings(max_failures=0), SilentProgress())
+        train_connector(small[1], store, settings(max_failures=0), SilentProgress())

@@ -1,0 +1,165 @@
+"""`loupe run` on a tiny recipe, as a user runs it: planned, interrupted, resumed, found done, asked, shown.
+
+The tests of this module are one story and run in order on one root.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+
+
+@dataclass
+class Story:
+    folder: Path
+    recipe: Path
+    root: Path
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "pipelines.cli", *words]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME", "RAY_ADDRESS")}
+        return {**kept, "LOUPE_CACHE": str(self.folder / "cache")}
+
+    def run(self, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(self.command(*words), env=self.environment, capture_output=True, text=True, check=False, timeout=900)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    def records(self) -> dict[str, int]:
+        """When each stage's record was written."""
+        return {path.relative_to(self.root).as_posix(): path.stat().st_mtime_ns for path in sorted((self.root / "runs").rglob("COMMITTED.json"))}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> Story:
+    folder = tmp_path_factory.mktemp("story")
+    recipe = folder / "tiny.toml"
+    recipe.write_text(tiny_recipe(tiny_encoder_folder, tiny_language_model_folder, seeds="[0]"))
+    return Story(folder=folder, recipe=recipe, root=folder / "root")
+
+
+def children(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_dry_run_writes_nothing(story: Story) -> None:
+    done = story.run("run", str(story.recipe), "--root", str(story.root), "--dry-run")
+    assert "Nothing was started and nothing was written." in done.stdout
+    assert not story.root.exists()
+
+
+def test_ctrl_c_leaves_a_state_to_resume(story: Story) -> None:
+    command = story.command("run", str(story.recipe), "--root", str(story.root), "--set", "num_cpus=1", "--set", "images_per_build_unit=1")
+    with subprocess.Popen(
+        command, env=story.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        staged = story.root / "runs" / "build-dataset"
+        deadline = time.monotonic() + 800
+        while not list(staged.rglob("staged/*.json")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert said.endswith("loupe: interrupted; run the same command to resume\n")
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while children(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert children(process.pid) == []
+    assert story.records() == {}
+
+
+def test_the_next_run_completes(story: Story) -> None:
+    done = story.run("run", str(story.recipe), "--root", str(story.root), "--set", "num_cpus=2")
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"Report:  .*/reports/tiny-[0-9a-f]{16}/report\.html", last)
+    page = Path(last.removeprefix("Report:  ")).read_text()
+    assert "What it looked at" in page
+    assert "data:image/png" in page
+    assert len(story.records()) == 6
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_run_finds_everything_done(story: Story) -> None:
+    before = story.records()
+    done = story.run("run", str(story.recipe), "--root", str(story.root))
+    lines = [line for line in done.stdout.splitlines() if " done" in line]
+    assert len(lines) == 6
+    assert all("found done" in line for line in lines)
+    assert done.stderr == ""
+    assert story.records() == before
+
+
+def test_tables_hold_each_row_once(story: Story) -> None:
+    from deltalake import DeltaTable
+
+    samples = DeltaTable(str(story.root / "samples")).to_pyarrow_table()
+    assert samples.num_rows == 16
+    assert len(set(samples["sample_id"].to_pylist())) == 16
+
+
+def test_the_export_answers(story: Story) -> None:
+    export = next((story.root / "exports").iterdir())
+    image = next((story.root / "images").rglob("*.png"))
+    done = story.run("ask", str(export), str(image), "How many bars are there?")
+    assert len(done.stdout.splitlines()) <= 1 or done.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(("what", "expected"), [("run", "train-connector seed 0"), ("dataset", "some questions"), ("cache", "feature_bytes")])
+def test_show_reads_what_there_is(story: Story, what: str, expected: str) -> None:
+    assert expected in story.run("show", what, str(story.recipe), "--root", str(story.root)).stdout
+
+
+def test_show_says_what_is_missing(story: Story) -> None:
+    done = story.run("show", "cache", str(story.recipe), "--root", str(story.folder / "empty"), status=2)
+    assert "holds no cached features of recipe 'tiny'; `loupe cache-features tiny`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_root_that_cannot_be_written_is_one_paragraph(story: Story) -> None:
+    blocked = story.folder / "file"
+    blocked.write_text("not a folder")
+    done = story.run("build-dataset", str(story.recipe), "--root", str(blocked), status=2)
+    assert str(blocked) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_prefect_has_the_runs_and_their_artifacts(story: Story) -> None:
+    """The database of the flow's server, read as it is: states, one task per stage, artifacts."""
+    import sqlite3
+
+    with sqlite3.connect(story.folder / "cache" / "prefect" / "prefect.db") as database:
+        flows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
+        tasks = database.execute("SELECT task_run.name FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id").fetchall()
+        artifacts = database.execute("SELECT key, type, data FROM artifact").fetchall()
+    database.close()
+    assert ("COMPLETED",) in flows
+    assert 6 <= len(tasks) < 50
+    assert {kind for _, kind, _ in artifacts} == {"progress", "table", "markdown"}
+    assert all(re.fullmatch(r"[a-z0-9-]+", key) for key, _, _ in artifacts)
+    assert any("train-connector" in json.dumps(data) for key, _, data in artifacts if key == "tiny-summary")
