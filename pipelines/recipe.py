@@ -198,6 +198,12 @@ class DCIFusion(Table):
     def spec(self, encoder: EncoderSpec) -> DCISpec:
         """The fusion over this encoder's layers.
 
+        Args:
+            encoder: whose layers.
+
+        Returns:
+            The fusion's spec.
+
         Raises:
             SpecError: more groups than layers.
 
@@ -323,7 +329,13 @@ class Phase(Table):
         return self
 
     def blocks(self, connector: ConnectorSpec) -> tuple[Block, ...]:
-        """The blocks to train, in the order of BLOCKS.
+        """The blocks to train.
+
+        Args:
+            connector: whose blocks they are.
+
+        Returns:
+            Blocks in the order of BLOCKS.
 
         Raises:
             SpecError: a block that this connector does not have would silently train nothing.
@@ -361,6 +373,9 @@ class Phase(Table):
         Args:
             connector: whose blocks are trained.
             num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+
+        Returns:
+            The phase's spec.
 
         Raises:
             SpecError: a block or branch that the connector lacks, or epochs of an unknown number of samples.
@@ -464,6 +479,12 @@ class Recipe(Table):
         Args:
             encoder: whose view size decides what can be read where.
             records_sha256: digest by the address of each JSON file that the sources name.
+
+        Returns:
+            The dataset's spec.
+
+        Raises:
+            SpecError: a JSON file has another digest than the recipe expects.
         """
         sources: list[RenderedSourceSpec | LlavaJsonSourceSpec] = []
         for source in self.dataset.sources:
@@ -509,6 +530,9 @@ class Recipe(Table):
             connector: whose blocks the phases train.
             seed: of initialisation, order and noise.
             num_train_samples: training images, None while unknown.
+
+        Returns:
+            The schedule's spec.
 
         Raises:
             SpecError: a phase that cannot be; the message names it.

@@ -23,6 +23,9 @@ def settings_from_words(words: Iterable[str]) -> dict[str, str]:
     Args:
         words: as given on the command line.
 
+    Returns:
+        Texts by key.
+
     Raises:
         SettingError: a word without `=`, or a key twice.
     """

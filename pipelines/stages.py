@@ -121,6 +121,9 @@ class Experiment:
         Args:
             seed: one of the recipe's.
 
+        Returns:
+            The training's spec.
+
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
