@@ -20,7 +20,7 @@ from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import Cluster, InlineCluster, RayCluster
 from workers.storage import Store
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.slow)])
