@@ -49,6 +49,10 @@ class LanguageModelError(ModelError):
 class ImageError(ModelError):
     """Bytes are not an image that Loupe accepts.
 
+    Args:
+        reason: see below.
+        message: for people.
+
     Attributes:
         reason: closed vocabulary used as the quarantine's reason code.
     """

@@ -412,6 +412,9 @@ def canonical_json(spec: Any) -> str:
     Args:
         spec: a spec dataclass, or dicts, lists and scalars.
 
+    Returns:
+        JSON text in ASCII.
+
     Raises:
         CanonicalisationError: something in it has no canonical form; the message names its path.
     """
@@ -423,6 +426,9 @@ def fingerprint(spec: Any) -> str:
 
     Args:
         spec: a spec dataclass instance (any frozen dataclass whose name ends in Spec).
+
+    Returns:
+        64 hex digits.
 
     Raises:
         CanonicalisationError: it is no spec, or something in it has no canonical form.
@@ -439,6 +445,9 @@ def spec_differences(stored: SpecValue, asked: SpecValue, path: str = "") -> lis
         stored: what is on record, parsed from JSON.
         asked: what is wanted now, parsed from JSON.
         path: prefix of the field path.
+
+    Returns:
+        Lines; none when the values are equal.
     """
     if isinstance(stored, dict) and isinstance(asked, dict):
         lines = []

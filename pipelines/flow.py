@@ -5,7 +5,6 @@ needs it, is started in this process by the stage.
 """
 
 import re
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
+from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress, duration_text
 from pipelines.recipe import load_recipe
 from pipelines.settings import execution_settings
@@ -97,20 +97,6 @@ def _record_rows(outcome: StageOutcome) -> list[dict[str, str]]:
     return rows
 
 
-def _interruptible(run: Callable[[], StageOutcome]) -> StageOutcome:
-    """Run a stage so that Ctrl-C raises KeyboardInterrupt whatever the stage did to signals.
-
-    Ray Train replaces the handler by one that ends the process with status 0 and never puts ours back.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        return run()
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _stage_task(experiment: Experiment, stage_run: StageRun) -> "Callable[[], StageOutcome]":
     """A Prefect task around one stage."""
 
@@ -127,7 +113,9 @@ def _stage_task(experiment: Experiment, stage_run: StageRun) -> "Callable[[], St
     def stage() -> StageOutcome:
         key = _artifact_key(experiment.file.recipe.name, stage_run.name)
         progress: Progress = TeeProgress(console_progress(), ArtifactProgress(f"{key}-progress"))
-        outcome = _interruptible(lambda: run_stage(experiment, stage_run, progress))
+        with catching_interruptions() as interruption:
+            outcome = run_stage(experiment, stage_run, InterruptibleProgress(progress, interruption))
+            interruption.check()
         create_table_artifact(key=key, table=_record_rows(outcome), description=f"{stage_run.name}: {experiment.store.root}")
         return outcome
 

@@ -1,0 +1,69 @@
+"""`loupe serve`: a real Prefect server really schedules. (One with SQLAlchemy 2.1 looks healthy and schedules nothing.)"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def asked(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_flow_is_registered_and_scheduled(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tiny_recipe(tiny_encoder_folder, tiny_language_model_folder))
+    port = free_port()
+    kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
+    words = ["serve", str(recipe), "--root", str(tmp_path / "root"), "--cron", "0 3 1 1 *", "--port", str(port)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *words],
+        env={**kept, "LOUPE_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        api = f"http://127.0.0.1:{port}/api"
+        deadline = time.monotonic() + 600
+        runs: list[Any] = []
+        while not runs:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+            try:
+                runs = asked(f"{api}/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                continue
+        deployments = asked(f"{api}/deployments/filter", {})
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
+            assert "<title>" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode in (0, 130), said
+    assert "Prefect UI: http://127.0.0.1:" in said
+    assert [deployment["name"] for deployment in deployments] == ["tiny"]
+    assert deployments[0]["schedules"][0]["schedule"]["cron"] == "0 3 1 1 *"
+    assert runs[0]["parameters"]["recipe"] == str(recipe)
+    assert runs[0]["expected_start_time"][5:16] == "01-01T03:00"
