@@ -41,7 +41,7 @@ def test_files_in_the_tree_exist() -> None:
     for line in tree.group(1).splitlines():
         if not line.startswith(" "):
             folder = line.split()[0]
-        for name in re.findall(r"[a-z_]+\.py|[a-z_]+/(?= )", line):
+        for name in re.findall(r"(?<![/\w])(?:[a-z_]+/)*(?:[a-z_]+\.py|[a-z_]+/(?= ))", line):
             assert any((REPOSITORY / place / name).exists() for place in ("", folder)), (folder, name)
 
 
