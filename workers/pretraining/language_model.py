@@ -2,8 +2,8 @@
 
 What it reads is *layout text*: a picture written down as the words that stand at each place, place by place, in the order in which a connector will
 later hand over visual tokens (the global view's places, a separator, the local views' places), followed by questions and answers about it. Several
-words at one place are the sum of their embeddings; the second character of a number is told from the first by a fixed rotation. So the model learns
-to answer from places and contents, and a connector has only to learn what pictures say. A tenth of the steps are plain prose.
+words at one place are the sum of their embeddings; the first digit of a number is a word with a space before it, the second one without. So the model
+learns to answer from places and contents, and a connector has only to learn what pictures say. A tenth of the steps are plain prose.
 
     python -m workers.pretraining.language_model --output model/assets/language-model
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,6 +28,7 @@ from model.views import View, ViewSpec, plan_views
 from workers.dataset.rendering import FAMILIES, HEIGHT_PX, WIDTH_PX, choose_turns, sketch
 from workers.dataset.rendering.canvas import Canvas
 from workers.dataset.rendering.material import load_paragraphs, load_states
+from workers.dataset.rendering.places import PLACES
 from workers.dataset.samples import Turn
 from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, colour_shares, place_glyphs
 
@@ -41,14 +42,15 @@ GLOBAL_READABLE_PX = 5.0
 """A glyph at least this large is written into the global view's layout; the encoder's card has the measurement."""
 _MIN_COLOUR_SHARE = 0.0075
 """Three of the 400 lattice points of a place: a pictograph's ink covers 2 to 4 % of its place."""
-_QUESTION_WEIGHT = 0.03
+_STATE_NAMES = frozenset(state.name for state in load_states())
+_PAGE_PLACES = frozenset(f"{row} {column}" for row in ("top", "bottom") for column in ("left", "centre", "right"))
 _LOOKED_UP = frozenset(
     {"charts/value", "maps/number of colour", "collages/colour of object", "collages/object of colour", "pages/number of colour", "geometry/length"}
 )
 """Kinds that are answered by finding one place by its contents: what the curriculum begins with."""
 _HELD_OUT_FROM = 1_000_000
 _MODES = ("both", "local", "global", "blind")
-_MODE_SHARES = (0.45, 0.25, 0.15, 0.15)
+_MODE_SHARES = (0.5, 0.3, 0.1, 0.1)
 
 BOS, EOS, PAD, USER, ASSISTANT = "<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 BLANK = "."
@@ -97,13 +99,15 @@ def make_layout(family: str, number: int, seed: int) -> Layout:
 def train_tokenizer(layouts: Sequence[Layout], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose words are the families' words; digits are always tokens of their own."""
     words = [*COLOUR_CLASSES, *(name for name in GLYPH_CLASSES if "@" not in name), *(state.name for state in load_states())]
-    lines = [f" {word}" for word in words for _ in range(400)]
+    lines = [f" {word}" for word in (*words, *range(10)) for _ in range(400)]
     for layout in layouts:
         lines.extend(f"\n{turn.question} {turn.answer}" for turn in layout.turns)
     lines.extend(load_paragraphs())
     tokenizer = Tokenizer(models.BPE())
+    # A space belongs to the letter or digit behind it, and every digit is a token: " 72" is " 7" and "2".
+    pattern = Regex(r" ?[0-9]| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(pattern, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -119,68 +123,95 @@ def train_tokenizer(layouts: Sequence[Layout], vocabulary_size: int) -> PreTrain
     return fast
 
 
-def _word_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _word_ids(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, int], int]:
+    """Token of every (word, role): a space before first characters, none before second ones."""
+    names = [(name.partition("@")[0], int(name.partition("@")[2] or 0)) for name in GLYPH_CLASSES]
     ids = {}
-    for name in (*COLOUR_CLASSES, *(glyph.partition("@")[0] for glyph in GLYPH_CLASSES)):
-        tokens = tokenizer.encode(name if name.isdigit() else f" {name}", add_special_tokens=False)
+    for name, role in (*((colour, 0) for colour in COLOUR_CLASSES), *names):
+        tokens = tokenizer.encode(name if role else f" {name}", add_special_tokens=False)
         if len(tokens) != 1:
             raise ValueError(f"the tokenizer cuts {name!r} into {len(tokens)} tokens; raise the vocabulary's size")
-        ids[name] = tokens[0]
+        ids[name, role] = tokens[0]
     return ids
 
 
 class SlotTable:
     """Layouts as padded arrays of word ids, so that a batch of slots is two embedding look-ups."""
 
-    max_words = 6
+    max_words = 10
 
-    def __init__(self, layouts: Sequence[Layout], word_ids: dict[str, int], blank_id: int) -> None:
+    def __init__(self, layouts: Sequence[Layout], word_ids: dict[tuple[str, int], int], blank_id: int) -> None:
         self.blank_id = blank_id
-        self.glyph_ids = [number for word, number in word_ids.items() if word not in COLOUR_CLASSES]
-        shape = (len(layouts), NUM_GLOBAL + NUM_LOCAL, 2, self.max_words)
-        self.ids = np.full(shape, -1, dtype=np.int16)
+        self.glyph_ids = [number for (word, _), number in word_ids.items() if word not in COLOUR_CLASSES]
+        self.ids = np.full((len(layouts), NUM_GLOBAL + NUM_LOCAL, self.max_words), -1, dtype=np.int16)
         for row, layout in enumerate(layouts):
             for place, slot in enumerate((*layout.global_slots, *layout.local_slots)):
-                counts = [0, 0]
-                for word, role in slot:
-                    if counts[role] < self.max_words:
-                        self.ids[row, place, role, counts[role]] = word_ids[word]
-                        counts[role] += 1
+                for position, word in enumerate(slot[: self.max_words]):
+                    self.ids[row, place, position] = word_ids[word]
 
-    def embed(self, rows: np.ndarray, places: slice, embedding: Tensor, rotation: Tensor) -> Tensor:
-        """[batch, places, width]: sums of word embeddings, the second role rotated."""
+    def embed(self, rows: np.ndarray, places: slice, embedding: Tensor) -> Tensor:
+        """[batch, places, width]: sums of word embeddings."""
         ids = torch.from_numpy(self.ids[rows][:, places].astype(np.int64))
-        blank = embedding.detach()[self.blank_id]
         present = (ids >= 0).unsqueeze(-1).to(embedding.dtype)
         # Detached: the words learn from the text alone; the gather's backward would take as long as the model's.
-        summed = (embedding.detach()[ids.clamp(min=0)] * present).sum(dim=3)
         # Every place holds the blank, so that an empty one is one vector and not the noise blown up by the first norm.
-        return blank + summed[:, :, 0] + summed[:, :, 1] @ rotation
+        return embedding.detach()[self.blank_id] + (embedding.detach()[ids.clamp(min=0)] * present).sum(dim=2)
 
 
-def _compact(table: SlotTable, rows: np.ndarray, keep_share: float, embedding: Tensor, rotation: Tensor, rng: np.random.Generator) -> Tensor:
-    """The local places that hold a glyph, and a share of the others, in order with blanks behind: the short sequences of the curriculum's first part.
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """How much of a layout a step shows: first the places that hold a glyph, then more and more of the others, then the empty ones, then all.
 
-    Looking a word up among ten places is learned in a hundred steps, among a hundred and sixty not in a thousand; once learned it carries over.
+    Looking a word up among ten places is learned in a few hundred steps, among a hundred and sixty not in a thousand; once learned it carries over.
     """
+
+    glyphs_until: int
+    """Steps that show only the local places with a glyph."""
+    filled_until: int
+    """Steps by which all local places with anything on them are shown."""
+    compact_until: int
+    """Steps by which the empty local places are shown too. From here on, whole layouts in all modes, and all kinds of questions."""
+
+    def keep_shares(self, step: int) -> tuple[float, float]:
+        """Share of the filled places without a glyph and of the empty places that a step shows."""
+        filled = (step - self.glyphs_until) / max(self.filled_until - self.glyphs_until, 1)
+        empty = (step - self.filled_until) / max(self.compact_until - self.filled_until, 1)
+        return min(max(filled, 0.0), 1.0), min(max(empty, 0.0), 1.0)
+
+
+def _compact(table: SlotTable, rows: np.ndarray, keep_shares: tuple[float, float], embedding: Tensor, rng: np.random.Generator) -> Tensor:
+    """The local places that hold a glyph and shares of the others, in order, with blanks behind."""
     ids = table.ids[rows, NUM_GLOBAL:]
-    kept = np.isin(ids, table.glyph_ids).any(axis=(2, 3)) | ((ids >= 0).any(axis=(2, 3)) & (rng.random(ids.shape[:2]) < keep_share))
+    filled = (ids >= 0).any(axis=2)
+    drawn = rng.random(ids.shape[:2])
+    kept = np.isin(ids, table.glyph_ids).any(axis=2) | np.where(filled, drawn < keep_shares[0], drawn < keep_shares[1])
     order = torch.argsort(torch.from_numpy(~kept).byte(), dim=1, stable=True)[:, : max(int(kept.sum(axis=1).max()), 1)]
-    places = table.embed(rows, slice(NUM_GLOBAL, None), embedding, rotation)
+    places = table.embed(rows, slice(NUM_GLOBAL, None), embedding)
     places = torch.where(torch.from_numpy(kept).unsqueeze(-1), places, embedding.detach()[table.blank_id])
     return places.gather(1, order.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
 
 
-def _text_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[list[int], list[float]]:
-    """Token ids after the image's place, and each one's loss weight: 1 on answers, little on questions."""
+def _key(question: str) -> str:
+    """What a question looks up: the place, the state, the colour or the object that it ends with."""
+    words = question.rstrip("?").split()
+    two = " ".join(words[-2:])
+    return two if two in PLACES or two in _PAGE_PLACES or two in _STATE_NAMES else words[-1]
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], *, shorthand: bool = False) -> tuple[list[int], list[float]]:
+    """Token ids after the image's place, and each one's loss weight: 1 on answers, 0 on questions.
+
+    In shorthand a question is its key alone (" red 7", " top left umbrella"): the look-up without the question around it. Learning both at once takes
+    a hundred steps where full questions alone stay on a plateau for more than a thousand.
+    """
     ids: list[int] = []
     weights: list[float] = []
     for position, turn in enumerate(turns):
         question = f"\n{turn.question}{ASSISTANT}" if position == 0 else f"{USER}{turn.question}{ASSISTANT}"
-        asked = tokenizer.encode(question, add_special_tokens=False)
+        asked = tokenizer.encode(f" {_key(turn.question)}" if shorthand else question, add_special_tokens=False)
         answered = tokenizer.encode(f" {turn.answer}{EOS}", add_special_tokens=False)
         ids += asked + answered
-        weights += [_QUESTION_WEIGHT] * len(asked) + [1.0] * len(answered)
+        weights += [0.0] * len(asked) + [1.0] * len(answered)
     return ids, weights
 
 
@@ -191,28 +222,26 @@ def _pad(rows: list[tuple[list[int], list[float]]], pad_id: int) -> tuple[Tensor
     return ids, weights
 
 
-def _prefix(
-    mode: str, rows: np.ndarray, table: SlotTable, embedding: Tensor, rotation: Tensor, separator_id: int, noise: Tensor | None
-) -> Tensor | None:
+def _prefix(mode: str, rows: np.ndarray, table: SlotTable, embedding: Tensor, separator_id: int, noise: Tensor | None) -> Tensor | None:
     """The places handed over in a mode, [batch, places, width], or None when blind."""
     if mode == "blind":
         return None
     parts = []
     if mode in ("both", "global"):
-        parts.append(table.embed(rows, slice(0, NUM_GLOBAL), embedding, rotation))
+        parts.append(table.embed(rows, slice(0, NUM_GLOBAL), embedding))
     if mode == "both":
         parts.append(embedding[separator_id].expand(len(rows), 1, -1))
     if mode in ("both", "local"):
-        parts.append(table.embed(rows, slice(NUM_GLOBAL, None), embedding, rotation))
+        parts.append(table.embed(rows, slice(NUM_GLOBAL, None), embedding))
     places = torch.cat(parts, dim=1)
     return places if noise is None else places + noise[: len(rows), : places.shape[1]]
 
 
-def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, Tensor, list[str]]:
+def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[str]]:
     """Train tokenizer and model from nothing.
 
     Returns:
-        The model, its tokenizer, the rotation of second characters, and the log.
+        The model, its tokenizer and the log.
     """
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -222,7 +251,7 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
     table = SlotTable(layouts, _word_ids(tokenizer), tokenizer.convert_tokens_to_ids(BLANK))
     log = [f"{len(layouts)} layouts, {len(tokenizer)} tokens, {time.monotonic() - started:.0f} s"]
     print(log[-1], flush=True)
-    heads = arguments.width // 32
+    heads = arguments.width // 64
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.width,
@@ -235,16 +264,16 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.04,
+        initializer_range=0.05,
     )
     model = LlamaForCausalLM(config)
-    rotation, _ = torch.linalg.qr(torch.randn(arguments.width, arguments.width))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, total_steps=arguments.steps, pct_start=0.05)
     rng = np.random.Generator(np.random.Philox(key=arguments.seed + 1))
     separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
     prose = [tokenizer.encode(f"{BOS}{text}{EOS}", add_special_tokens=False)[:256] for text in load_paragraphs()]
-    answers_loss = 0.0
+    curriculum = Curriculum(*arguments.curriculum)
+    answers_loss = answers_right = 0.0
     head_ids = torch.tensor(tokenizer.encode(f"{BOS}{USER}", add_special_tokens=False))
     for step in range(arguments.steps):
         if step % 10 == 9:
@@ -255,25 +284,25 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
         else:
             mode = _MODES[int(rng.choice(4, p=_MODE_SHARES))]
             rows = rng.integers(0, len(layouts), size=arguments.batch_size)
-            compact = step < arguments.compact_steps
+            compact = step < curriculum.compact_until
             asked = [tuple(turn for turn in layouts[row].turns if not compact or turn.kind in _LOOKED_UP) or layouts[row].turns for row in rows]
-            texts = [_text_ids(tokenizer, choose_turns(turns, arguments.turns, rng)) for turns in asked]
+            shorthand = bool(rng.random() < (0.5 if compact else 0.2))
+            texts = [_text_ids(tokenizer, choose_turns(turns, arguments.turns, rng), shorthand=shorthand) for turns in asked]
             ids, weights = _pad(texts, tokenizer.pad_token_id)
             embedding = model.model.embed_tokens.weight
             scale = embedding.detach().pow(2).mean().sqrt()
             noise = torch.randn(arguments.batch_size, NUM_GLOBAL + 1 + NUM_LOCAL, arguments.width) * scale * arguments.noise
             if compact:
-                keep_share = max(0.0, 2.0 * step / arguments.compact_steps - 1.0)
-                places = _compact(table, rows, keep_share, embedding, rotation, rng)
+                places = _compact(table, rows, curriculum.keep_shares(step), embedding, rng)
                 places = places + noise[:, : places.shape[1]]
             else:
-                places = _prefix(mode, rows, table, embedding, rotation, separator_id, noise)
+                places = _prefix(mode, rows, table, embedding, separator_id, noise)
             head = model.model.embed_tokens(head_ids).expand(arguments.batch_size, -1, -1)
             inputs = torch.cat([part for part in (head, places, model.model.embed_tokens(ids)) if part is not None], dim=1)
             skip = inputs.shape[1] - ids.shape[1]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = model.model(inputs_embeds=inputs).last_hidden_state
-        # Position skip + k predicts text token k + 1; the first text token is never asked for (its weight is a question's).
+        # Position skip + k predicts text token k + 1; the first text token is a question's and never asked for.
         target, weight = ids[:, 1:], weights[:, 1:]
         picked = weight > 0
         logits = model.lm_head(hidden[:, skip : skip + ids.shape[1] - 1][picked].float())
@@ -286,20 +315,22 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
         schedule.step()
         if step % 10 != 9:
             answers_loss += 0.05 * (loss.item() - answers_loss)
-        if step % 100 == 99 and step < arguments.compact_steps:
-            log.append(f"step {step + 1}: mean loss {answers_loss:.4f} on compact layouts ({time.monotonic() - started:.0f} s)")
-            print(log[-1], flush=True)
-        elif step % 200 == 199:
-            accuracy = measure(model, tokenizer, rotation, 100, arguments.seed, ("both",))["both"]["overall"]
+            right = (logits.argmax(dim=-1) == target[picked])[weight[picked] == 1.0].float().mean().item()
+            answers_right += 0.05 * (right - answers_right)
+        if step % 100 == 99:
             seconds = time.monotonic() - started
-            log.append(f"step {step + 1}: mean loss {answers_loss:.4f}, held-out layouts answered rightly {accuracy:.3f} ({seconds:.0f} s)")
+            log.append(f"step {step + 1}: mean loss {answers_loss:.4f}, answers' tokens right {answers_right:.3f} ({seconds:.0f} s)")
             print(log[-1], flush=True)
-    return model.eval(), tokenizer, rotation, log
+        if step % 400 == 399 and step >= curriculum.compact_until:
+            accuracy = measure(model, tokenizer, 100, arguments.seed, ("both",))["both"]["overall"]
+            log.append(f"step {step + 1}: held-out layouts answered rightly {accuracy:.3f}")
+            print(log[-1], flush=True)
+    return model.eval(), tokenizer, log
 
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rotation: Tensor, num_pictures: int, seed: int, modes: Sequence[str] = _MODES
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_pictures: int, seed: int, modes: Sequence[str] = _MODES
 ) -> dict[str, dict[str, float]]:
     """Share of single questions about unseen layouts whose greedy answer is exactly right, by mode and kind."""
     layouts = [make_layout(FAMILIES[position % len(FAMILIES)], _HELD_OUT_FROM + position // len(FAMILIES), seed) for position in range(num_pictures)]
@@ -317,7 +348,7 @@ def measure(
             part = chosen[start : start + 64]
             rows = np.array([row for row, _ in part])
             ids, weights = _pad([_text_ids(tokenizer, [turn]) for _, turn in part], tokenizer.pad_token_id)
-            places = _prefix(mode, rows, table, embedding, rotation, separator_id, None)
+            places = _prefix(mode, rows, table, embedding, separator_id, None)
             inputs = torch.cat([x for x in (head.expand(len(part), -1, -1), places, embedding[ids]) if x is not None], dim=1)
             skip = inputs.shape[1] - ids.shape[1]
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -336,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--compact-steps", type=int, default=1000)
+    parser.add_argument("--curriculum", type=int, nargs=3, default=(400, 800, 1200), help="glyphs until, filled until, compact until: see Curriculum")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--turns", type=int, default=8)
@@ -344,14 +375,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1280)
     parser.add_argument("--noise", type=float, default=0.2)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     started = time.monotonic()
-    model, tokenizer, rotation, log = train(arguments)
+    model, tokenizer, log = train(arguments)
     seconds = time.monotonic() - started
-    measured = measure(model, tokenizer, rotation, 500, arguments.seed)
+    measured = measure(model, tokenizer, 500, arguments.seed)
     print(json.dumps(measured, indent=1), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(arguments.output)
@@ -363,7 +394,7 @@ def main() -> None:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "weights_bytes": len(weights),
         "num_tokens": len(tokenizer),
-        "shares": f"Shares of what a conversation showed, after the first {arguments.compact_steps} steps (which showed local places that hold something): "
+        "shares": f"After a curriculum of short layouts in the first {arguments.curriculum[2]} steps, a conversation showed "
         + ", ".join(f"{mode} {share:.0%}" for mode, share in zip(_MODES, _MODE_SHARES, strict=True))
         + ".",
         "measured": measured,

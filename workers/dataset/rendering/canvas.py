@@ -118,6 +118,7 @@ class Canvas:
         self._raster = Image.new("L", (width_px, height_px), 0)
         self._draw = ImageDraw.Draw(self.image)
         self._draw_raster = ImageDraw.Draw(self._raster)
+        self._draw_raster.fontmode = "1"  # an antialiased edge would be recorded as a colour between two numbers
         self._shades = {
             name: tuple(int(level) for level in np.clip(np.array(value) + rng.integers(-12, 13, size=3), 0, 255)) for name, value in COLOURS.items()
         }

@@ -38,8 +38,9 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         box = canvas.pictograph(x, y, name, int(rng.integers(27, 31)), colour)
         evidence = (box.left, box.top, box.right, box.bottom)
         place = PLACES[int(ninth)]
-        asked = (f"Which object is at the {place}?", f"What is shown at the {place}?")[int(rng.integers(2))]
-        turns.append(Turn(question=asked, answer=name, kind="collages/object at place", detail="small", evidence=evidence))
+        turns.append(
+            Turn(question=f"Which object is at the {place}?", answer=name, kind="collages/object at place", detail="small", evidence=evidence)
+        )
         turns.append(Turn(question=f"Where is the {name}?", answer=place, kind="collages/place of object", detail="small", evidence=evidence))
         turns.append(
             Turn(question=f"Which colour is the {name}?", answer=colour, kind="collages/colour of object", detail="small", evidence=evidence)

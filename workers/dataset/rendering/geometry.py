@@ -51,7 +51,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         box = canvas.text(middle_x, middle_y, str(length), tag_font, ink)
         turns.append(
             Turn(
-                question=f"How long is the {colours[side]} side?",
+                question=f"How long is the side that is {colours[side]}?",
                 answer=str(length),
                 kind="geometry/length",
                 detail="small",
@@ -67,12 +67,17 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         letter_boxes.append((box.left, box.top, box.right, box.bottom))
     by_height = sorted(range(3), key=lambda corner: corners[corner][1])
     by_side = sorted(range(3), key=lambda corner: corners[corner][0])
-    for word, order, axis in (("top", by_height, 1), ("bottom", by_height[::-1], 1), ("leftmost", by_side, 0), ("rightmost", by_side[::-1], 0)):
+    for word, order, axis in (
+        ("at the top", by_height, 1),
+        ("at the bottom", by_height[::-1], 1),
+        ("furthest left", by_side, 0),
+        ("furthest right", by_side[::-1], 0),
+    ):
         if abs(corners[order[0]][axis] - corners[order[1]][axis]) >= 40:
             corner = order[0]
             turns.append(
                 Turn(
-                    question=f"Which letter is at the {word} corner?",
+                    question=f"Which letter marks the corner {word}?",
                     answer=letters[corner],
                     kind="geometry/letter",
                     detail="small",
@@ -85,11 +90,11 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         if not exact and abs(angle - 90.0) < 12.0:
             continue  # neither right nor clearly something else: nobody could tell from the picture
         answer = "right" if exact else "acute" if angle < 90.0 else "obtuse"
-        for word, order in (("top", by_height), ("leftmost", by_side), ("rightmost", by_side[::-1])):
+        for word, order in (("at the top", by_height), ("furthest left", by_side), ("furthest right", by_side[::-1])):
             if order[0] == corner:
                 turns.append(
                     Turn(
-                        question=f"Is the angle at the {word} corner acute, right or obtuse?",
+                        question=f"Is it acute, right or obtuse, the angle {word}?",
                         answer=answer,
                         kind="geometry/angle",
                         detail="large",

@@ -52,7 +52,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         assert label is not None
         box = canvas.text(*label, digit, font, ink)
         evidence = (box.left, box.top, box.right, box.bottom)
-        by_colour = (f"What number is printed on the {colour} state?", f"Which number stands on the {colour} state?")[int(rng.integers(2))]
+        by_colour = f"What number is printed on the state that is {colour}?"
         turns.append(Turn(question=by_colour, answer=digit, kind="maps/number of colour", detail="small", evidence=evidence))
         turns.append(
             Turn(question=f"What number is printed on {state.name}?", answer=digit, kind="maps/number of state", detail="small", evidence=evidence)

@@ -69,7 +69,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         cap_evidence = (cap_box.left, cap_box.top, cap_box.right, cap_box.bottom)
         turns += [
             Turn(
-                question=f"What number is on the {colour} tag?",
+                question=f"What number is on the tag that is {colour}?",
                 answer=str(number),
                 kind="pages/number of colour",
                 detail="small",
@@ -83,7 +83,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 evidence=number_evidence,
             ),
             Turn(
-                question=f"Which letter does the paragraph at the {where} begin with?",
+                question=f"Which letter begins the paragraph at the {where}?",
                 answer=text[0],
                 kind="pages/letter",
                 detail="small",
