@@ -1,6 +1,7 @@
 """What must hold for every picture that is drawn, whatever its family and number."""
 
 import io
+from itertools import combinations
 from math import acos, degrees, hypot
 
 import numpy as np
@@ -91,11 +92,10 @@ def test_the_colour_in_a_question_is_the_colour_in_the_picture(family, word):
         rendered = render(family, number, SPEC)
         image = Image.open(io.BytesIO(rendered.png)).convert("RGB")
         for turn in rendered.turns:
-            words = turn.question.rstrip("?").split()
-            if turn.detail == "small" and word in words and words[words.index(word) - 1] in COLOURS:
-                x, y = _centre(turn)
-                left = turn.evidence[0]
-                assert _pixel_colour(image, left - 4, y) == words[words.index(word) - 1], (turn, x)
+            asked, _, colour = turn.question.rstrip("?").rpartition(f" {word} that is ")
+            if asked:
+                x, _ = _centre(turn)
+                assert _pixel_colour(image, x, turn.evidence[1] - 3) == colour, turn
                 checked += 1
     assert checked >= 6
 
@@ -103,17 +103,19 @@ def test_the_colour_in_a_question_is_the_colour_in_the_picture(family, word):
 def test_lengths_and_angles_are_those_of_the_corners():
     for number in NUMBERS:
         picture, _ = sketch("geometry", number, 7)
-        tags = {turn.question.split()[4]: (turn, _centre(turn)) for turn in picture.turns if turn.kind == "geometry/length"}
+        tags = {turn.question.split()[-1]: (turn, _centre(turn)) for turn in picture.turns if turn.kind == "geometry/length"}
         # A side's tag sits on its middle, and the corners of a triangle follow from the middles of its sides.
         (first, (ax, ay)), (second, (bx, by)), (third, (cx, cy)) = tags.values()
         corners = [(ax + bx - cx, ay + by - cy), (ax + cx - bx, ay + cy - by), (bx + cx - ax, by + cy - ay)]
         for turn, (middle_x, middle_y) in (first, (ax, ay)), (second, (bx, by)), (third, (cx, cy)):
-            ends = sorted(corners, key=lambda corner: -hypot(corner[0] - middle_x, corner[1] - middle_y))[1:]
+            (ends,) = [(p, q) for p, q in combinations(corners, 2) if hypot((p[0] + q[0]) / 2 - middle_x, (p[1] + q[1]) / 2 - middle_y) < 1]
             length = hypot(ends[0][0] - ends[1][0], ends[0][1] - ends[1][1]) / 10
             assert abs(length - int(turn.answer)) <= 0.8
         for turn in picture.turns:
             if turn.kind == "geometry/angle":
-                key = {"top": lambda c: c[1], "leftmost": lambda c: c[0], "rightmost": lambda c: -c[0]}[turn.question.split()[5]]
+                key = {"top": lambda c: c[1], "bottom": lambda c: -c[1], "left": lambda c: c[0], "right": lambda c: -c[0]}[
+                    turn.question.rstrip("?").split()[-1]
+                ]
                 corner = min(corners, key=key)
                 others = [c for c in corners if c is not corner]
                 vectors = [(c[0] - corner[0], c[1] - corner[1]) for c in others]

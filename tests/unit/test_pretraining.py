@@ -91,7 +91,9 @@ def test_the_tokenizer_keeps_every_word_whole_and_every_digit_apart():
     tokenizer = language_model.train_tokenizer(layouts, 1280)
     ids = language_model._word_ids(tokenizer)
     assert len(set(ids.values())) == len(ids)
-    assert tokenizer.decode(tokenizer.encode(" 72 umbrella", add_special_tokens=False)) == " 72 umbrella"
+    tokens = tokenizer.encode(" 72 umbrella", add_special_tokens=False)
+    assert tokens == [ids["7", 0], ids["2", 1], ids["umbrella", 0]]
+    assert tokenizer.decode(tokens) == " 72 umbrella"
     assert len(tokenizer.encode("1967", add_special_tokens=False)) == 4
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "6"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s><|user|>How many?<|assistant|> 6<|end|>"
@@ -99,19 +101,37 @@ def test_the_tokenizer_keeps_every_word_whole_and_every_digit_apart():
     assert asked == "<s><|user|>How many?<|assistant|>"
 
 
-def test_slots_are_sums_with_the_second_character_rotated():
+def test_slots_are_sums_of_the_blank_and_their_words():
     layout = language_model.Layout(
         global_slots=((("7", 0), ("2", 1), ("red", 0)),) + ((),) * (language_model.NUM_GLOBAL - 1),
         local_slots=((),) * language_model.NUM_LOCAL,
         turns=(),
     )
-    ids = {"7": 1, "2": 2, "red": 3}
+    ids = {("7", 0): 1, ("2", 1): 2, ("red", 0): 3}
     embedding = torch.randn(5, 8)
-    rotation, _ = torch.linalg.qr(torch.randn(8, 8))
     table = language_model.SlotTable([layout], ids, blank_id=4)
-    slots = table.embed(np.array([0]), slice(0, 2), embedding, rotation)
-    assert torch.allclose(slots[0, 0], embedding[4] + embedding[1] + embedding[3] + embedding[2] @ rotation, atol=1e-6)
+    slots = table.embed(np.array([0]), slice(0, 2), embedding)
+    assert torch.allclose(slots[0, 0], embedding[4] + embedding[1] + embedding[2] + embedding[3], atol=1e-6)
     assert torch.equal(slots[0, 1], embedding[4])
+
+
+def test_the_curriculum_shows_glyphs_then_what_is_filled_then_what_is_empty():
+    curriculum = language_model.Curriculum(10, 20, 40)
+    assert [curriculum.keep_shares(step) for step in (0, 9, 15, 20, 30, 40)] == [(0, 0), (0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("question", "key"),
+    [
+        ("What value is written on the bar that is red?", "red"),
+        ("Which object is at the middle centre?", "middle centre"),
+        ("What number is on the tag at the bottom left?", "bottom left"),
+        ("What number is printed on New Mexico?", "New Mexico"),
+        ("Where is the anchor?", "anchor"),
+    ],
+)
+def test_the_key_of_a_question_is_what_it_looks_up(question, key):
+    assert language_model._key(question) == key
 
 
 def test_cards_say_what_the_record_says(tmp_path):

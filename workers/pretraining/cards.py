@@ -52,9 +52,9 @@ model = "smollm2-135m-instruct"`, a folder or a hub id.
 **How it was trained.** From random weights, on text alone, by `{command}`, seed {seed}: {steps} steps of {batch_size} conversations about
 {pictures} pictures, {minutes:.0f} minutes on {threads} CPU thread(s). It never saw a pixel: pictures were written down as *layout text*,
 the words that stand at each place (colours, digits, letters, names of pictographs), 64 places of the global view and 6 x 16 of the local
-views in the order in which a connector later hands over visual tokens, with words at one place summed and the second character of a number
-told by a fixed rotation of its embedding; noise of {noise} of the embeddings' scale was added. Details too small for the global view stand
-in the local places only. One step in ten was plain prose (documentation strings of Python's standard library, PSF licence). {shares}
+views in the order in which a connector later hands over visual tokens, with words at one place summed and noise of {noise} of the
+embeddings' scale added. Details too small for the global view stand in the local places only. One step in ten was plain prose
+(documentation strings of Python's standard library, PSF licence). {shares}
 
 **How good it is**: share of single questions answered exactly right (greedy), about layouts of pictures that were never trained on. `blind`
 is what the question alone gives away.

@@ -133,6 +133,9 @@ def make_sheets(num_sheets: int, seed: int) -> Views:
     Args:
         num_sheets: one view each.
         seed: of everything on them.
+
+    Returns:
+        The views with their labels.
     """
     rng = np.random.Generator(np.random.Philox(key=seed * 104729 + 1))
     view = View(branch="local", index=0, row=0, column=0, source=Box(left=0, top=0, right=2 * VIEW_PX, bottom=2 * VIEW_PX), view_px=VIEW_PX)
@@ -167,6 +170,9 @@ def make_views(first: int, num_pictures: int, seed: int, num_random: int = 1) ->
         num_pictures: pictures in all, over the families in turn.
         seed: of the pictures and of the random views.
         num_random: random views a picture.
+
+    Returns:
+        The views with their labels.
     """
     rng = np.random.Generator(np.random.Philox(key=seed * 7919 + first))
     kept = []
@@ -284,6 +290,12 @@ def train(arguments: argparse.Namespace) -> tuple[CLIPVisionModel, Heads, list[s
 @torch.no_grad()
 def measure(encoder: CLIPVisionModel, heads: Heads, num_pictures: int, seed: int) -> dict[str, object]:
     """Accuracy on pictures never trained on, and reading accuracy against glyph size.
+
+    Args:
+        encoder: trained.
+        heads: trained with it.
+        num_pictures: to draw.
+        seed: of the pictures.
 
     Returns:
         `colour_f1`; and per size bin in view pixels, for characters and objects, the share read rightly (best class of its kind at the glyph's

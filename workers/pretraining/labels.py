@@ -50,6 +50,9 @@ def place_glyphs(canvas: Canvas, view: View, grid: int) -> list[PlacedGlyph]:
         canvas: a drawn picture.
         view: one view of it.
         grid: cells on a side of the view.
+
+    Returns:
+        Glyphs of GLYPH_CLASSES with their sizes and patches.
     """
     cell_px = view.view_px / grid
     placed = []

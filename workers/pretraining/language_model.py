@@ -123,16 +123,18 @@ def train_tokenizer(layouts: Sequence[Layout], vocabulary_size: int) -> PreTrain
     return fast
 
 
+def _only_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise ValueError(f"the tokenizer cuts {text!r} into {len(tokens)} tokens; raise the vocabulary's size")
+    return tokens[0]
+
+
 def _word_ids(tokenizer: PreTrainedTokenizerFast) -> dict[tuple[str, int], int]:
     """Token of every (word, role): a space before first characters, none before second ones."""
     names = [(name.partition("@")[0], int(name.partition("@")[2] or 0)) for name in GLYPH_CLASSES]
-    ids = {}
-    for name, role in (*((colour, 0) for colour in COLOUR_CLASSES), *names):
-        tokens = tokenizer.encode(name if role else f" {name}", add_special_tokens=False)
-        if len(tokens) != 1:
-            raise ValueError(f"the tokenizer cuts {name!r} into {len(tokens)} tokens; raise the vocabulary's size")
-        ids[name, role] = tokens[0]
-    return ids
+    words = (*((colour, 0) for colour in COLOUR_CLASSES), *names)
+    return {(name, role): _only_token(tokenizer, name if role else f" {name}") for name, role in words}
 
 
 class SlotTable:
@@ -240,6 +242,9 @@ def _prefix(mode: str, rows: np.ndarray, table: SlotTable, embedding: Tensor, se
 def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[str]]:
     """Train tokenizer and model from nothing.
 
+    Args:
+        arguments: the command line's.
+
     Returns:
         The model, its tokenizer and the log.
     """
@@ -248,7 +253,7 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
     started = time.monotonic()
     layouts = [make_layout(FAMILIES[position % len(FAMILIES)], position // len(FAMILIES), arguments.seed) for position in range(arguments.pictures)]
     tokenizer = train_tokenizer(layouts, arguments.vocabulary)
-    table = SlotTable(layouts, _word_ids(tokenizer), tokenizer.convert_tokens_to_ids(BLANK))
+    table = SlotTable(layouts, _word_ids(tokenizer), _only_token(tokenizer, BLANK))
     log = [f"{len(layouts)} layouts, {len(tokenizer)} tokens, {time.monotonic() - started:.0f} s"]
     print(log[-1], flush=True)
     heads = arguments.width // 64
@@ -270,7 +275,7 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, total_steps=arguments.steps, pct_start=0.05)
     rng = np.random.Generator(np.random.Philox(key=arguments.seed + 1))
-    separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
+    separator_id = _only_token(tokenizer, SEPARATOR)
     prose = [tokenizer.encode(f"{BOS}{text}{EOS}", add_special_tokens=False)[:256] for text in load_paragraphs()]
     curriculum = Curriculum(*arguments.curriculum)
     answers_loss = answers_right = 0.0
@@ -293,8 +298,8 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
             scale = embedding.detach().pow(2).mean().sqrt()
             noise = torch.randn(arguments.batch_size, NUM_GLOBAL + 1 + NUM_LOCAL, arguments.width) * scale * arguments.noise
             if compact:
-                places = _compact(table, rows, curriculum.keep_shares(step), embedding, rng)
-                places = places + noise[:, : places.shape[1]]
+                short = _compact(table, rows, curriculum.keep_shares(step), embedding, rng)
+                places: Tensor | None = short + noise[:, : short.shape[1]]
             else:
                 places = _prefix(mode, rows, table, embedding, separator_id, noise)
             head = model.model.embed_tokens(head_ids).expand(arguments.batch_size, -1, -1)
@@ -334,11 +339,11 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Share of single questions about unseen layouts whose greedy answer is exactly right, by mode and kind."""
     layouts = [make_layout(FAMILIES[position % len(FAMILIES)], _HELD_OUT_FROM + position // len(FAMILIES), seed) for position in range(num_pictures)]
-    table = SlotTable(layouts, _word_ids(tokenizer), tokenizer.convert_tokens_to_ids(BLANK))
+    table = SlotTable(layouts, _word_ids(tokenizer), _only_token(tokenizer, BLANK))
     rng = np.random.Generator(np.random.Philox(key=seed + 2))
     chosen = [(row, turn) for row, layout in enumerate(layouts) for turn in choose_turns(layout.turns, 8, rng)]
     embedding = model.model.embed_tokens.weight
-    separator_id = tokenizer.encode(SEPARATOR, add_special_tokens=False)[0]
+    separator_id = _only_token(tokenizer, SEPARATOR)
     head = embedding[torch.tensor(tokenizer.encode(f"{BOS}{USER}", add_special_tokens=False))]
     results: dict[str, dict[str, float]] = {}
     for mode in modes:

@@ -125,6 +125,9 @@ def render(family: str, number: int, spec: DatasetSpec) -> Rendered:
         number: which picture of the family.
         spec: seed, views, legibility limits and questions per image.
 
+    Returns:
+        The picture as PNG bytes with its questions.
+
     Raises:
         WorkerError: an unknown family, or limits that no drawing meets.
     """
@@ -146,6 +149,9 @@ def choose_turns(candidates: tuple[Turn, ...], num_turns: int, rng: np.random.Ge
         candidates: every question that may be asked.
         num_turns: how many to ask; fewer come back when there are fewer.
         rng: order and choice.
+
+    Returns:
+        The chosen questions, shuffled.
     """
     shuffled = [candidates[position] for position in rng.permutation(len(candidates))]
     num_small = round(num_turns * 2 / 3)

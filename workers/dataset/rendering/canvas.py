@@ -80,6 +80,9 @@ def load_font(style: FontStyle, size_px: int) -> ImageFont.FreeTypeFont:
     Args:
         style: family and weight.
         size_px: em size in pixels; a digit's ink is about 0.73 of it high.
+
+    Returns:
+        The font, kept for the next call.
     """
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / _FONT_FILES[style]), size_px)
 
@@ -180,6 +183,13 @@ class Canvas:
     def text(self, centre_x_px: float, centre_y_px: float, text: str, font: ImageFont.FreeTypeFont, colour: tuple[int, int, int] | Colour) -> Box:
         """Draw a short string to be read, centred by its ink, and record every character.
 
+        Args:
+            centre_x_px: of the ink.
+            centre_y_px: of the ink.
+            text: the string.
+            font: as `load_font` gives it.
+            colour: of the ink; a named one is not recorded as a colour, it is too thin to be asked for.
+
         Returns:
             The ink box of the whole string, in image pixels.
         """
@@ -199,6 +209,13 @@ class Canvas:
 
     def pictograph(self, centre_x_px: float, centre_y_px: float, name: str, size_px: int, colour: Colour) -> Box:
         """Draw a named pictograph in a named colour, centred by its ink, and record both.
+
+        Args:
+            centre_x_px: of the ink.
+            centre_y_px: of the ink.
+            name: a key of OBJECTS.
+            size_px: em size.
+            colour: of the ink.
 
         Returns:
             Its ink box, in image pixels.

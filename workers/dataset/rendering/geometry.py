@@ -65,42 +65,22 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         step_x, step_y = max(_STEPS, key=lambda step: (step[0] * outward[0] + step[1] * outward[1]) / hypot(*step))
         box = canvas.text(x + step_x * LATTICE_PX, y + step_y * LATTICE_PX, letter, letter_font, _INK)
         letter_boxes.append((box.left, box.top, box.right, box.bottom))
-    by_height = sorted(range(3), key=lambda corner: corners[corner][1])
-    by_side = sorted(range(3), key=lambda corner: corners[corner][0])
-    for word, order, axis in (
-        ("at the top", by_height, 1),
-        ("at the bottom", by_height[::-1], 1),
-        ("furthest left", by_side, 0),
-        ("furthest right", by_side[::-1], 0),
-    ):
-        if abs(corners[order[0]][axis] - corners[order[1]][axis]) >= 40:
-            corner = order[0]
-            turns.append(
-                Turn(
-                    question=f"Which letter marks the corner {word}?",
-                    answer=letters[corner],
-                    kind="geometry/letter",
-                    detail="small",
-                    evidence=letter_boxes[corner],
-                )
+    for word, corner in _named_corners(corners):
+        turns.append(
+            Turn(
+                question=f"Which letter marks the corner {word}?",
+                answer=letters[corner],
+                kind="geometry/letter",
+                detail="small",
+                evidence=letter_boxes[corner],
             )
-    for corner in range(3):
+        )
         angle = _angle(corners, corner)
         exact = abs(angle - 90.0) < 0.5
-        if not exact and abs(angle - 90.0) < 12.0:
-            continue  # neither right nor clearly something else: nobody could tell from the picture
-        answer = "right" if exact else "acute" if angle < 90.0 else "obtuse"
-        for word, order in (("at the top", by_height), ("furthest left", by_side), ("furthest right", by_side[::-1])):
-            if order[0] == corner:
-                turns.append(
-                    Turn(
-                        question=f"Is it acute, right or obtuse, the angle {word}?",
-                        answer=answer,
-                        kind="geometry/angle",
-                        detail="large",
-                        evidence=None,
-                    )
-                )
+        if exact or abs(angle - 90.0) >= 12.0:  # between them nobody could tell from the picture
+            answer = "right" if exact else "acute" if angle < 90.0 else "obtuse"
+            question = f"Is it acute, right or obtuse, the angle {word}?"
+            turns.append(Turn(question=question, answer=answer, kind="geometry/angle", detail="large", evidence=None))
     longest = [colour for length, colour in zip(lengths, colours, strict=True) if length == max(lengths)]
     if len(longest) == 1 and max(lengths) - sorted(lengths)[-2] >= 3:
         turns.append(Turn(question="Which colour is the longest side?", answer=longest[0], kind="geometry/longest", detail="large", evidence=None))
@@ -108,6 +88,16 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
     if len(shortest) == 1 and sorted(lengths)[1] - min(lengths) >= 3:
         turns.append(Turn(question="Which colour is the shortest side?", answer=shortest[0], kind="geometry/shortest", detail="large", evidence=None))
     return turns, "Apache-2.0 (drawn by Loupe)"
+
+
+def _named_corners(corners: list[tuple[float, float]]) -> list[tuple[str, int]]:
+    """The corners that a word tells from the others: at least 40 px further that way."""
+    named = []
+    for word, axis, sign in (("at the top", 1, 1), ("at the bottom", 1, -1), ("furthest left", 0, 1), ("furthest right", 0, -1)):
+        order = sorted(range(3), key=lambda corner: sign * corners[corner][axis])
+        if abs(corners[order[0]][axis] - corners[order[1]][axis]) >= 40:
+            named.append((word, order[0]))
+    return named
 
 
 def _angle(corners: list[tuple[float, float]], corner: int) -> float:

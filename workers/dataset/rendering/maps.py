@@ -68,6 +68,9 @@ def _label(ring: list[tuple[float, float]]) -> tuple[float, float] | None:
 
     Args:
         ring: the region's outline in image pixels.
+
+    Returns:
+        (x, y) in image pixels, or None.
     """
     region = shapely.Polygon(ring)
     left, top, right, bottom = region.bounds

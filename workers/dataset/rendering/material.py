@@ -89,6 +89,9 @@ def load_tables() -> tuple[Table, ...]:
 def load_states() -> tuple[State, ...]:
     """The contiguous states in alphabetical order, with boundaries simplified to 0.05 degrees.
 
+    Returns:
+        48 states.
+
     Raises:
         WorkerError: the package that carries the boundaries is not installed.
     """
@@ -119,7 +122,7 @@ _TEXT_MODULES = (
     "decimal", "difflib", "dis", "email", "enum", "fractions", "functools", "getopt", "heapq", "imaplib", "inspect", "io", "ipaddress",
     "json", "locale", "logging", "mailbox", "mimetypes", "numbers", "optparse", "os", "pathlib", "platform", "pprint", "random", "re",
     "sched", "shelve", "shlex", "shutil", "smtplib", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap",
-    "threading", "timeit", "tokenize", "trace", "turtle", "typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings",
+    "threading", "timeit", "tokenize", "trace", "turtle", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings",
     "weakref", "xmlrpc.client", "zipfile",
 )  # fmt: skip
 
