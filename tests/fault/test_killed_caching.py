@@ -20,7 +20,7 @@ from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_IMAGES = 16
