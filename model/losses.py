@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["SupervisedLoss", "supervised_loss"]
+__all__ = ["SupervisedLoss", "evidence_loss", "supervised_loss"]
+
+EVIDENCE_SCALE = 16.0
+"""Inverse temperature of the cosines between visual tokens and words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,3 +45,22 @@ def supervised_loss(hidden: Float[Tensor, "supervised hidden"], labels: Int[Tens
     with torch.no_grad():
         correct = (logits.argmax(dim=-1) == labels).sum()
     return SupervisedLoss(total=total, correct=correct, count=labels.shape[0])
+
+
+def evidence_loss(
+    tokens: Float[Tensor, "pairs hidden"], words: Int[Tensor, "pairs"], embeddings: Float[Tensor, "vocabulary hidden"]
+) -> Float[Tensor, ""]:
+    """Cross entropy of the words that visual tokens should mean, by their cosines with all input embeddings.
+
+    Args:
+        tokens: visual tokens at the places of evidence; a token that shows several words comes once per word.
+        words: vocabulary ids, one per token.
+        embeddings: the language model's input embeddings; they get no gradient from here.
+
+    Returns:
+        The sum over the pairs, in nats.
+
+    Differs: no paper's; see `PhaseSpec.evidence_weight`.
+    """
+    logits = EVIDENCE_SCALE * F.normalize(tokens.float(), dim=-1) @ F.normalize(embeddings.detach().float(), dim=-1).T
+    return F.cross_entropy(logits, words, reduction="sum")

@@ -350,6 +350,10 @@ class PhaseSpec:
     """The language model's own rate where it trains; `learning_rate` when absent."""
     warmup_fraction: float = 0.03
     max_grad_norm: float = 1.0
+    evidence_weight: float = 0.0
+    """Weight of the evidence loss beside the answers': local tokens where evidence stands are drawn to the words that it shows. 0 leaves it out.
+
+    Differs: neither paper has it. Answers alone do not ground a small language model within minutes; this does (see README, Measured)."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
 
@@ -358,6 +362,8 @@ class PhaseSpec:
             raise SpecError(f"phase {self.name!r}: experts = {self.experts!r} leaves a block of {list(self.train)} without effect; use 'mixture'")
         if not self.train or len(set(self.train)) != len(self.train) or set(self.train) - set(BLOCKS):
             raise SpecError(f"phase {self.name!r}: train must name each block once, out of {list(BLOCKS)}; found {list(self.train)}")
+        if not 0 <= self.evidence_weight < float("inf"):
+            raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:
             raise SpecError(
                 f"phase {self.name!r}: steps, batch_size, learning_rate and max_grad_norm must be positive, warmup_fraction in [0, 1); found {self}"

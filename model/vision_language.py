@@ -25,7 +25,7 @@ from model.chat import Conversation
 from model.connector import Connector, Experts
 from model.errors import MissingMapError
 from model.language_model import LanguageModel, decoder, embed, first_token
-from model.losses import supervised_loss
+from model.losses import evidence_loss, supervised_loss
 
 __all__ = [
     "MODES",
@@ -114,6 +114,11 @@ class Batch:
     global_maps: Mapping[str, Float[Tensor, "images patches width"]] | None = None
     local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None = None
     gate_noise: Float[Tensor, "images tokens experts"] | None = None
+    evidence_places: Int[Tensor, "pairs"] | None = None
+    """Local tokens, counted over all local views of the batch, that should mean a word."""
+    evidence_words: Int[Tensor, "pairs"] | None = None
+    evidence_scale: float = 0.0
+    """What the summed evidence loss is multiplied with before it joins the summed cross entropy."""
     experts: Experts = "mixture"
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -136,6 +141,9 @@ class Batch:
             global_maps=move_all(self.global_maps),
             local_maps=move_all(self.local_maps),
             gate_noise=move(self.gate_noise),
+            evidence_places=move(self.evidence_places),
+            evidence_words=move(self.evidence_words),
+            evidence_scale=self.evidence_scale,
             experts=self.experts,
         )
 
@@ -298,14 +306,15 @@ class VisionLanguageModel(nn.Module):
         parts += [tokens.flatten(0, 1).to(text.dtype) for tokens in (visual.global_tokens, visual.local_tokens) if tokens is not None]
         return torch.cat(parts).index_select(0, batch.gather.flatten()).reshape(*batch.gather.shape, -1)
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, ""]]:
         """Sums of a training batch (padded behind: under a causal mask nothing real ever looks there, so no mask is needed).
 
         Args:
             batch: with labels.
 
         Returns:
-            Summed cross entropy over the supervised tokens, and how many of them were predicted right.
+            The objective to descend; the summed cross entropy over the supervised tokens, which it equals but for the evidence loss; and how many
+            of them were predicted right.
         """
         visual = self.visual_tokens(batch)
         with self._autocast():
@@ -313,7 +322,12 @@ class VisionLanguageModel(nn.Module):
             hidden: Tensor = decoder(self.language_model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
             selected = hidden.flatten(0, 1).index_select(0, batch.label_positions)
             loss = supervised_loss(selected, batch.label_ids, self.language_model.get_output_embeddings())  # type: ignore[operator]
-        return loss.total, loss.correct
+        objective = loss.total
+        if batch.evidence_places is not None and batch.evidence_words is not None and visual.local_tokens is not None:
+            places = visual.local_tokens.flatten(0, 1).index_select(0, batch.evidence_places)
+            words: Tensor = self.language_model.get_input_embeddings().weight  # type: ignore[operator]
+            objective = objective + batch.evidence_scale * evidence_loss(places, batch.evidence_words, words)
+        return objective, loss.total.detach(), loss.correct
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, visual: VisualTokens | None = None) -> list[list[int]]:

@@ -314,6 +314,8 @@ class Phase(Table):
     """Passes over the training images, instead of steps."""
     batch_size: Count = 32
     """Images in an optimizer step."""
+    evidence_weight: float = 0.0
+    """Weight of the loss that draws local tokens to the words that a question's evidence shows."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count in this phase."""
     learning_rate: Positive
@@ -402,6 +404,7 @@ class Phase(Table):
             language_model_learning_rate=self.language_model_learning_rate,
             warmup_fraction=self.warmup_fraction,
             max_grad_norm=self.max_grad_norm,
+            evidence_weight=self.evidence_weight,
             experts=self.experts,
         )
 

@@ -1,5 +1,7 @@
 import itertools
+import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from model.connector import build_connector
 from model.errors import SpecError
 from model.specs import BranchMix, PhaseSpec, ScheduleSpec
+from model.views import plan_views
 from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
 from workers.errors import TrainingError
 from workers.training.batches import BatchBuilder, Prefetcher, branch_mode, sample_index
@@ -133,3 +136,21 @@ def test_a_prefetcher_can_be_left_early():
     assert next(iter(prefetcher)) == 0
     prefetcher.close()
     assert threading.active_count() == before
+
+
+def test_evidence_lands_on_the_local_token_that_shows_it(tiny_language_model_folder, tiny_tokenizer):
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    sample = builder.samples[0]
+    queries = builder.connector.tokens_per_local_view
+    plan = plan_views(sample.width_px, sample.height_px, builder.features.encoder.view_px, builder.features.views)
+    view = plan.local_views[-1]
+    middle_x, middle_y = (view.source.left + view.source.right) / 2, (view.source.top + view.source.bottom) / 2
+    turn = replace(sample.turns[0], evidence=(middle_x - 0.2, middle_y - 0.2, middle_x + 0.1, middle_y + 0.1), shown=("7",))
+    builder.samples[0] = replace(sample, turns=(turn, turn))
+    words = set(tiny_tokenizer.encode(" 7", add_special_tokens=False))
+    pairs = builder.evidence(0)
+    grid = math.isqrt(queries)
+    row = int((grid - 1e-9) / 2) if grid > 1 else 0
+    assert {place for place, _ in pairs} == {(len(plan.local_views) - 1) * queries + row * grid + row}
+    assert {word for _, word in pairs} == words
+    assert len(pairs) == len(words)  # asked twice, meant once

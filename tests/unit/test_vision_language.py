@@ -82,7 +82,7 @@ def test_the_order_of_a_sequence(model):
 def test_the_loss_equals_the_language_model_s_own(model):
     conversation = tokenise_conversation(model.tokenizer, TURNS, 1000)
     batch = batch_of(model, [conversation] * 3, ["both", "blind", "local"])
-    total, correct = model(batch)
+    _, total, correct = model(batch)
     embedded = model.embed_sequences(batch, model.visual_tokens(batch))
     labels = torch.full(batch.gather.shape, -100)
     for number in range(3):
@@ -98,7 +98,7 @@ def test_the_loss_equals_the_language_model_s_own(model):
 def test_neighbours_and_padding_do_not_matter(model):
     short = tokenise_conversation(model.tokenizer, TURNS[:1], 1000)
     long = tokenise_conversation(model.tokenizer, TURNS, 1000)
-    together, _ = model(batch_of(model, [short, long], ["both", "both"]))
+    _, together, _ = model(batch_of(model, [short, long], ["both", "both"]))
 
     def alone(conversation, image, views):
         layout = lay_out_images(model.connector, [True], [views.stop - views.start])

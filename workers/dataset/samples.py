@@ -30,6 +30,7 @@ TURN_TYPE = pa.struct(
         pa.field("evidence_top_px", pa.float64()),
         pa.field("evidence_right_px", pa.float64()),
         pa.field("evidence_bottom_px", pa.float64()),
+        pa.field("shown", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
     ]
 )
 
@@ -65,6 +66,8 @@ class Turn:
     """`small`: readable in the local views and too small in the global one. `large`: readable in both."""
     evidence: tuple[float, float, float, float] | None = None
     """Where in the image the answer stands: left, top, right, bottom in image pixels."""
+    shown: tuple[str, ...] = ()
+    """Words that the evidence shows, e.g. its text and its colour: what a visual token at that place should mean."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +109,7 @@ def samples_to_table(samples: list[Sample]) -> pa.Table:
                     "evidence_top_px": top,
                     "evidence_right_px": right,
                     "evidence_bottom_px": bottom,
+                    "shown": list(turn.shown),
                 }
             )
         rows.append(
@@ -141,6 +145,7 @@ def samples_from_table(table: pa.Table) -> list[Sample]:
                     kind=turn["kind"],
                     detail=turn["detail"],
                     evidence=None if evidence[0] is None else evidence,
+                    shown=tuple(turn["shown"]),
                 )
             )
         samples.append(Sample(**row, turns=tuple(turns)))

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation
 from model.connector import Connector
 from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
-from model.views import plan_views
+from model.views import Box, plan_views
 from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
 from workers.dataset.samples import Sample
@@ -161,6 +162,7 @@ class BatchBuilder:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
         self._conversations: dict[int, Conversation] = {}
+        self._evidence: dict[int, list[tuple[int, int]]] = {}
 
     def num_local_views(self, sample: Sample) -> int:
         """Local views of an image, by the view rule alone."""
@@ -202,13 +204,19 @@ class BatchBuilder:
         positions = range(first, first + phase.batch_size)
         indices = [sample_index(seed, position, len(self.samples)) for position in positions]
         supervised = sum(self.conversation(index).num_supervised for index in indices)
+        evidence_scale = 0.0
+        if phase.evidence_weight > 0:
+            shown = [branch_mode(phase.branch, seed, phase_index, position) in ("local", "both") for position in positions]
+            num_pairs = sum(len(self.evidence(index)) for index, wanted in zip(indices, shown, strict=True) if wanted)
+            # The summed loss is divided by the supervised tokens: so the evidence loss joins it as weight times its mean over the pairs.
+            evidence_scale = phase.evidence_weight * supervised / max(num_pairs, 1)
         share = phase.batch_size // world
         mine = range(rank * share, (rank + 1) * share)
         size = share if micro_batch_size is None else min(micro_batch_size, share)
         micro_batches = []
         for start in range(mine.start, mine.stop, size):
             chosen = range(start, min(start + size, mine.stop))
-            micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen]))
+            micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -232,7 +240,36 @@ class BatchBuilder:
         local_features = [_there(features.local_maps, image, "local") for features, image in zip(found, images, strict=True)]
         return global_maps, stack_maps(local_features, self._local_maps)
 
-    def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int]) -> Batch:
+    def evidence(self, index: int) -> list[tuple[int, int]]:
+        """What a sample's local tokens should mean.
+
+        Args:
+            index: of the sample.
+
+        Returns:
+            Pairs of (local token of the image, vocabulary id), each once.
+        """
+        local = self.connector.spec.local_branch
+        if index not in self._evidence:
+            sample = self.samples[index]
+            pairs: dict[tuple[int, int], None] = {}
+            plan = plan_views(sample.width_px, sample.height_px, self.features.encoder.view_px, self.features.views)
+            grid = 0 if local is None else isqrt(local.compression.queries)
+            for turn in sample.turns:
+                if turn.evidence is None or not grid:
+                    continue
+                left, top, right, bottom = turn.evidence
+                for view in plan.local_views:
+                    box = view.project(Box(left=left, top=top, right=right, bottom=bottom))
+                    column, row = (box.left + box.right) / 2 * grid / view.view_px, (box.top + box.bottom) / 2 * grid / view.view_px
+                    if 0 <= column < grid and 0 <= row < grid:
+                        place = ((view.index - 1) * grid + int(row)) * grid + int(column)
+                        for word in turn.shown:
+                            pairs |= {(place, token): None for token in self._tokenizer.encode(f" {word}", add_special_tokens=False)}
+            self._evidence[index] = list(pairs)
+        return self._evidence[index]
+
+    def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int], evidence_scale: float = 0.0) -> Batch:
         phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
         modes = [branch_mode(phase.branch, seed, phase_index, position) for position in positions]
         wants_global = [mode in ("global", "both") for mode in modes]
@@ -259,6 +296,13 @@ class BatchBuilder:
             ]
             noise = torch.from_numpy(np.stack(drawn))
         local = spec.local_branch
+        pairs: list[tuple[int, int]] = []
+        if evidence_scale > 0 and local is not None:
+            first_views = np.cumsum([0, *num_views])
+            for place, (index, wanted) in enumerate(zip(indices, wants_local, strict=True)):
+                if wanted:
+                    start = int(first_views[place]) * local.compression.queries
+                    pairs += [(start + token, word) for token, word in self.evidence(index)]
         return plan_sequences(
             [self.conversation(index) for index in indices],
             modes,
@@ -267,6 +311,9 @@ class BatchBuilder:
             global_maps=stack_maps(global_features, self._global_maps) if global_features else None,
             local_maps=stack_maps(local_features, self._local_maps) if local is not None and local_features else None,
             gate_noise=noise,
+            evidence_places=torch.tensor([token for token, _ in pairs]) if pairs else None,
+            evidence_words=torch.tensor([word for _, word in pairs]) if pairs else None,
+            evidence_scale=evidence_scale,
             experts=phase.experts,
         )
 

@@ -154,9 +154,9 @@ class TorchEngine:
         """As Engine.step."""
         totals, rights = [], []
         for batch in micro_batches:
-            total, correct = self.model(batch)
-            (_tied(total, self._parameters) / max(1, supervised)).backward()
-            totals.append(total.detach())
+            objective, total, correct = self.model(batch)
+            (_tied(objective, self._parameters) / max(1, supervised)).backward()
+            totals.append(total)
             rights.append(correct)
         _fill_missing(self._parameters)
         active = [parameter for parameter in self._parameters if parameter.requires_grad]
@@ -248,10 +248,10 @@ class DeepSpeedEngine:
         world = _world()
         for number, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(number + 1 == len(micro_batches))
-            total, correct = self._engine(batch)
+            objective, total, correct = self._engine(batch)
             # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
-            self._engine.backward(_tied(total, self._parameters) * (world / max(1, supervised)), scale_wrt_gas=False)
-            totals.append(total.detach())
+            self._engine.backward(_tied(objective, self._parameters) * (world / max(1, supervised)), scale_wrt_gas=False)
+            totals.append(total)
             rights.append(correct)
         _set_rates(self._optimizer, self._blocks, rates)
         norm: Tensor | float

@@ -56,7 +56,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         box = canvas.text(centre, min(on_lattice(bar_top + 26), on_lattice(bottom - LATTICE_PX)), str(value), value_font, ink)
         evidence = (box.left, box.top, box.right, box.bottom)
         question = f"What value is written on the bar that is {colour}?"
-        turns.append(Turn(question=question, answer=str(value), kind="charts/value", detail="small", evidence=evidence))
+        turns.append(Turn(question=question, answer=str(value), kind="charts/value", detail="small", evidence=evidence, shown=(str(value), colour)))
     tallest = [colour for value, colour in zip(values, colours, strict=True) if value == max(values)]
     lowest = [colour for value, colour in zip(values, colours, strict=True) if value == min(values)]
     if len(tallest) == 1:

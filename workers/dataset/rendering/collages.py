@@ -39,11 +39,34 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         evidence = (box.left, box.top, box.right, box.bottom)
         place = PLACES[int(ninth)]
         turns.append(
-            Turn(question=f"Which object is at the {place}?", answer=name, kind="collages/object at place", detail="small", evidence=evidence)
+            Turn(
+                question=f"Which object is at the {place}?",
+                answer=name,
+                kind="collages/object at place",
+                detail="small",
+                evidence=evidence,
+                shown=(name, colour),
+            )
         )
-        turns.append(Turn(question=f"Where is the {name}?", answer=place, kind="collages/place of object", detail="small", evidence=evidence))
         turns.append(
-            Turn(question=f"Which colour is the {name}?", answer=colour, kind="collages/colour of object", detail="small", evidence=evidence)
+            Turn(
+                question=f"Where is the {name}?",
+                answer=place,
+                kind="collages/place of object",
+                detail="small",
+                evidence=evidence,
+                shown=(name, colour),
+            )
+        )
+        turns.append(
+            Turn(
+                question=f"Which colour is the {name}?",
+                answer=colour,
+                kind="collages/colour of object",
+                detail="small",
+                evidence=evidence,
+                shown=(name, colour),
+            )
         )
         turns.append(
             Turn(
@@ -52,7 +75,14 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         )
         if colours.count(colour) == 1:
             turns.append(
-                Turn(question=f"Which object is {colour}?", answer=name, kind="collages/object of colour", detail="small", evidence=evidence)
+                Turn(
+                    question=f"Which object is {colour}?",
+                    answer=name,
+                    kind="collages/object of colour",
+                    detail="small",
+                    evidence=evidence,
+                    shown=(name, colour),
+                )
             )
     turns.append(Turn(question="How many objects are there?", answer=str(num_objects), kind="collages/count", detail="large", evidence=None))
     return turns, "DejaVu fonts licence"

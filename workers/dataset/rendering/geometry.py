@@ -56,6 +56,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 kind="geometry/length",
                 detail="small",
                 evidence=(box.left, box.top, box.right, box.bottom),
+                shown=(str(length), colours[side]),
             )
         )
     letter_font = load_font("sans-bold", 26)
@@ -73,6 +74,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 kind="geometry/letter",
                 detail="small",
                 evidence=letter_boxes[corner],
+                shown=(letters[corner],),
             )
         )
         angle = _angle(corners, corner)

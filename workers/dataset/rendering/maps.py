@@ -53,9 +53,16 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
         box = canvas.text(*label, digit, font, ink)
         evidence = (box.left, box.top, box.right, box.bottom)
         by_colour = f"What number is printed on the state that is {colour}?"
-        turns.append(Turn(question=by_colour, answer=digit, kind="maps/number of colour", detail="small", evidence=evidence))
+        turns.append(Turn(question=by_colour, answer=digit, kind="maps/number of colour", detail="small", evidence=evidence, shown=(digit, colour)))
         turns.append(
-            Turn(question=f"What number is printed on {state.name}?", answer=digit, kind="maps/number of state", detail="small", evidence=evidence)
+            Turn(
+                question=f"What number is printed on {state.name}?",
+                answer=digit,
+                kind="maps/number of state",
+                detail="small",
+                evidence=evidence,
+                shown=(digit, colour),
+            )
         )
         turns.append(Turn(question=f"Which colour is {state.name}?", answer=colour, kind="maps/colour", detail="large", evidence=None))
     turns.append(Turn(question="How many states are coloured?", answer=str(len(chosen)), kind="maps/count", detail="large", evidence=None))

@@ -74,6 +74,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 kind="pages/number of colour",
                 detail="small",
                 evidence=number_evidence,
+                shown=(str(number), colour),
             ),
             Turn(
                 question=f"What number is on the tag at the {where}?",
@@ -81,6 +82,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 kind="pages/number at place",
                 detail="small",
                 evidence=number_evidence,
+                shown=(str(number), colour),
             ),
             Turn(
                 question=f"Which letter begins the paragraph at the {where}?",
@@ -88,6 +90,7 @@ def draw(canvas: Canvas, rng: np.random.Generator) -> tuple[list[Turn], str]:
                 kind="pages/letter",
                 detail="small",
                 evidence=cap_evidence,
+                shown=(text[0],),
             ),
             Turn(question=f"Which colour is the tag at the {where}?", answer=colour, kind="pages/colour", detail="large", evidence=None),
         ]
