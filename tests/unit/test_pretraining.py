@@ -136,7 +136,7 @@ def test_the_key_of_a_question_is_what_it_looks_up(question, key):
 
 def test_cards_say_what_the_record_says(tmp_path):
     record = {
-        "arguments": {"seed": 3, "steps": 10, "batch_size": 4, "pictures": 20, "threads": 1},
+        "arguments": {"seed": 3, "steps": 10, "batch_size": 4, "pictures": 20, "sheets": 5, "threads": 1},
         "seconds": 120,
         "weights_sha256": "ab" * 32,
         "weights_bytes": 2**20,

@@ -19,10 +19,11 @@ pictographs and colours in drawn pictures. It is *not* CLIP: it has seen no phot
 of such pictures. For anything real, name a pretrained CLIP or SigLIP in the recipe: `[encoder] model = "openai/clip-vit-large-patch14-336"`
 or a folder.
 
-**How it was trained.** From random weights, by `{command}`, seed {seed}: {steps} steps of {batch_size} views, cut from {pictures} pictures
-that Loupe drew itself (bar charts, maps, collages, pages and triangles; see `workers/dataset/rendering`), {minutes:.0f} minutes on
-{threads} CPU thread(s). Each picture gives its global view, its local views and three random ones. Three objectives on every patch of the
-last block's output: which of eight named colours cover it, which glyphs stand in it (binary cross entropy), and its own pixels at half
+**How it was trained.** From random weights, by `{command}`, seed {seed}: {steps} steps of
+{batch_size} views, cut from {pictures} pictures and {sheets} sheets crowded with glyphs that Loupe drew itself (bar charts, maps, collages,
+pages and triangles; see `workers/dataset/rendering`), {minutes:.0f} minutes on
+{threads} CPU thread(s). Each picture gives its global view, its local views and a random one. Three objectives on every patch of the
+last block's output: which of eight named colours cover it, which glyph stands in it (cross entropy), and its own pixels at half
 resolution (squared error). The class token has no objective. Nothing of a third party is in the weights but what the pictures show: values
 of public tables, boundaries of US states, paragraphs of Python's documentation, glyphs of the DejaVu fonts.
 
@@ -36,7 +37,7 @@ best class of its kind, by the training heads) against glyph size, the geometric
 A dash means fewer than {min_glyphs} glyphs of that size. The shipped recipes take a detail for *small* when it is at least {local_min_px}
 px in a local view and less than {global_max_px} px in the global one.
 
-Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`.
+Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`. {notes}
 """
 
 _LANGUAGE_MODEL = """\
@@ -65,7 +66,7 @@ is what the question alone gives away.
 
 This is an upper bound for what a connector in front of it can reach without changing it, and no measure of vision.
 
-Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`.
+Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`. {notes}
 """
 
 _MIN_GLYPHS = 30
@@ -92,8 +93,9 @@ def _encoder_card(record: dict[str, Any]) -> str:
         curve="\n".join(rows),
         min_glyphs=_MIN_GLYPHS,
         weights_sha256=record["weights_sha256"],
+        notes=record.get("notes", ""),
         **record["limits"],
-        **{name: record["arguments"][name] for name in ("seed", "steps", "batch_size", "pictures", "threads")},
+        **{name: record["arguments"][name] for name in ("seed", "steps", "batch_size", "pictures", "sheets", "threads")},
     )
 
 
@@ -108,6 +110,7 @@ def _language_model_card(record: dict[str, Any]) -> str:
         minutes=record["seconds"] / 60,
         table="\n".join(rows),
         weights_sha256=record["weights_sha256"],
+        notes=record.get("notes", ""),
         num_tokens=record["num_tokens"],
         shares=record["shares"],
         **{name: record["arguments"][name] for name in ("seed", "steps", "batch_size", "pictures", "threads", "layers", "width", "noise")},
