@@ -47,8 +47,8 @@ test-all: $(STAMP)  ## also the tests that train for minutes
 	$(BIN)/python -m pytest -m "heavy or not heavy"
 
 check: $(STAMP)  ## style, types, docstrings, direction of imports
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet model workers pipelines
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py

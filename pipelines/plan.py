@@ -85,9 +85,8 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
 
 
 def _connector_lines(experiment: Experiment, num_local_views: int) -> Iterator[PlanLine]:
-    from workers.language_models import language_model_hidden
-
     from model.connector import build_connector
+    from workers.language_models import language_model_hidden
 
     connector = build_connector(
         experiment.connector, experiment.encoder, hidden=language_model_hidden(experiment.language_model.model), embedding_rms=1.0, seed=0
