@@ -50,7 +50,6 @@ check: $(STAMP)  ## style, types, docstrings, direction of imports
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
-	$(BIN)/pydoclint --quiet model workers pipelines
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
 
 format: $(STAMP)  ## put the code into its form
