@@ -140,17 +140,21 @@ def test_cards_say_what_the_record_says(tmp_path):
         "seconds": 120,
         "weights_sha256": "ab" * 32,
         "weights_bytes": 2**20,
-        "limits": {"local_min_px": 6.0, "global_max_px": 4.5},
+        "limits": {"readable_from_px": 5.5, "local_min_px": 6.0, "global_max_px": 4.5},
         "measured": {
             "colour_f1": 0.5,
             "views": 7,
-            "legibility": {"digits": {"4.0": {"accuracy": 0.25, "glyphs": 99}, "12.0": {"accuracy": 1.0, "glyphs": 3}}, "letters": {}, "objects": {}},
+            "legibility": {
+                "planned": {"digits": {"4.0": {"accuracy": 0.25, "glyphs": 99}, "12.0": {"accuracy": 1.0, "glyphs": 3}}, "letters": {}, "objects": {}},
+                "random": {"digits": {}, "letters": {}, "objects": {"14.0": {"accuracy": 0.5, "glyphs": 30}}},
+            },
         },
     }
     (tmp_path / "training.json").write_text(json.dumps(record))
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| 4.0 | 0.25 | - | - |" in card
-    assert "| 12.0+ | - | - | - |" in card
+    assert "| 12.0 |" not in card
+    assert "| 14.0+ | - | - | 0.50 |" in card
     assert "ab" * 32 in card
     assert "1.0 MiB" in card

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,11 @@ from model.chat import Conversation, tokenise_conversation, tokenise_question
 from model.connector import Connector
 from model.errors import LanguageModelError, MissingMapError
 from model.language_model import describe_folder, embedding_rms, first_token, load_language_model, resolve_folder
-from model.losses import supervised_loss
+from model.losses import evidence_loss, supervised_loss
+from model.schedule import parameters_by_block
 from model.specs import CompressionSpec, ConnectorSpec, DCISpec, GatedMixtureSpec, GlobalBranchSpec, LocalBranchSpec
 from model.vision_language import VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
+from workers.training.engine import DeepSpeedEngine, TorchEngine, solo_process_group
 
 NAMES = ("layer_5", "mean_0_2", "mean_3_5")
 
@@ -93,6 +96,50 @@ def test_the_loss_equals_the_language_model_s_own(model):
     reference = model.language_model(inputs_embeds=embedded, attention_mask=mask, labels=labels)
     assert total.item() / (3 * conversation.num_supervised) == pytest.approx(reference.loss.item(), rel=1e-5)
     assert 0 <= correct <= 3 * conversation.num_supervised
+
+
+def test_the_objective_is_the_answers_loss_and_the_evidence(model):
+    conversation = tokenise_conversation(model.tokenizer, TURNS, 1000)
+    plain = batch_of(model, [conversation] * 2, ["both", "local"])
+    places, words = torch.tensor([0, 5, 19]), torch.tensor([70, 71, 72])
+    shown = replace(plain, evidence_places=places, evidence_words=words, evidence_scale=0.25)
+    objective, total, correct = model(shown)
+    bare_objective, bare_total, bare_correct = model(plain)
+    tokens = model.visual_tokens(shown).local_tokens.flatten(0, 1)[places]
+    evidence = evidence_loss(tokens, words, model.language_model.get_input_embeddings().weight)
+    assert float(evidence.detach()) > 1.0
+    torch.testing.assert_close(objective, bare_objective + 0.25 * evidence)
+    torch.testing.assert_close(total, bare_total)
+    torch.testing.assert_close(bare_objective.detach(), bare_total)
+    assert int(correct) == int(bare_correct)
+    compression = parameters_by_block(model)["compression"]
+    for parameter in compression.values():
+        parameter.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective - bare_objective, [next(iter(compression.values()))])
+    assert float(gradient.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("engine", [TorchEngine, DeepSpeedEngine])
+def test_both_engines_descend_the_evidence(tiny_language_model_folder, engine):
+    """Nothing is supervised but what three local tokens mean, so whatever the connector learns it learns from that."""
+    model = make_model(tiny_language_model_folder)
+    conversation = Conversation(before=(1,), after=(2, 3), supervised=(False, False), turns_kept=1)
+    places, words = torch.tensor([0, 5, 19]), torch.tensor([70, 71, 72])
+    plain = batch_of(model, [conversation] * 2, ["local", "local"])
+    batch = replace(plain, evidence_places=places, evidence_words=words, evidence_scale=1.0)
+    if engine is DeepSpeedEngine:
+        solo_process_group()
+    running = engine(model, ("compression",))
+    running.set_active(("compression",))
+    with torch.no_grad():
+        first = float(model(batch)[0])
+    for _ in range(8):
+        sums = running.step([batch], supervised=1, rates={"compression": 1e-2}, max_grad_norm=1.0)
+        assert sums.loss == 0.0
+    with torch.no_grad():
+        last = float(model(batch)[0])
+    running.close()
+    assert last < 0.5 * first
 
 
 def test_neighbours_and_padding_do_not_matter(model):

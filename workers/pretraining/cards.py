@@ -30,12 +30,14 @@ of public tables, boundaries of US states, paragraphs of Python's documentation,
 **How good it is**, on {views} views of pictures that were never trained on: colours of patches F1 {colour_f1:.3f}. Glyphs read rightly (the
 best class of its kind, by the training heads) against glyph size, the geometric mean of the ink's sides in view pixels:
 
-| size, px | digits | letters | pictographs |
-|---|---|---|---|
-{curve}
+{planned}
 
-A dash means fewer than {min_glyphs} glyphs of that size. The shipped recipes take a detail for *small* when it is at least {local_min_px}
-px in a local view and less than {global_max_px} px in the global one.
+These are the global and the local views that the pipeline cuts. In crops at random places and scales, where glyphs lie across patches:
+
+{random}
+
+A dash means fewer than {min_glyphs} glyphs of that size. Glyphs under {readable_from_px} px carried no label in training. The shipped recipes take
+a detail for *small* when it is at least {local_min_px} px in a local view and less than {global_max_px} px in the global one.
 
 Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`. {notes}
 """
@@ -72,25 +74,30 @@ Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in
 _MIN_GLYPHS = 30
 
 
-def _encoder_card(record: dict[str, Any]) -> str:
-    measured = record["measured"]
-    curve = measured["legibility"]
-    bins = sorted({name for kind in curve.values() for name in kind}, key=float)
+def _curve(curve: dict[str, Any]) -> str:
+    """A table of reading accuracy by size, without the sizes that few glyphs have."""
 
     def cell(kind: str, name: str) -> str:
         found = curve[kind].get(name)
         return f"{found['accuracy']:.2f}" if found and found["glyphs"] >= _MIN_GLYPHS else "-"
 
-    rows = [
-        f"| {name}{'+' if name == bins[-1] else ''} | {' | '.join(cell(kind, name) for kind in ('digits', 'letters', 'objects'))} |" for name in bins
-    ]
+    rows = []
+    for name in sorted({name for kind in curve.values() for name in kind}, key=float):
+        cells = [cell(kind, name) for kind in ("digits", "letters", "objects")]
+        if set(cells) != {"-"}:
+            rows.append(f"| {name}{'+' if name == '14.0' else ''} | {' | '.join(cells)} |")
+    return "\n".join(("| size, px | digits | letters | pictographs |", "|---|---|---|---|", *rows))
+
+
+def _encoder_card(record: dict[str, Any]) -> str:
+    measured = record["measured"]
     return _ENCODER.format(
         command="python -m workers.pretraining.encoder",
         weights_mib=record["weights_bytes"] / 2**20,
         minutes=record["seconds"] / 60,
         views=measured["views"],
         colour_f1=measured["colour_f1"],
-        curve="\n".join(rows),
+        **{cut: _curve(curve) for cut, curve in measured["legibility"].items()},
         min_glyphs=_MIN_GLYPHS,
         weights_sha256=record["weights_sha256"],
         notes=record.get("notes", ""),

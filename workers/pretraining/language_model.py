@@ -30,7 +30,7 @@ from workers.dataset.rendering.canvas import Canvas
 from workers.dataset.rendering.material import load_paragraphs, load_states
 from workers.dataset.rendering.places import PLACES
 from workers.dataset.samples import Turn
-from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, colour_shares, place_glyphs
+from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, READABLE_FROM_PX, colour_shares, place_glyphs
 
 VIEW_PX = 112
 GLOBAL_GRID = 8
@@ -38,8 +38,6 @@ LOCAL_GRID = 4
 NUM_GLOBAL = GLOBAL_GRID**2
 NUM_LOCAL = 6 * LOCAL_GRID**2
 SEPARATOR = ","
-GLOBAL_READABLE_PX = 5.0
-"""A glyph at least this large is written into the global view's layout; the encoder's card has the measurement."""
 _MIN_COLOUR_SHARE = 0.0075
 """Three of the 400 lattice points of a place: a pictograph's ink covers 2 to 4 % of its place."""
 _STATE_NAMES = frozenset(state.name for state in load_states())
@@ -73,13 +71,13 @@ class Layout:
     turns: tuple[Turn, ...]
 
 
-def _slots(canvas: Canvas, view: View, grid: int, min_glyph_px: float) -> list[Slot]:
+def _slots(canvas: Canvas, view: View, grid: int) -> list[Slot]:
     shares = colour_shares(canvas, view, grid, samples_per_cell=20)
     words: list[list[tuple[str, int]]] = [[] for _ in range(grid * grid)]
     for cell, row in enumerate(shares):
         words[cell].extend((COLOUR_CLASSES[number], 0) for number in np.flatnonzero(row >= _MIN_COLOUR_SHARE))
     for glyph in place_glyphs(canvas, view, grid):
-        if glyph.size_px >= min_glyph_px:
+        if glyph.size_px >= READABLE_FROM_PX:
             name, _, role = GLYPH_CLASSES[glyph.glyph].partition("@")
             for cell in glyph.patches:
                 words[cell].append((name, int(role or 0)))
@@ -92,8 +90,8 @@ def make_layout(family: str, number: int, seed: int) -> Layout:
     plan = plan_views(WIDTH_PX, HEIGHT_PX, VIEW_PX, ViewSpec())
     local: list[Slot] = []
     for view in plan.local_views:
-        local.extend(_slots(picture.canvas, view, LOCAL_GRID, 3.0))
-    return Layout(tuple(_slots(picture.canvas, plan.global_view, GLOBAL_GRID, GLOBAL_READABLE_PX)), tuple(local), picture.turns)
+        local.extend(_slots(picture.canvas, view, LOCAL_GRID))
+    return Layout(tuple(_slots(picture.canvas, plan.global_view, GLOBAL_GRID)), tuple(local), picture.turns)
 
 
 def train_tokenizer(layouts: Sequence[Layout], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -371,10 +369,10 @@ def main() -> None:
     """Train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--curriculum", type=int, nargs=3, default=(400, 800, 1200), help="glyphs until, filled until, compact until: see Curriculum")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--curriculum", type=int, nargs=3, default=(350, 600, 850), help="glyphs until, filled until, compact until: see Curriculum")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
