@@ -145,8 +145,12 @@ def test_cards_say_what_the_record_says(tmp_path):
             "colour_f1": 0.5,
             "views": 7,
             "legibility": {
-                "planned": {"digits": {"4.0": {"accuracy": 0.25, "glyphs": 99}, "12.0": {"accuracy": 1.0, "glyphs": 3}}, "letters": {}, "objects": {}},
-                "random": {"digits": {}, "letters": {}, "objects": {"14.0": {"accuracy": 0.5, "glyphs": 30}}},
+                "planned": {
+                    "digits": {"4.0": {"accuracy": 0.25, "glyphs": 99}, "12.0": {"accuracy": 1.0, "glyphs": 3}},
+                    "letters": {},
+                    "objects": {},
+                },
+                "random": {"objects": {"14.0": {"accuracy": 0.5, "glyphs": 30}}},
             },
         },
     }

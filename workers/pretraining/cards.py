@@ -78,7 +78,7 @@ def _curve(curve: dict[str, Any]) -> str:
     """A table of reading accuracy by size, without the sizes that few glyphs have."""
 
     def cell(kind: str, name: str) -> str:
-        found = curve[kind].get(name)
+        found = curve.get(kind, {}).get(name)
         return f"{found['accuracy']:.2f}" if found and found["glyphs"] >= _MIN_GLYPHS else "-"
 
     rows = []

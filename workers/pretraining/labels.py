@@ -14,8 +14,8 @@ _MIN_OVERLAP = 0.2
 __all__ = ["COLOUR_CLASSES", "GLYPH_CLASSES", "READABLE_FROM_PX", "PlacedGlyph", "colour_shares", "place_glyphs"]
 
 READABLE_FROM_PX = 6.0
-"""Smaller glyphs carry no label and stand in no layout: at this size a view is not meant to show them legibly. It lies between the largest glyph of the
-global views (5.8 px in a thousand pictures) and the smallest of the local ones (6.8 px)."""
+"""Smaller glyphs carry no label and stand in no layout: at this size a view is not meant to show them legibly. It lies between the largest
+glyph of the global views (5.8 px in a thousand pictures) and the smallest of the local ones (6.8 px)."""
 
 COLOUR_CLASSES: tuple[str, ...] = tuple(COLOURS)
 
