@@ -89,7 +89,8 @@ class DatasetSpec:
     views: ViewSpec
     legibility: LegibilitySpec
     turns_per_image: int = 6
-    generator_version: int = 1
+    generator_version: int = 2
+    """Of everything that draws and words; a golden test holds it to what is drawn."""
 
     def __post_init__(self) -> None:
         labels = [source_label(source) for source in self.sources]
