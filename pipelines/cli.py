@@ -5,6 +5,7 @@ resumes. Prefect, Ray and torch are imported only by the commands that use them.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,12 +77,24 @@ def _flow_recipe(file: RecipeFile, word: str) -> str:
     return word if word in recipe_files() else str(file.path.resolve())
 
 
-def _print_path(root: str, path: str, label: str = "") -> None:
-    """Print where something below the root lies, as a person would type it."""
+def _shown(root: str, path: str) -> str:
+    """Where something below the root lies, as a person would type it from here."""
     from pipelines.stages import shown_path
     from workers.storage import Store
 
-    print(f"{label}{shown_path(Store(root).url(path))}")
+    shown = Path(shown_path(Store(root).url(path)))
+    if not shown.is_absolute():
+        return shown_path(Store(root).url(path))  # a URL
+    return str(shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown)
+
+
+def _ask_command(root: str, export: dict[str, Any]) -> str:
+    """A command that can be pasted: this program, the export, a held-out image, a question about a small detail of it."""
+    program = Path(sys.argv[0])
+    here = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
+    name = here if program.name == "loupe" else "loupe"
+    image = export["check_image"] if "://" in export["check_image"] else _shown(root, export["check_image"])
+    return shlex.join([name, "ask", _shown(root, export["folder"]), image, export["check_question"]])
 
 
 @app.command
@@ -91,8 +104,8 @@ def run(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings 
     if outcomes:
         export = next(outcome for outcome in outcomes if outcome["stage"] == "export")
         print()
-        _print_path(root, export["record"]["folder"], "Ask it:  loupe ask EXPORT IMAGE QUESTION, with EXPORT = ")
-        _print_path(root, outcomes[-1]["record"]["path"], "Report:  ")
+        print(f"Ask it:  {_ask_command(root, export['record'])}")
+        print(f"Report:  {_shown(root, outcomes[-1]['record']['path'])}")
 
 
 @app.command(name="build-dataset")
@@ -124,7 +137,7 @@ def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
     if outcomes:
-        _print_path(root, outcomes[-1]["record"]["folder"])
+        print(_shown(root, outcomes[-1]["record"]["folder"]))
 
 
 @app.command
@@ -132,7 +145,7 @@ def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the report page, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
-        _print_path(root, outcomes[-1]["record"]["path"])
+        print(_shown(root, outcomes[-1]["record"]["path"]))
 
 
 @app.command

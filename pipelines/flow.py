@@ -6,7 +6,7 @@ needs it, is started in this process by the stage.
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -17,10 +17,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from pipelines.interruption import InterruptibleProgress, catching_interruptions
-from pipelines.progress import TeeProgress, console_progress, duration_text
+from pipelines.progress import TeeProgress, console_progress
 from pipelines.recipe import load_recipe
 from pipelines.settings import execution_settings
 from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_disk, open_experiment, run_stage, stage_runs
+from pipelines.wording import duration_text, outcome_line
 from workers.commits import StageName, to_json
 from workers.errors import WorkerError
 from workers.execution import Progress
@@ -170,18 +171,3 @@ def run_experiment(experiment: Experiment, until: StageName) -> list[StageOutcom
         print(outcome_line(outcome), flush=True)
     create_markdown_artifact(key=_artifact_key(experiment.file.recipe.name, "summary"), markdown=_summary(experiment, outcomes))
     return outcomes
-
-
-def outcome_line(outcome: StageOutcome) -> str:
-    """One line for the terminal: what a stage did, or that it was done."""
-    name = outcome.stage if outcome.seed is None else f"{outcome.stage} seed {outcome.seed}"
-    spent = "found done" if outcome.reused else f"done in {duration_text(float(outcome.record.get('seconds', 0.0)))}"
-    return f"{name:<24} {spent:<24} {_headline(outcome.stage, outcome.record)}".rstrip()
-
-
-def _headline(stage: StageName, record: Mapping[str, Any]) -> str:
-    match stage:
-        case "build-dataset":
-            return f"{record['num_samples']} images, {record['num_turns']} questions"
-        case _:
-            return ""

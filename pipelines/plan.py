@@ -10,8 +10,8 @@ from model.errors import SpecError
 from model.specs import FeatureSpec
 from model.views import ViewPlan, plan_views
 from pipelines.recipe import RenderedSource
-from pipelines.report_page import bytes_text
 from pipelines.stages import Experiment, stage_runs
+from pipelines.wording import bytes_text
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 

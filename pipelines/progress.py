@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pipelines.wording import duration_text
 from workers.execution import Progress
 
-__all__ = ["BarProgress", "LineProgress", "TeeProgress", "console_progress", "duration_text", "facts_text"]
+__all__ = ["BarProgress", "LineProgress", "TeeProgress", "console_progress", "facts_text"]
 
 LINE_INTERVAL_S = 10.0
 
@@ -32,16 +33,6 @@ class TextStream(Protocol):
 
     def isatty(self) -> bool:
         """Whether a person is watching."""
-
-
-def duration_text(seconds: float) -> str:
-    """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def facts_text(facts: dict[str, float | int | str]) -> str:

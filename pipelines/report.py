@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from model.specs import PhaseSpec, fingerprint
 from model.views import Box, View, ViewPlan, plan_views
 from pipelines.errors import NothingThereError
-from pipelines.progress import duration_text
 from pipelines.report_page import (
     AccuracyCell,
     AccuracyRow,
@@ -31,6 +30,7 @@ from pipelines.report_page import (
     render_page,
 )
 from pipelines.stages import shown_path
+from pipelines.wording import duration_text
 from workers.commits import Stage, from_json
 from workers.dataset.samples import Sample, Turn, read_samples
 from workers.evaluation import EvaluationRecord

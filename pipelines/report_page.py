@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from model.metrics import Share
-from pipelines.progress import duration_text
+from pipelines.wording import bytes_text, duration_text
 
 __all__ = [
     "AccuracyCell",
@@ -26,7 +26,6 @@ __all__ = [
     "PhaseCurves",
     "ReportPage",
     "StageRow",
-    "bytes_text",
     "data_uri",
     "page_template_sha256",
     "render_page",
@@ -176,18 +175,6 @@ class ReportPage:
     ask_command: str
     recipe_text: str
     seeds: tuple[int, ...]
-
-
-def bytes_text(number: int | None) -> str:
-    """Bytes for people, in powers of 1000."""
-    if number is None:
-        return "-"
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")
 
 
 def data_uri(data: bytes, mime: str) -> str:

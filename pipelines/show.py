@@ -9,9 +9,8 @@ from rich.table import Table
 from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError
-from pipelines.progress import duration_text
-from pipelines.report_page import bytes_text
 from pipelines.stages import Experiment, stage_runs
+from pipelines.wording import bytes_text, duration_text
 
 __all__ = ["show_recipe"]
 

@@ -24,7 +24,7 @@ from workers.training.spec import TrainingRecord, TrainingSpec
 
 if TYPE_CHECKING:
     from model.export import ExportedModel
-    from workers.dataset.samples import Sample
+    from workers.dataset.samples import Sample, Turn
 
 Decoded = TypeVar("Decoded")
 
@@ -54,6 +54,8 @@ class ExportRecord:
     num_bytes: int
     load_seconds: float
     """Of the check that loads the folder and asks it a question."""
+    check_image: str
+    """The held-out image that the check asked about: a path below the root, or a URL."""
     check_question: str
     check_expected: str
     check_answer: str
@@ -98,7 +100,7 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
             exported = load_export(folder)
             load_seconds = time.monotonic() - started
             progress.advance()
-            sample, answer = _check(exported, training, store)
+            sample, turn, answer = _check(exported, training, store)
             progress.advance()
             for name in [*sorted(files), MANIFEST]:
                 with store.publishing(f"{target}/{name}") as file:
@@ -113,8 +115,9 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
             files=files,
             num_bytes=sum((folder / name).stat().st_size for name in files),
             load_seconds=load_seconds,
-            check_question=sample.turns[0].question,
-            check_expected=sample.turns[0].answer,
+            check_image=sample.image_path,
+            check_question=turn.question,
+            check_expected=turn.answer,
             check_answer=answer,
             seconds=timer.seconds,
         )
@@ -163,14 +166,15 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
     return write_manifest(folder)
 
 
-def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", str]:
-    """Ask the finished folder one held-out question, from the image's bytes."""
+def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", "Turn", str]:
+    """Ask the finished folder one held-out question, about a small detail where there is one, from the image's bytes."""
     samples = read_samples(store, training.dataset_fingerprint)
     sample = next((sample for sample in samples if sample.split == "held_out"), samples[0])
     data = store.read_reference(sample.image_path)
     if hashlib.sha256(data).hexdigest() != sample.image_sha256:
         raise ExportingError(f"image {sample.image_path} is not the one that the dataset was built from; build it again")
-    return sample, exported.ask(data, sample.turns[0].question, "both").text  # without a local branch that is the global view
+    turn = next((turn for turn in sample.turns if turn.detail == "small"), sample.turns[0])
+    return sample, turn, exported.ask(data, turn.question, "both").text  # without a local branch that is the global view
 
 
 def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str]) -> str:

@@ -126,3 +126,16 @@ def test_light_commands_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("program", "root", "image", "expected"),
+    [
+        (".venv/bin/loupe", "data", "images/a b.png", ".venv/bin/loupe ask data/exports/x 'data/images/a b.png' 'What is it?'"),
+        ("/elsewhere/cli.py", "data", "s3://bucket/a.png", "loupe ask data/exports/x s3://bucket/a.png 'What is it?'"),
+    ],
+)
+def test_the_printed_ask_command_can_be_pasted(tmp_path, monkeypatch, program, root, image, expected) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [program, "run"])
+    assert cli._ask_command(root, {"folder": "exports/x", "check_image": image, "check_question": "What is it?"}) == expected

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from pipelines.progress import BarProgress, LineProgress, TeeProgress, console_progress, duration_text
+from pipelines.progress import BarProgress, LineProgress, TeeProgress, console_progress
+from pipelines.wording import duration_text
 
 
 class Clock:

@@ -1,0 +1,60 @@
+"""Figures as people read them, and one line for what a stage left behind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.stages import StageOutcome
+
+__all__ = ["bytes_text", "duration_text", "outcome_line"]
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def bytes_text(number: int | None) -> str:
+    """Bytes for people, in powers of 1000."""
+    if number is None:
+        return "-"
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def outcome_line(outcome: StageOutcome) -> str:
+    """One line for the terminal: what a stage did, or that it was done, with its main figures."""
+    name = outcome.stage if outcome.seed is None else f"{outcome.stage} seed {outcome.seed}"
+    spent = "found done" if outcome.reused else f"done in {duration_text(float(outcome.record.get('seconds', 0.0)))}"
+    return f"{name:<24} {spent:<21} {_figures(outcome)}".rstrip()
+
+
+def _figures(outcome: StageOutcome) -> str:
+    record = outcome.record
+    match outcome.stage:
+        case "build-dataset":
+            return f"{record['num_samples']} images, {record['num_turns']} questions"
+        case "cache-features":
+            return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}"
+        case "train-connector":
+            return "loss " + ", ".join(f"{phase['name']} {phase['first_loss']:.2f} to {phase['last_loss']:.2f}" for phase in record["phases"])
+        case "evaluate":
+            return f"{record['num_questions']} questions, right: " + ", ".join(_shares(record))
+        case "export":
+            return f"{len(record['files'])} files, {bytes_text(record['num_bytes'])}"
+        case "report":
+            return bytes_text(record["bytes_written"])
+
+
+def _shares(record: Mapping[str, Any]) -> list[str]:
+    """Share of all questions answered rightly, by mode."""
+    overall = {count["mode"]: count["fraction"] for count in record["counts"] if not (count["family"] or count["detail"] or count["kind"])}
+    return [f"{mode} {overall[mode]:.1%}" for mode in record["modes"]]
