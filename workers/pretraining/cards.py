@@ -32,7 +32,8 @@ best class of its kind, by the training heads) against glyph size, the geometric
 
 {planned}
 
-These are the global and the local views that the pipeline cuts. In crops at random places and scales, where glyphs lie across patches:
+These are the global and the local views that the pipeline cuts; the drawings put their glyphs on a lattice, at the centres of the local views'
+patches. In crops at random places and scales, where glyphs lie across patches, next to nothing is read:
 
 {random}
 
