@@ -42,7 +42,7 @@ from model.specs import (
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
-from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions
 
 __all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
@@ -513,6 +513,7 @@ class Recipe(Table):
             views=self.view_spec(),
             legibility=LegibilitySpec(local_min_px=legibility.local_min_px, global_max_px=legibility.global_max_px),
             turns_per_image=self.dataset.turns_per_image,
+            material=material_versions() if any(isinstance(source, RenderedSourceSpec) for source in sources) else (),
         )
 
     def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:

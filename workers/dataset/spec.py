@@ -3,14 +3,16 @@
 Needs the standard library alone, so planning a dataset loads neither torch nor Ray.
 """
 
+import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
 from typing import Literal
 
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["DatasetSpec", "LegibilitySpec", "LlavaJsonSourceSpec", "RenderedSourceSpec", "SourceSpec", "source_label"]
+__all__ = ["DatasetSpec", "LegibilitySpec", "LlavaJsonSourceSpec", "RenderedSourceSpec", "SourceSpec", "material_versions", "source_label"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,8 @@ class DatasetSpec:
     turns_per_image: int = 6
     generator_version: int = 2
     """Of everything that draws and words; a golden test holds it to what is drawn."""
+    material: tuple[str, ...] = ()
+    """What rendered pictures are drawn from beside this code, with versions: see `material_versions`."""
 
     def __post_init__(self) -> None:
         labels = [source_label(source) for source in self.sources]
@@ -100,6 +104,15 @@ class DatasetSpec:
             raise SpecError(f"dataset.held_out_fraction must lie in [0, 1), found {self.held_out_fraction}")
         if self.turns_per_image < 1 or self.view_px < 1:
             raise SpecError(f"dataset.turns_per_image and dataset.view_px must be at least 1, found {self.turns_per_image} and {self.view_px}")
+
+
+def material_versions() -> tuple[str, ...]:
+    """Names and versions of what rendered pictures are drawn from: tables and boundaries of a package, prose of Python's own documentation."""
+    try:
+        tables = version("bokeh-sampledata")
+    except PackageNotFoundError:
+        tables = "missing"  # whoever draws from it says what to install
+    return (f"bokeh-sampledata {tables}", f"Python {sys.version_info.major}.{sys.version_info.minor}")
 
 
 def source_label(source: SourceSpec) -> str:

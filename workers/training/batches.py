@@ -220,7 +220,7 @@ class BatchBuilder:
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Maps of the first images of the frozen order, to measure the connector's inputs on.
+        """Maps of images at even distances in the frozen order, to measure the connector's inputs on: the first ones are all of one source.
 
         Args:
             num_images: how many, at most.
@@ -228,7 +228,8 @@ class BatchBuilder:
         Returns:
             Global and local maps by name; None without a local branch.
         """
-        images = list(self.samples[:num_images])
+        count = min(num_images, len(self.samples))
+        images = [self.samples[place * len(self.samples) // count] for place in range(count)]
         local = self.connector.spec.local_branch
         found = self.source.fetch(images, want_global=True, want_local=local is not None)
         global_maps = stack_maps(

@@ -122,9 +122,10 @@ _TEXT_MODULES = (
     "decimal", "difflib", "dis", "email", "enum", "fractions", "functools", "getopt", "heapq", "imaplib", "inspect", "io", "ipaddress",
     "json", "locale", "logging", "mailbox", "mimetypes", "numbers", "optparse", "os", "pathlib", "platform", "pprint", "random", "re",
     "sched", "shelve", "shlex", "shutil", "smtplib", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap",
-    "threading", "timeit", "tokenize", "trace", "turtle", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings",
+    "threading", "timeit", "tokenize", "trace", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings",
     "weakref", "xmlrpc.client", "zipfile",
 )  # fmt: skip
+"""Modules that every Python has; turtle has much prose too, but needs Tk."""
 
 
 @cache
@@ -133,7 +134,7 @@ def load_paragraphs() -> tuple[str, ...]:
 
     Returns:
         Paragraphs of 140 characters or more that begin with a capital letter, in a fixed order. They differ a little between Python versions,
-        so a picture's bytes do too; its questions ask for what was drawn, whatever it was.
+        which therefore belong to a dataset's identity: see `material_versions`.
     """
     found: dict[str, None] = {}
     for name in _TEXT_MODULES:
