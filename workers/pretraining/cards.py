@@ -40,7 +40,9 @@ patches. In crops at random places and scales, where glyphs lie across patches, 
 A dash means fewer than {min_glyphs} glyphs of that size. Glyphs under {readable_from_px} px carried no label in training. The shipped recipes take
 a detail for *small* when it is at least {local_min_px} px in a local view and less than {global_max_px} px in the global one.
 
-Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`. {notes}
+Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`.
+
+{notes}
 """
 
 _LANGUAGE_MODEL = """\
@@ -69,7 +71,9 @@ is what the question alone gives away.
 
 This is an upper bound for what a connector in front of it can reach without changing it, and no measure of vision.
 
-Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`. {notes}
+Weights: sha256 `{weights_sha256}`. The whole record, with the loss curve, is in `training.json`.
+
+{notes}
 """
 
 _MIN_GLYPHS = 30
@@ -133,7 +137,7 @@ def write_card(folder: Path) -> None:
     """
     record = json.loads((folder / "training.json").read_text())
     card = _encoder_card(record) if "legibility" in record["measured"] else _language_model_card(record)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text("\n".join(line.rstrip() for line in card.splitlines()) + "\n")
 
 
 def main() -> None:
