@@ -73,6 +73,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
             raise _refuse("not_an_image", f"the bytes are none of {', '.join(_FORMATS)}; they start with {data[:8]!r}") from error
         except Image.DecompressionBombError as error:
             raise _refuse("too_many_pixels", str(error)) from error
+        except MemoryError:
+            raise  # this machine's lack, not the image's fault
         except Exception as error:
             # Headers are hostile input: Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error ...
             raise _refuse("undecodable", f"the header cannot be read: {type(error).__name__}: {error}") from error
@@ -86,6 +88,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 image.seek(0)
                 image.load()
                 return _to_rgb(image)
+            except MemoryError:
+                raise
             except Exception as error:
                 text = str(error)
                 truncated = "truncated" in text.lower() or "broken data stream" in text or isinstance(error, EOFError)

@@ -3,7 +3,8 @@
 WorkerError
 |-- StorageError             the store refused or lost something
 |   |-- ObjectNotFoundError    nothing lies at this path
-|   |-- AccessDeniedError      credentials are missing, wrong or not allowed to do this
+|   |-- AccessDeniedError      this object or folder may not be read or written
+|   |-- CredentialsError       credentials are missing, expired or wrong: nothing can be read or written
 |   |-- StoreFullError         the disk or the quota is full
 |   |-- StoreUnavailableError  the store did not answer, or asks for patience  (retryable)
 |-- TableError               a Delta table is damaged or refused a commit
@@ -31,6 +32,7 @@ from typing import ClassVar
 __all__ = [
     "AccessDeniedError",
     "ClusterError",
+    "CredentialsError",
     "DiskSpaceError",
     "ErrorBudgetError",
     "EvaluationError",
@@ -69,7 +71,11 @@ class ObjectNotFoundError(StorageError):
 
 
 class AccessDeniedError(StorageError):
-    """Credentials are missing, wrong, or not allowed to do this."""
+    """This object or folder may not be read or written."""
+
+
+class CredentialsError(StorageError):
+    """Credentials are missing, expired or wrong. It says nothing about the object that was asked for."""
 
 
 class StoreFullError(StorageError):

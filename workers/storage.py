@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
-from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
 
 __all__ = ["Store", "open_url", "translate_storage_error", "translated"]
 
@@ -33,16 +33,12 @@ _DENIED_CODES = frozenset(
     {
         "AccessDenied",
         "AllAccessDisabled",
-        "ExpiredToken",
         "Forbidden",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
         "401",
         "403",
     }
 )
+_CREDENTIAL_CODES = frozenset({"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"})
 _MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "404"})
 _BUSY_CODES = frozenset(
     {
@@ -92,7 +88,7 @@ _BUSY_TYPES = frozenset(
         "TimeoutError",
     }
 )
-_DENIED_TYPES = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"})
+_CREDENTIAL_TYPES = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"})
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -134,11 +130,15 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
     text = str(error).strip().split("\n")[0] or type(error).__name__
     # Arrow's S3 client reports the service's answer in its text alone.
-    said = {candidate for candidate in _DENIED_CODES | _MISSING_CODES | _BUSY_CODES if candidate.isalpha() and candidate in text}
+    said = {candidate for candidate in _DENIED_CODES | _CREDENTIAL_CODES | _MISSING_CODES | _BUSY_CODES if candidate.isalpha() and candidate in text}
     codes = {code} if code is not None else said
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
         return ObjectNotFoundError(f"cannot {doing} {url}: nothing lies there ({text})")
-    if codes & _DENIED_CODES or names & _DENIED_TYPES or (not codes and (isinstance(error, PermissionError) or numbers & _DENIED_ERRNOS)):
+    if codes & _CREDENTIAL_CODES or names & _CREDENTIAL_TYPES:
+        return CredentialsError(
+            f"cannot {doing} {url}: the credentials are missing, expired or wrong ({text}). Renew them in the AWS environment or profile."
+        )
+    if codes & _DENIED_CODES or (not codes and (isinstance(error, PermissionError) or numbers & _DENIED_ERRNOS)):
         return AccessDeniedError(
             f"cannot {doing} {url}: access was denied ({text}). Check the folder's owner and permissions, or for S3 the AWS environment or profile."
         )
@@ -182,6 +182,12 @@ def translated(doing: str, url: str) -> Iterator[None]:
         raise
 
 
+def _raise_unless_missing(error: OSError) -> None:
+    """For os.walk, which would take a folder that cannot be read for an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _relative(path: str) -> str:
     """A checked path below the root."""
     parts = PurePosixPath(path).parts
@@ -211,11 +217,6 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the root is a folder of this machine."""
-        return self._local is not None
 
     def url(self, path: str = "") -> str:
         """The absolute URL of a path."""
@@ -271,24 +272,10 @@ class Store:
         with translated("look for", self.url(path)):
             if self._local is not None:
                 return (self._local / _relative(path)).is_file()
-            return bool(self._s3.isfile(self._key(path)))
-
-    def size_bytes(self, path: str) -> int:
-        """Size of an object.
-
-        Args:
-            path: of the object.
-
-        Returns:
-            In bytes.
-
-        Raises:
-            ObjectNotFoundError: nothing lies there.
-        """
-        with translated("look for", self.url(path)):
-            if self._local is not None:
-                return (self._local / _relative(path)).stat().st_size
-            return int(self._s3.info(self._key(path))["size"])
+            try:
+                return bool(self._s3.info(self._key(path))["type"] == "file")  # isfile() takes every failure for a no
+            except FileNotFoundError:
+                return False
 
     def list(self, prefix: str = "") -> list[str]:
         """Paths of all objects in a folder and below, sorted. Empty when there is no such folder."""
@@ -298,7 +285,7 @@ class Store:
                 local_folder = self._local / relative
                 found = [
                     (Path(directory) / name).relative_to(self._local).as_posix()
-                    for directory, _, names in os.walk(local_folder)
+                    for directory, _, names in os.walk(local_folder, onerror=_raise_unless_missing)
                     for name in names
                     if not name.startswith(TEMPORARY_PREFIX)
                 ]
@@ -449,17 +436,6 @@ class Store:
                 with translated("write", self.url(path)):
                     self._s3.put_file(str(temporary), self._key(path))
 
-    def upload_folder(self, local: Path, path: str) -> None:
-        """Copy every file of a local folder below `path`, in name order.
-
-        Args:
-            local: the folder.
-            path: where its files shall lie.
-        """
-        for file in sorted(file for file in local.rglob("*") if file.is_file()):
-            with self.publishing(f"{path}/{file.relative_to(local).as_posix()}") as target:
-                shutil.copyfile(file, target)
-
     def download_folder(self, path: str, local: Path) -> None:
         """Copy every object below `path` into a local folder.
 
@@ -475,7 +451,7 @@ class Store:
             raise ObjectNotFoundError(f"{self.url(path)} holds nothing to copy")
         prefix = _relative(path)
         for item in found:
-            target = local / item[len(prefix) + 1 :]
+            target = local / item.removeprefix(f"{prefix}/" if prefix else "")
             with translated("read", self.url(item)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if self._local is not None:
@@ -489,10 +465,10 @@ class Store:
         """Free space for new files; None where there is no such limit (object stores)."""
         if self._local is None:
             return None
-        existing = self._local
-        while not existing.exists():
-            existing = existing.parent
         with translated("measure", self.root):
+            existing = self._local
+            while not existing.exists():
+                existing = existing.parent
             return shutil.disk_usage(existing).free
 
     def check_writable(self) -> None:
@@ -592,10 +568,10 @@ def open_url(url: str) -> tuple[Store, str]:
     Raises:
         StorageError: the URL names no object.
     """
-    folder, _, name = url.rstrip("/").rpartition("/")
+    folder, slash, name = url.rstrip("/").rpartition("/")
+    if name and folder in ("", "file://"):
+        return Store(f"{folder}{slash}" or "."), name  # in the file system's root, or in the current folder
     if not name or not folder:
-        if "://" not in url and name:
-            return Store("."), name
         raise StorageError(f"expected the URL or path of a file, found {url!r}")
     return Store(folder), unquote(name) if url.startswith("file://") else name
 

@@ -42,7 +42,7 @@ def test_a_rendered_dataset_is_complete_ordered_and_addressed_by_content(store):
     for sample in samples:
         assert sample.image_path == f"images/{sample.image_sha256[:2]}/{sample.image_sha256}.png"
         assert store.exists(sample.image_path)
-    assert record.image_bytes == sum(store.size_bytes(path) for path in store.list("images"))
+    assert record.image_bytes == sum(len(store.read_bytes(path)) for path in store.list("images"))
     assert samples[0].turns == small_data.render_noise("noise", 0, spec).turns
     assert read_samples(store, record.dataset_fingerprint[:16], "held_out") == [sample for sample in samples if sample.split == "held_out"]
 
@@ -117,6 +117,29 @@ def test_a_kill_between_commits_leaves_each_row_once(store, monkeypatch, tmp_pat
     assert [row.index for row in quarantine_of(store, spec)] == [6, 7]
 
 
+def test_two_runs_at_once_that_see_different_images_agree(store, monkeypatch, tmp_path):
+    """One run misses an image that lies there a moment later. Whichever freezes its units first decides, and the other one takes them."""
+    images = {f"{number}.png": small_data.png(number) for number in range(5)}
+    records = [{"id": str(number), "image": f"{number}.png", "conversations": small_data.conversation("q?", "a")} for number in range(6)]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
+    create = Store.create_json
+    inner = []
+
+    def races(self, path, value):
+        if path.endswith("frozen.json") and not inner:
+            inner.append(None)
+            (tmp_path / "llava" / "images" / "5.png").write_bytes(small_data.png(5))
+            inner.append(small_data.build(store, spec))  # the whole of the other run, between this one's last unit and its freezing
+        return create(self, path, value)
+
+    monkeypatch.setattr(Store, "create_json", races)
+    outer = small_data.build(store, spec)
+    assert outer == inner[1]
+    assert (outer.num_samples, outer.num_quarantined) == (6, 0)
+    assert len(read_samples(store, fingerprint(spec))) == 6
+    assert quarantine_of(store, spec) == []
+
+
 def test_duplicates_of_an_image_become_one_sample_with_all_questions(store, tmp_path):
     images = {"a.png": small_data.png(1), "copy of a.png": small_data.png(1), "b.png": small_data.png(2)}
     records = [
@@ -128,7 +151,7 @@ def test_duplicates_of_an_image_become_one_sample_with_all_questions(store, tmp_
     spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
     record = small_data.build(store, spec, images_per_build_unit=1)
     samples = read_samples(store, fingerprint(spec))
-    assert [(sample.sample_id, sample.index) for sample in samples] == [("first", 0), ("b", 1)]
+    assert [(sample.sample_id, sample.index) for sample in samples] == [("records-0000000", 0), ("records-0000001", 1)]
     assert [(turn.question, turn.answer) for turn in samples[0].turns] == [("one?", "1"), ("two?", "2"), ("three?", "3")]
     assert (record.num_items, record.num_samples, record.num_duplicates) == (4, 2, 2)
     assert store.list("images") == []
@@ -148,12 +171,19 @@ def test_every_bad_record_is_a_row_with_its_reason(store, tmp_path):
         {"id": "away", "image": "../records.json", "conversations": good},
         {"id": "odd", "image": "good.png", "conversations": small_data.conversation("q?", "a", "q?")},
         "no record",
+        {"id": "nul", "image": "go\0od.png", "conversations": good},
+        {"id": "half a pair", "image": "good\ud800.png", "conversations": good},
+        {"id": "half a pair", "image": "good.png", "conversations": small_data.conversation("q\ud800?", "a")},
     ]
     spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
     record = small_data.build(store, spec, max_quarantined_fraction=0.9)
     reasons = {row.index: row.reason for row in quarantine_of(store, spec)}
-    assert reasons == {2: "no_image", 3: "missing_file", 4: "not_an_image", 5: "truncated", 6: "bad_path", 7: "bad_conversation", 8: "bad_record"}
-    assert record.num_samples + record.num_quarantined == record.num_items == 9
+    assert reasons == {2: "no_image", 3: "missing_file", 4: "not_an_image", 5: "truncated", 6: "bad_path", 7: "bad_conversation", 8: "bad_record"} | {
+        9: "bad_path",
+        10: "bad_path",
+        11: "bad_conversation",
+    }
+    assert record.num_samples + record.num_quarantined == record.num_items == 12
     assert record.quarantined_by_reason["missing_file"] == 1
     by_index = {row.index: row for row in quarantine_of(store, spec)}
     assert by_index[4].bytes_sha256 is not None

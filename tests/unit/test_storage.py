@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
 from workers.storage import Store, open_url, translate_storage_error
 
 
@@ -38,9 +38,9 @@ def wrapped(code):
         (ServiceError("NoSuchBucket"), ObjectNotFoundError, False),
         (PermissionError(errno.EACCES, "no"), AccessDeniedError, False),
         (OSError(errno.EROFS, "read-only"), AccessDeniedError, False),
-        (wrapped("SignatureDoesNotMatch"), AccessDeniedError, False),
-        (wrapped("InvalidAccessKeyId"), AccessDeniedError, False),
-        (NoCredentialsError("none"), AccessDeniedError, False),
+        (wrapped("SignatureDoesNotMatch"), CredentialsError, False),
+        (wrapped("InvalidAccessKeyId"), CredentialsError, False),
+        (NoCredentialsError("none"), CredentialsError, False),
         (OSError("When reading: AWS Error ACCESS_DENIED / AccessDenied during HeadObject"), AccessDeniedError, False),
         (OSError(errno.ENOSPC, "full"), StoreFullError, False),
         (OSError(errno.EDQUOT, "quota"), StoreFullError, False),

@@ -5,6 +5,7 @@ The items of all sources stand in one frozen order, cut into units of a fixed nu
 samples' files and commits them at once: a dataset is in the table whole or not at all. Invariant: items = samples + duplicates + quarantined.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from workers.dataset.rendering import FAMILIES, render
 from workers.dataset.samples import SAMPLES_SCHEMA, SAMPLES_TABLE, Sample, samples_to_table
 from workers.dataset.sources import Item, Renderer, load_item, read_records
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
-from workers.errors import IncompleteError, SourceError
+from workers.errors import IncompleteError, ObjectNotFoundError, SourceError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table, quarantine_to_table
 from workers.runtime import Cluster, ray_runtime
@@ -27,7 +28,7 @@ __all__ = ["DatasetRecord", "build_dataset", "samples_table"]
 
 _SAMPLES_PER_FILE = 4096
 _FROZEN = "frozen.json"
-"""Exists from the moment the tables are written: no unit may change any more."""
+"""Names the staged units that make the dataset; made once, before the tables are written. Whoever comes later takes these and no others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +58,8 @@ class _UnitJob:
 
     spec: DatasetSpec
     root: str
-    path: str
-    """Where the unit's rows are staged."""
+    prefix: str
+    """Where the unit's rows are staged, without the digest of what they say."""
     items: tuple[Item, ...]
     renderer: Renderer
 
@@ -113,13 +114,22 @@ def build_dataset(
         return done
     store.check_writable()
     _check_families(spec, renderer)
-    with stage.attempt() as timer:
-        sizes = [source.num_images if isinstance(source, RenderedSourceSpec) else len(read_records(source)) for source in spec.sources]
-        unit_size, num_units = _frozen_plan(stage, sum(sizes), execution.images_per_build_unit)
-        units = _stage_units(stage, spec, sizes, unit_size, execution, progress, cluster, renderer)
-        record = _finish(stage, spec, sum(sizes), units)
-        assert len(units) == num_units
-        record = stage.commit(replace(record, seconds=timer.seconds))
+    try:
+        with stage.attempt() as timer:
+            sizes = [source.num_images if isinstance(source, RenderedSourceSpec) else len(read_records(source)) for source in spec.sources]
+            unit_size = _frozen_plan(stage, sum(sizes), execution.images_per_build_unit)
+            if not store.exists(stage.path(_FROZEN)):
+                staged = _stage_units(stage, spec, sizes, unit_size, execution, progress, cluster, renderer)
+                store.create_json(stage.path(_FROZEN), {"units": staged})
+            # Of two runs at once one has frozen its units, and both go on with those.
+            units = [_read_unit(store, path) for path in store.read_json(stage.path(_FROZEN))["units"]]
+            record = stage.commit(replace(_finish(stage, spec, sum(sizes), units), seconds=timer.seconds))
+    except ObjectNotFoundError:
+        # The other one of two runs may have committed and cleaned up meanwhile.
+        done = stage.committed(DatasetRecord)
+        if done is None:
+            raise
+        return done
     for path in store.list(stage.path("staged")):
         store.delete(path)  # they are in the tables now
     return record
@@ -133,16 +143,15 @@ def _check_families(spec: DatasetSpec, renderer: Renderer) -> None:
         raise SourceError(f"unknown family {unknown[0]!r}; rendered sources can draw {', '.join(FAMILIES)}")
 
 
-def _frozen_plan(stage: Stage, num_items: int, images_per_unit: int) -> tuple[int, int]:
-    """Items per unit and number of units, as first planned: a resumed run must cut where the first one did."""
+def _frozen_plan(stage: Stage, num_items: int, images_per_unit: int) -> int:
+    """Items per unit, as first planned: a resumed run must cut where the first one did."""
     stage.store.create_json(stage.path("units.json"), {"num_items": num_items, "items_per_unit": images_per_unit})
     plan = stage.store.read_json(stage.path("units.json"))
     if plan["num_items"] != num_items:
         raise IncompleteError(
             f"{stage.store.url(stage.path('units.json'))} was planned for {plan['num_items']} items, the sources have {num_items} now"
         )
-    size = int(plan["items_per_unit"])
-    return size, -(-num_items // size)
+    return int(plan["items_per_unit"])
 
 
 def _unit_items(spec: DatasetSpec, sizes: Sequence[int], unit_size: int, wanted: set[int]) -> Iterator[tuple[int, tuple[Item, ...]]]:
@@ -171,35 +180,41 @@ def _stage_units(
     progress: Progress,
     cluster: Cluster | None,
     renderer: Renderer,
-) -> list[_StagedUnit]:
-    """Run the units that are not staged yet; return all, in order."""
+) -> list[str]:
+    """Run the units that are not staged yet; return where all are staged, in order."""
     store = stage.store
     num_items = sum(sizes)
     num_units = -(-num_items // unit_size)
-    paths = [stage.path(f"staged/unit-{place:06d}.json") for place in range(num_units)]
-    there = set(store.list(stage.path("staged")))
+    prefixes = [stage.path(f"staged/unit-{place:06d}-") for place in range(num_units)]
+    places = {prefix: place for place, prefix in enumerate(prefixes)}
     expected = {source_label(source): size for source, size in zip(spec.sources, sizes, strict=True)}
-    frozen = store.exists(stage.path(_FROZEN))
-    # Until the tables are written, a unit with refused items runs again: whoever resumes may have repaired them.
-    staged = {path: unit for path in paths if path in there and (not (unit := _read_unit(store, path)).quarantined or frozen)}
-    wanted = {place for place, path in enumerate(paths) if path not in staged}
-    num_done = sum(len(unit.samples) for unit in staged.values())
+    staged: dict[int, str] = {}
+    num_done = 0
+    for path in store.list(stage.path("staged")):
+        unit = _read_unit(store, path)
+        place = places[path.rpartition("-")[0] + "-"]
+        # A unit with refused items runs again: whoever resumes may have repaired them.
+        if not unit.quarantined and place not in staged:
+            staged[place] = path
+            num_done += len(unit.samples)
+    wanted = set(range(num_units)) - staged.keys()
     if wanted:
         jobs = (
-            _UnitJob(spec=spec, root=store.root, path=paths[place], items=items, renderer=renderer)
+            _UnitJob(spec=spec, root=store.root, prefix=prefixes[place], items=items, renderer=renderer)
             for place, items in _unit_items(spec, sizes, unit_size, wanted)
         )
         progress.start("building images", num_items, num_done)
         try:
             quarantined: dict[str, list[QuarantineRow]] = {}
             for report in _run(jobs, execution, cluster):
+                staged[places[report.path.rpartition("-")[0] + "-"]] = report.path
                 for row in report.quarantined:
                     quarantined.setdefault(row.source, []).append(row)
                 check_budget(quarantined, expected, execution.max_quarantined_fraction)
                 progress.advance(report.num_items, quarantined=sum(map(len, quarantined.values())))
         finally:
             progress.finish()
-    return [staged[path] if path in staged else _read_unit(store, path) for path in paths]
+    return [staged[place] for place in range(num_units)]
 
 
 def _run(jobs: Iterator[_UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[_UnitReport]:
@@ -230,8 +245,11 @@ def build_unit(job: _UnitJob) -> _UnitReport:
             sizes.append(loaded[1])
     unit = _StagedUnit(samples=tuple(samples), image_bytes=tuple(sizes), quarantined=tuple(quarantined))
     store.sync([sample.image_path for sample in samples if "://" not in sample.image_path])
-    store.write_json(job.path, to_json(unit))
-    return _UnitReport(path=job.path, num_items=len(job.items), quarantined=unit.quarantined)
+    # Named by what it says, so that no other run can change a unit that this one has taken.
+    rows = to_json(unit)
+    path = f"{job.prefix}{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]}.json"
+    store.write_json(path, rows)
+    return _UnitReport(path=path, num_items=len(job.items), quarantined=unit.quarantined)
 
 
 def _read_unit(store: Store, path: str) -> _StagedUnit:
@@ -270,7 +288,6 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
             f"dataset {stage.key}: {num_items} items were expected, found {len(samples)} samples, {num_duplicates} duplicates "
             f"and {len(quarantined)} refused"
         )
-    store.create_json(stage.path(_FROZEN), {"num_samples": len(samples), "num_quarantined": len(quarantined)})
     _commit_quarantine(stage, quarantined)
     table = samples_table(store)
     table.ensure()

@@ -16,7 +16,7 @@ from model.images import decode_image, detail_score
 from workers.dataset.rendering import Rendered
 from workers.dataset.samples import Sample, Split, Turn
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, SourceSpec, source_label
-from workers.errors import AccessDeniedError, ObjectNotFoundError, SourceError, StorageError
+from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, SourceError, StorageError
 from workers.quarantine import QuarantineRow
 from workers.storage import Store, open_url
 
@@ -150,8 +150,9 @@ def _load_rendered(item: Item, source: RenderedSourceSpec, spec: DatasetSpec, st
     rendered = renderer(source.family, item.number, spec)
     digest = hashlib.sha256(rendered.png).hexdigest()
     path = image_path(digest)
-    if not store.exists(path):
-        store.write_bytes(path, rendered.png, sync=False)  # the unit syncs all of its images at its end
+    # Written even where it lies already: a unit runs again only when it was not synced, and a power cut may have left the file torn. The unit syncs
+    # all of its images at its end.
+    store.write_bytes(path, rendered.png, sync=False)
     sample = Sample(
         sample_id=f"{source.family}-{item.number:06d}",
         index=item.index,
@@ -182,7 +183,8 @@ def _load_llava(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec) -> t
     except (_RefusedError, ImageError) as error:
         return QuarantineRow(reason=error.reason, source=source_label(source), item=name, index=item.index, bytes_sha256=digest, detail=str(error))
     sample = Sample(
-        sample_id=str(record.get("id", f"record-{item.number}")),
+        # Not the record's own id: ids may be missing, and two files or two records may share one.
+        sample_id=f"{PurePosixPath(source.records).stem}-{item.number:07d}",
         index=item.index,
         image_sha256=digest,
         image_path=url,
@@ -207,9 +209,18 @@ def _checked_record(record: Any) -> dict[str, Any]:
     if not isinstance(image, str) or not image:
         raise _RefusedError("bad_record", f"`image` should be a path, found {image!r}")
     parts = PurePosixPath(image).parts
-    if image.startswith("/") or ".." in parts or "://" in image:
+    if image.startswith("/") or ".." in parts or "://" in image or "\0" in image or not _is_text(image):
         raise _RefusedError("bad_path", f"`image` should be a path below the image folder, found {image!r}")
     return record
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON may spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_image(source: LlavaJsonSourceSpec, name: str) -> tuple[bytes, str]:
@@ -221,7 +232,7 @@ def _read_image(source: LlavaJsonSourceSpec, name: str) -> tuple[bytes, str]:
     except AccessDeniedError as error:
         raise _RefusedError("access_denied", str(error)) from error
     except StorageError as error:
-        if error.retryable:
+        if error.retryable or isinstance(error, CredentialsError):
             raise  # the store, not this image
         raise _RefusedError("missing_file", str(error)) from error
 
@@ -242,6 +253,8 @@ def normalise_conversation(conversations: list[Any]) -> tuple[Turn, ...]:
     for place, entry in enumerate(conversations):
         if not isinstance(entry, dict) or entry.get("from") not in ("human", "gpt") or not isinstance(entry.get("value"), str):
             raise _RefusedError("bad_conversation", f"turn {place} should be {{from: human or gpt, value: text}}, found {entry!r:.80}")
+        if not _is_text(entry["value"]):
+            raise _RefusedError("bad_conversation", f"turn {place} should be text, found half a surrogate pair in {entry['value']!a:.80}")
         texts.append((entry["from"], entry["value"]))
     if texts and texts[0][0] == "gpt":
         texts = texts[1:]
