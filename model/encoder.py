@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from model.errors import EncoderError
+from model.errors import EncoderError, first_line
 from model.specs import EncoderSpec, MapSpec
 
 __all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "resolve_encoder"]
@@ -278,7 +278,7 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
             folder, config=_vision_config(folder, spec.family), use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise EncoderError(f"encoder {spec.model!r} cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
+        raise EncoderError(f"encoder {spec.model!r} cannot be loaded from {folder}: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
@@ -305,7 +305,7 @@ def _fetch(hub_id: str) -> Path:
         # The hub client raises its own, httpx's and OS errors; for a user they are one: it cannot be had.
         raise EncoderError(
             f"encoder {hub_id!r}: expected a folder here or a model on the hub, found neither ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the name, or download the model and give its folder."
+            f"{first_line(error)}). Check the name, or download the model and give its folder."
         ) from error
 
 
@@ -340,7 +340,7 @@ def _vision_config(folder: Path, family: Family) -> Any:
         # A full model's config.json holds the vision part in `vision_config`; from_pretrained takes it out.
         return kinds[family].from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise EncoderError(f"{folder}/config.json describes no {family} vision tower: {str(error).splitlines()[0]}") from error
+        raise EncoderError(f"{folder}/config.json describes no {family} vision tower: {first_line(error)}") from error
 
 
 def _mean_std(folder: Path, family: Family) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -23,7 +23,13 @@ __all__ = [
     "MissingMapError",
     "ModelError",
     "SpecError",
+    "first_line",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type's name when it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 class ModelError(Exception):

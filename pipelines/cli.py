@@ -7,17 +7,18 @@ resumes. Prefect, Ray and torch are imported only by the commands that use them.
 import os
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 from rich.table import Table
 
-from model.errors import ModelError
-from pipelines.errors import PipelineError
+from model.errors import ModelError, first_line
+from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
+from pipelines.wording import data_console
 from workers.commits import StageName
 from workers.errors import WorkerError
 
@@ -25,11 +26,12 @@ __all__ = ["app", "main"]
 
 USER_ERROR = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 app = App(
     name="loupe",
     help="Turns high-detail images and their questions into a trained vision-language connector. A recipe says what; options say where and how.",
-    version_flags=["--version"],
+    version=lambda: version("loupe"),
     suppress_keyboard_interrupt=False,  # main says how to go on
 )
 
@@ -52,7 +54,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     by_name = settings_from_words(settings)
     execution = execution_settings(by_name)
     server = None if dry_run else start_flow_server()
-    from pipelines.stages import check_disk, open_experiment
+    from pipelines.stages import check_ready, open_experiment
     from workers.storage import Store
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
@@ -62,13 +64,19 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
 
         print_plan(experiment)
         return []
-    experiment.store.check_writable()
-    check_disk(experiment)
+    check_ready(experiment)
     assert server is not None
     from pipelines.flow import loupe_flow
 
     server.wait_until_ready()
-    outcomes: list[dict[str, Any]] = loupe_flow(recipe=_flow_recipe(file, recipe), root=experiment.store.root, settings=by_name, until=until)
+    import httpx
+
+    try:
+        outcomes: list[dict[str, Any]] = loupe_flow(recipe=_flow_recipe(file, recipe), root=experiment.store.root, settings=by_name, until=until)
+    except httpx.HTTPError as error:
+        raise FlowServerError(
+            f"the flow's server at {server.url} went away ({first_line(error)}). What is done is kept: run the same command to go on."
+        ) from error
     return outcomes
 
 
@@ -189,7 +197,7 @@ def recipes() -> None:
     table.add_column("file")
     for name, path in recipe_files().items():
         table.add_row(name, load_recipe(name).recipe.description, str(path))
-    Console().print(table)
+    data_console().print(table)
 
 
 @app.command
@@ -204,11 +212,14 @@ def serve(
     port: Annotated[int, Parameter(name="--port", help="Port of the Prefect UI, on loopback.")] = 4200,
 ) -> None:
     """Run a recipe on a schedule, and show its runs in the Prefect UI. Runs until Ctrl-C."""
-    from pipelines.serve import serve_recipe
+    from pipelines.serve import check_schedule, serve_recipe
+    from pipelines.stages import check_ready, open_experiment
+    from workers.storage import Store
 
+    check_schedule(cron, timezone, port)
     file = load_recipe(recipe)
     by_name = settings_from_words(settings)
-    execution_settings(by_name)
+    check_ready(open_experiment(file, Store(root), execution_settings(by_name)))
     serve_recipe(_flow_recipe(file, recipe), root, by_name, cron=cron, timezone=timezone, port=port)
 
 
@@ -244,6 +255,10 @@ def main(words: list[str] | None = None) -> None:
     except (ModelError, WorkerError, PipelineError) as error:
         print(f"loupe: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`loupe show ... | head`); Python's own flush at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except KeyboardInterrupt:
         print("loupe: interrupted; run the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -4,11 +4,10 @@ PipelineError
 |-- RecipeError         a recipe cannot be read, or holds something that is not allowed
 |-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
 |-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
-|-- DiskSpaceError      what is planned does not fit on the root's disk
-|-- FlowServerError     the flow's server did not start
+|-- FlowServerError     the flow's server did not start, or went away
 """
 
-__all__ = ["DiskSpaceError", "FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
+__all__ = ["FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
 
 
 class PipelineError(Exception):
@@ -27,9 +26,5 @@ class NothingThereError(PipelineError):
     """What a command should show or use does not exist. The message names the command that makes it."""
 
 
-class DiskSpaceError(PipelineError):
-    """The planned bytes exceed what is free. Raised before anything is written."""
-
-
 class FlowServerError(PipelineError):
-    """The flow's own server did not answer in time."""
+    """The flow's server did not answer in time, or went away during a run."""

@@ -5,22 +5,25 @@ needs it, is started in this process by the stage.
 """
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
+from model.errors import first_line
 from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress
 from pipelines.recipe import load_recipe
 from pipelines.settings import execution_settings
-from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_disk, open_experiment, run_stage, stage_runs
+from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_ready, open_experiment, run_stage, stage_runs
 from pipelines.wording import duration_text, outcome_line
 from workers.commits import StageName, to_json
 from workers.errors import WorkerError
@@ -67,16 +70,23 @@ class ArtifactProgress:
 
     def _send(self) -> None:
         assert self._artifact is not None
-        update_progress_artifact(self._artifact, progress=self._percent())
         self._sent_s = time.monotonic()
+        try:
+            update_progress_artifact(self._artifact, progress=self._percent())
+        except httpx.HTTPError as error:
+            # A picture of the progress is not worth a stage; what the server must know, it is told at the stage's end, and there it is an error.
+            print(f"loupe: the flow's server does not answer ({first_line(error)}); its page shows this stage's progress no more", file=sys.stderr)
+            self._artifact = None
 
 
 def worth_retrying(tried: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
     """Whether a failed stage may do better when tried again: a store or a cluster that was away, never a mistake in the recipe or a bug."""
-    del tried, run
+    del run
     try:
         state.result(raise_on_failure=True)
     except WorkerError as error:
+        if error.retryable:
+            print(f"loupe: {tried.name}: {error}\nloupe: {tried.name} is tried again, at most {NUM_RETRIES} times", file=sys.stderr, flush=True)
         return error.retryable
     except Exception:  # noqa: BLE001 - whatever else it was, the flow run raises it; here only the answer counts
         return False
@@ -148,8 +158,7 @@ def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] |
         The outcomes of the stages, as JSON.
     """
     experiment = open_experiment(load_recipe(recipe), Store(root), execution_settings(settings or {}))
-    experiment.store.check_writable()
-    check_disk(experiment)
+    check_ready(experiment)
     outcomes = run_experiment(experiment, STAGES[STAGES.index(until)])
     return [to_json(outcome) for outcome in outcomes]
 

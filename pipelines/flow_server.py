@@ -7,6 +7,7 @@ listens on a port that the system picked, and starts while the recipe is still b
 import atexit
 import contextlib
 import ctypes
+import http.client
 import os
 import signal
 import socket
@@ -17,12 +18,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipelines.errors import FlowServerError
 
 __all__ = ["FlowServer", "cache_folder", "flow_environment", "start_flow_server"]
 
 START_TIMEOUT_S = 240.0  # 4 s on an idle machine, 90 s seen on a crowded one
+FOREIGN_TIMEOUT_S = 20.0  # a server of somebody else's is there already, or it is not
 PR_SET_PDEATHSIG = 1
 
 
@@ -70,16 +73,21 @@ class FlowServer:
         Raises:
             FlowServerError: it ended, or did not answer in time.
         """
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise FlowServerError(f"PREFECT_API_URL: found {self.url!r}; allowed: an http or https URL such as http://127.0.0.1:4200/api")
+        if self.process is None:
+            timeout_s = min(timeout_s, FOREIGN_TIMEOUT_S)
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             if self.process is not None and self.process.poll() is not None:
                 raise FlowServerError(f"the flow's server ended with status {self.process.returncode} while starting; its log is {self.log}")
             health = f"{self.url}/health"
-            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(health, timeout=5) as answer:  # noqa: S310 - always http
-                if answer.status == 200:
+            with contextlib.suppress(urllib.error.URLError, OSError, http.client.HTTPException), urllib.request.urlopen(health, timeout=5) as answer:  # noqa: S310 - always http
+                if answer.status == 200 and (self.process is None or self.process.poll() is None):
                     return
             time.sleep(0.1)
-        raise FlowServerError(f"the flow's server at {self.url} did not answer within {timeout_s:.0f} s; its log is {self.log}")
+        where = "is PREFECT_API_URL right?" if self.log is None else f"its log is {self.log}"
+        raise FlowServerError(f"the flow's server at {self.url} did not answer within {timeout_s:.0f} s; {where}")
 
     def stop(self) -> None:
         """End it, and wait for its end."""
@@ -110,15 +118,24 @@ def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServe
     if theirs := os.environ.get("PREFECT_API_URL"):
         return FlowServer(url=theirs.rstrip("/"), process=None, log=None)
     home = Path(os.environ["PREFECT_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        stream = (home / "loupe-server.log").open("wb")
+    except OSError as error:
+        raise FlowServerError(
+            f"the flow's server keeps its database and log in {home}, which cannot be written ({error.strerror}); set LOUPE_CACHE to a writable "
+            "folder"
+        ) from error
     chosen = port or _free_port()
     log = home / "loupe-server.log"
+    # The API changes deployments, and so what runs, for whoever can reach it: a web page in the user's browser must not, hence only our own origin.
+    guarded = {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{chosen}"}
     only_api = {} if ui else {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
     api_url = f"http://127.0.0.1:{chosen}/api"
-    with log.open("wb") as stream:
+    with stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.flow_server", str(chosen), str(os.getpid())],
-            env={**os.environ, **only_api, "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_API_URL": api_url},
+            env={**guarded, **os.environ, **only_api, "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_API_URL": api_url},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,

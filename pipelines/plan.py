@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from model.errors import SpecError
-from model.specs import FeatureSpec
-from model.views import ViewPlan, plan_views
+from model.views import plan_views
 from pipelines.recipe import RenderedSource
-from pipelines.stages import Experiment, stage_runs
-from pipelines.wording import bytes_text
+from pipelines.stages import Experiment, rendered_feature_bytes, stage_runs
+from pipelines.wording import bytes_text, data_console
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -25,12 +24,6 @@ class PlanLine:
     value: str
 
 
-def _feature_bytes(features: FeatureSpec, plan: ViewPlan) -> int:
-    value_bytes = {"fp16": 2, "fp32": 4}[features.precision]
-    per_map = features.encoder.num_patches * features.encoder.width * value_bytes
-    return per_map * (len(features.global_maps) + len(plan.local_views) * len(features.local_maps))
-
-
 def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
     """The facts of an experiment's plan, in the order of its stages.
 
@@ -40,8 +33,6 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
     Yields:
         Facts; what is known only once the dataset is built says so.
     """
-    from workers.dataset.rendering import HEIGHT_PX, WIDTH_PX
-
     recipe, encoder = experiment.file.recipe, experiment.encoder
     rendered = [source for source in recipe.dataset.sources if isinstance(source, RenderedSource)]
     foreign = len(recipe.dataset.sources) - len(rendered)
@@ -51,7 +42,7 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
     held_out = round(num_images * recipe.dataset.held_out_fraction)
     yield PlanLine(topic="dataset", fact="split", value=f"about {num_images - held_out} train, {held_out} held out")
     yield PlanLine(topic="dataset", fact="questions", value=f"at most {num_images * recipe.dataset.turns_per_image}")
-    views = plan_views(WIDTH_PX, HEIGHT_PX, encoder.view_px, experiment.dataset.views)
+    views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, encoder.view_px, experiment.dataset.views)
     yield PlanLine(
         topic="features",
         fact="encoder",
@@ -60,11 +51,11 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
     yield PlanLine(
         topic="features",
         fact="views of an image",
-        value=f"1 global + {views.columns} x {views.rows} local ({WIDTH_PX} x {HEIGHT_PX} px)",
+        value=f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)",
     )
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    cache_bytes = bytes_text(num_images * _feature_bytes(experiment.features, views))
+    cache_bytes = bytes_text(rendered_feature_bytes(experiment))
     yield PlanLine(topic="features", fact="cache", value=f"{cache_bytes} as {experiment.features.precision}{' and more' if foreign else ''}")
     yield from _connector_lines(experiment, len(views.local_views))
     for phase in recipe.schedule.phases:
@@ -108,12 +99,14 @@ def print_plan(experiment: Experiment) -> None:
     Args:
         experiment: checked, nothing started.
     """
-    table = Table(box=None, pad_edge=False, title=f"{experiment.file.recipe.name}: {experiment.file.recipe.description}", title_justify="left")
+    console = data_console()
+    console.print(f"{experiment.file.recipe.name}: {experiment.file.recipe.description}", style="italic")
+    table = Table(box=None, pad_edge=False)
     for heading in ("topic", "fact", "value"):
         table.add_column(heading, overflow="fold")
     topic = ""
     for line in plan_lines(experiment):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
-    Console().print(table)
+    console.print(table)
     print("Nothing was started and nothing was written.")

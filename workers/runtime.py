@@ -11,16 +11,17 @@ it, and it ends with the process. With RAY_ADDRESS in the environment that clust
 import atexit
 import contextlib
 import os
+import platform
 import secrets
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from model.errors import ModelError
-from workers.errors import ClusterError, WorkerError, WorkFailedError
+from model.errors import ModelError, first_line
+from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings
 
 __all__ = ["Cluster", "InlineCluster", "RayCluster", "ray_runtime", "translate_ray_error"]
@@ -132,6 +133,29 @@ class RayCluster:
         resources: Callable[[], dict[str, float]] = ray.cluster_resources
         return max(1, int(resources().get("CPU", 1)))
 
+    def device(self, num_processes: int, setting: str) -> Literal["cpu", "cuda"]:
+        """Where processes that want a GPU each will compute. Decided here for all of them: Ray does not hide GPUs from those that reserved none.
+
+        Args:
+            num_processes: how many.
+            setting: the execution setting that says how many.
+
+        Returns:
+            cuda when there is a GPU for each of them and the settings do not ask for the CPU.
+
+        Raises:
+            ExecutionError: the settings ask for cuda and there are not enough GPUs.
+        """
+        import ray
+
+        resources: Callable[[], dict[str, float]] = ray.cluster_resources
+        num_gpus = resources().get("GPU", 0)
+        if self._execution.device == "cuda" and num_gpus < num_processes:
+            raise ExecutionError(
+                f"device is cuda, but the cluster has {num_gpus:g} GPUs for {num_processes} processes; lower {setting} or use device=cpu"
+            )
+        return "cuda" if self._execution.device != "cpu" and num_gpus >= num_processes else "cpu"
+
     def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
         """As Cluster.stream."""
         import ray
@@ -154,13 +178,7 @@ class RayCluster:
         import ray
 
         remote: Any = ray.remote
-        resources: Callable[[], dict[str, float]] = ray.cluster_resources
-        num_gpus = resources().get("GPU", 0)
-        on_gpu = self._execution.device != "cpu" and num_gpus >= finishers
-        if self._execution.device == "cuda" and not on_gpu:
-            raise ClusterError(
-                f"device is cuda, but the cluster has {num_gpus:g} GPUs for {finishers} encoders; lower encoder_actors or use device=cpu"
-            )
+        on_gpu = self.device(finishers, "encoder_actors") == "cuda"
         # No CPU is reserved for finishers: on a machine with one CPU, preparing tasks could never run beside a reserving actor.
         actor = remote(
             num_cpus=0,
@@ -276,7 +294,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise ClusterError(
-            f"Ray did not start ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Expected room for its sockets and logs in "
+            f"Ray did not start ({type(error).__name__}: {first_line(error)}). Expected room for its sockets and logs in "
             f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
         ) from error
     atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
@@ -303,13 +321,24 @@ def _stop_ray(temp_dir: Path, *, keep: bool) -> None:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
+def _process_space() -> str:
+    """What process numbers are relative to: this host, and on Linux this container."""
+    try:
+        return f"{platform.node()}/{os.readlink('/proc/self/ns/pid')}".replace(" ", "_")  # noqa: PTH115 - no path, a name
+    except OSError:
+        return platform.node().replace(" ", "_")
+
+
 def _sweep(parent: Path) -> None:
     """Remove the folders of our own drivers that were killed before they could do it."""
     for folder in parent.glob(f"{_TEMP_DIR_PREFIX}*"):
         try:
             if folder.stat().st_uid != os.getuid():
                 continue
-            os.kill(int((folder / _PID_FILE).read_text()), 0)
+            owner, _, pid = (folder / _PID_FILE).read_text().partition(" ")
+            if owner != _process_space():
+                continue  # another container's on a shared folder: its process numbers say nothing here
+            os.kill(int(pid), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except (OSError, ValueError):
@@ -326,7 +355,7 @@ def _temp_dir(execution: ExecutionSettings) -> Path:
         parent = Path("/tmp")  # noqa: S108
     _sweep(parent)
     folder = Path(tempfile.mkdtemp(prefix=_TEMP_DIR_PREFIX, dir=parent))
-    (folder / _PID_FILE).write_text(str(os.getpid()))
+    (folder / _PID_FILE).write_text(f"{_process_space()} {os.getpid()}")
     return folder
 
 
@@ -347,8 +376,7 @@ def translate_ray_error(error: BaseException) -> Exception:
         cause = error.cause
         if isinstance(cause, (WorkerError, ModelError)):
             return cause
-        first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
-        return WorkFailedError(f"work on the cluster failed with {type(cause).__name__}: {first}")
+        return WorkFailedError(f"work on the cluster failed with {type(cause).__name__}: {first_line(cause)}")
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return ClusterError(
             "the machine ran out of memory and a worker was ended; lower images_in_flight_units or encode_batch_views, then run again"

@@ -9,7 +9,7 @@ from model.specs import fingerprint
 from pipelines.errors import RecipeError
 from pipelines.plan import plan_lines
 from pipelines.recipe import load_recipe
-from pipelines.stages import STAGES, Experiment, StageRun, check_disk, open_experiment, planned_feature_bytes, run_stage, shown_path, stage_runs
+from pipelines.stages import STAGES, Experiment, StageRun, check_ready, open_experiment, rendered_feature_bytes, run_stage, shown_path, stage_runs
 from tests.tiny import tiny_recipe
 from workers.errors import DiskSpaceError
 from workers.execution import ExecutionSettings, SilentProgress
@@ -64,11 +64,11 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: planned_feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: rendered_feature_bytes(experiment))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
-        check_disk(experiment)
+        check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
-    check_disk(experiment)
+    check_ready(experiment)
 
 
 def test_models_that_do_not_fit_are_named_with_the_recipe(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:

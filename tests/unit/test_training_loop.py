@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run(spec, tmp_path):
         with torch.no_grad():
             engine.model.connector.global_mlp.linear_2.bias[0] = float("nan")
 
-    with pytest.raises(TrainingError, match="loss of step 0 is nan"):
+    with pytest.raises(TrainingError, match="at step 0 the loss is nan"):
         run(spec, Store(str(tmp_path)), "align", spoil=spoil)
 
 

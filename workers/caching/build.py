@@ -21,7 +21,7 @@ from workers.runtime import Cluster, ray_runtime
 from workers.storage import Store
 from workers.tables import Table
 
-__all__ = ["CacheRecord", "cache_features", "planned_bytes"]
+__all__ = ["CacheRecord", "cache_features"]
 
 _DISK_MARGIN = 1.05
 """File overhead, the Delta log and a file that is being replaced."""
@@ -54,22 +54,6 @@ class CacheRecord:
     views_per_second: float
     """Of the encoders, while they compute."""
     seconds: float
-
-
-def planned_bytes(spec: FeatureSpec, store: Store) -> int:
-    """Feature bytes that caching a built dataset takes.
-
-    Args:
-        spec: of the cache.
-        store: where the dataset is.
-
-    Returns:
-        Bytes, without the files' small overhead.
-
-    Raises:
-        TableError: the dataset is not built.
-    """
-    return feature_bytes(spec, read_samples(store, spec.dataset_fingerprint))
 
 
 def cache_features(
@@ -198,6 +182,7 @@ def _run(jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster
         importing.join()
         from workers.caching.encode import make_unit_encoder
 
+        execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
         threads = execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
         factory = make_unit_encoder(spec=jobs[0].spec, execution=execution, threads=threads)
         yield from ray_cluster.pipeline(prepare_unit, factory, jobs, finishers=execution.encoder_actors, in_flight=in_flight)

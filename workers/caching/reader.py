@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.encoder import Encoder, load_encoder
-from model.errors import MissingMapError
+from model.errors import MissingMapError, first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.encode import as_features, choose_device, encode_views
@@ -217,7 +217,7 @@ class CachedFeatures:
         except (OSError, pa.ArrowException, StorageError) as error:
             if self._policy == "fail":
                 raise MissingFeaturesError(
-                    f"{self._store.url(self._table.path)}/{file.path} is damaged or gone ({str(error).splitlines()[0]}). "
+                    f"{self._store.url(self._table.path)}/{file.path} is damaged or gone ({first_line(error)}). "
                     "Remove the cache's runs folder and table and cache again, or read with the policy `encode`."
                 ) from error
 
@@ -297,7 +297,7 @@ class CachedFeatures:
             self._open.pop(file.path, None)
             raise MissingFeaturesError(
                 f"{self._store.url(self._table.path)}/{file.path}, row group {group} (image {sample.image_sha256[:12]}) cannot be read: "
-                f"{str(error).splitlines()[0]}. Remove the cache and cache again, or read with the policy `encode`."
+                f"{first_line(error)}. Remove the cache and cache again, or read with the policy `encode`."
             ) from error
         expected = num_views(spec, sample, branch)
         if rows.num_rows != expected or set(rows.column("image_sha256").to_pylist()) != {sample.image_sha256}:

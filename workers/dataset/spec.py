@@ -12,7 +12,22 @@ from typing import Literal
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["DatasetSpec", "LegibilitySpec", "LlavaJsonSourceSpec", "RenderedSourceSpec", "SourceSpec", "material_versions", "source_label"]
+__all__ = [
+    "RENDERED_HEIGHT_PX",
+    "RENDERED_WIDTH_PX",
+    "DatasetSpec",
+    "LegibilitySpec",
+    "LlavaJsonSourceSpec",
+    "RenderedSourceSpec",
+    "SourceSpec",
+    "material_versions",
+    "source_label",
+]
+
+RENDERED_WIDTH_PX = 672
+RENDERED_HEIGHT_PX = 448
+"""Of a picture that the project draws: 3:2, so that the slicing rule's 3 x 2 grid of square local views wastes nothing; 6 and 4 times a view of
+112 px."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model.views import View, ViewSpec, plan_views
-from workers.dataset.rendering import FAMILIES, HEIGHT_PX, WIDTH_PX, choose_turns, sketch
+from workers.dataset.rendering import FAMILIES, choose_turns, sketch
 from workers.dataset.rendering.canvas import Canvas
 from workers.dataset.rendering.material import load_paragraphs, load_states
 from workers.dataset.rendering.places import PLACES
 from workers.dataset.samples import Turn
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX
 from workers.pretraining.labels import COLOUR_CLASSES, GLYPH_CLASSES, READABLE_FROM_PX, colour_shares, place_glyphs
 
 VIEW_PX = 112
@@ -87,7 +88,7 @@ def _slots(canvas: Canvas, view: View, grid: int) -> list[Slot]:
 def make_layout(family: str, number: int, seed: int) -> Layout:
     """Draw one picture and write it down."""
     picture, _ = sketch(family, number, seed)
-    plan = plan_views(WIDTH_PX, HEIGHT_PX, VIEW_PX, ViewSpec())
+    plan = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, VIEW_PX, ViewSpec())
     local: list[Slot] = []
     for view in plan.local_views:
         local.extend(_slots(picture.canvas, view, LOCAL_GRID))

@@ -23,6 +23,7 @@ from torch import Tensor
 from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation
 from model.connector import Connector
+from model.errors import ConversationError
 from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
 from model.views import Box, plan_views
 from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
@@ -174,8 +175,20 @@ class BatchBuilder:
             sample = self.samples[index]
             room = room_for_text(self._max_tokens, self.connector, self.num_local_views(sample))
             turns = [(turn.question, turn.answer) for turn in sample.turns]
-            self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
+            try:
+                self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
+            except ConversationError as error:
+                raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
         return self._conversations[index]
+
+    def check(self) -> None:
+        """Tokenise every conversation, so that one that cannot be trained on stops the run before its first step and not at some later one.
+
+        Raises:
+            TrainingError: names the sample and what is wrong with it.
+        """
+        for index in range(len(self.samples)):
+            self.conversation(index)
 
     def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
         """The batches of one step for one rank.

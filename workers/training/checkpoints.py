@@ -160,15 +160,29 @@ class CheckpointFolder:
     def latest(self) -> Saved | None:
         """The newest whole checkpoint."""
         for step in reversed(self._steps()):
-            files = read_checked(self._store, self._path(step))
-            if files is not None:
-                return Saved(
-                    step=step,
-                    model=safetensors.torch.load(files["model.safetensors"]),
-                    optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
-                    state=json.loads(files["state.json"]),
-                )
+            saved = self.load(step)
+            if saved is not None:
+                return saved
         return None
+
+    def load(self, step: int) -> Saved | None:
+        """The checkpoint of one step.
+
+        Args:
+            step: steps done, counted over all phases of the schedule.
+
+        Returns:
+            It; None when it is missing or damaged.
+        """
+        files = read_checked(self._store, self._path(step))
+        if files is None:
+            return None
+        return Saved(
+            step=step,
+            model=safetensors.torch.load(files["model.safetensors"]),
+            optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
+            state=json.loads(files["state.json"]),
+        )
 
     def _path(self, step: int) -> str:
         return f"{self.folder}/step-{step:08d}"

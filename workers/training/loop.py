@@ -8,6 +8,7 @@ was interrupted anywhere ends in the same bytes as one that was not (same number
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -195,10 +196,10 @@ def _step(
     rates = learning_rates(phase, state.step)
     micro_batches = [batch.to(device) for batch in batches.micro_batches]
     sums = engine.step(micro_batches, supervised=batches.supervised, rates=rates, max_grad_norm=phase.max_grad_norm)
-    if not sums.loss < float("inf"):
+    if not (isfinite(sums.loss) and isfinite(sums.gradient_norm)):
         raise TrainingError(
-            f"phase {phase.name!r}: the loss of step {state.step} is {sums.loss}; lower learning_rate or max_grad_norm. The last checkpoint is from "
-            "before"
+            f"phase {phase.name!r}: at step {state.step} the loss is {sums.loss} and the gradient's norm {sums.gradient_norm}; lower learning_rate "
+            "or max_grad_norm. The last checkpoint is from before"
         )
     seconds = time.monotonic() - started
     state.losses.append(sums.loss)

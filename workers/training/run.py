@@ -13,12 +13,12 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from model.errors import ModelError
+from model.errors import ModelError, first_line
 from model.schedule import steps_before
 from model.specs import CONNECTOR_BLOCKS, fingerprint
 from workers.commits import Stage, from_json
@@ -112,15 +112,18 @@ def _threads(execution: ExecutionSettings) -> int:
     return max(1, (execution.num_cpus or os.cpu_count() or 1) // execution.train_workers)
 
 
+def _last_checkpoint(spec: TrainingSpec, store: Store, stage: str) -> Any:
+    """The checkpoint at a stage's end, whole; None when the stage is not done, or has to go on from an older one since this one is damaged."""
+    from workers.training.checkpoints import CheckpointFolder
+
+    step = steps_before(spec.schedule.phases, _phases(spec, stage).stop)
+    return CheckpointFolder(store, fingerprint(spec)[:16], stage).load(step)
+
+
 def _done_records(spec: TrainingSpec, store: Store, stage: str) -> list[PhaseRecord] | None:
-    """Records of a stage's phases if its last checkpoint is there."""
-    phases = _phases(spec, stage)
-    step = steps_before(spec.schedule.phases, phases.stop)
-    folder = f"checkpoints/{fingerprint(spec)[:16]}/{stage}/step-{step:08d}"
-    if not store.exists(f"{folder}/MANIFEST.json"):
-        return None
-    state = store.read_json(f"{folder}/state.json")
-    return [from_json(PhaseRecord, record) for record in state["records"]]
+    """Records of a stage's phases if it is done."""
+    saved = _last_checkpoint(spec, store, stage)
+    return None if saved is None else [from_json(PhaseRecord, record) for record in saved.state["records"]]
 
 
 def _finished(spec: TrainingSpec, store: Store, stage: str) -> list[PhaseRecord]:
@@ -135,10 +138,10 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
     import safetensors.torch
 
     from workers.training.assemble import final_folder
-    from workers.training.checkpoints import CheckpointFolder, write_checked
+    from workers.training.checkpoints import write_checked
 
     last = [name for name in _STAGES if _phases(spec, name)][-1]
-    saved = CheckpointFolder(store, fingerprint(spec)[:16], last).latest()
+    saved = _last_checkpoint(spec, store, last)
     if saved is None:
         raise TrainingError(f"the last checkpoint of stage {last} below {store.url('checkpoints')} is damaged; remove it and run again")
     parts: dict[str, dict[str, Any]] = {}
@@ -173,7 +176,8 @@ def _following(store: Store, stage: Stage, total: int, progress: Progress) -> It
             now = read()
             step = int(now["step"])
             if step > known:
-                progress.advance(step - known, phase=now["phase"], loss=round(float(now["loss"]), 4))
+                facts = {name: now[name] for name in ("phase", "loss") if now.get(name) is not None}
+                progress.advance(step - known, **facts)
                 known = step
             if over:
                 return
@@ -195,13 +199,13 @@ def _fit(job: _StageJob) -> None:
     """Run one stage under Ray Train."""
     execution, store = job.execution, Store(job.root)
     with ray_runtime(execution) as cluster:
-        import ray
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-        resources: Callable[[], dict[str, float]] = ray.cluster_resources
-        use_gpu = _wants_gpu(execution, resources().get("GPU", 0))
+        device = cluster.device(execution.train_workers, "train_workers")
+        use_gpu = device == "cuda"
+        job = replace(job, execution=replace(execution, device=device))
         key = fingerprint(job.spec)[:16]
         folder = f"runs/train-connector/{key}/ray"
         local = store.local_path(folder)
@@ -232,9 +236,7 @@ def _fit(job: _StageJob) -> None:
         except ControllerError as error:
             raise _translated([error.controller_failure], job.stage) from error
         except TrainingFailedError as error:
-            raise ClusterError(
-                f"stage {job.stage} was lost ({str(error).splitlines()[0]}); run again, it goes on from its last checkpoint"
-            ) from error
+            raise ClusterError(f"stage {job.stage} was lost ({first_line(error)}); run again, it goes on from its last checkpoint") from error
 
 
 def _worker_environment() -> dict[str, str]:
@@ -242,14 +244,6 @@ def _worker_environment() -> dict[str, str]:
     if "RAY_ADDRESS" not in os.environ and sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: its workers talk over the loopback interface alone
     return environment
-
-
-def _wants_gpu(execution: ExecutionSettings, num_gpus: float) -> bool:
-    if execution.device == "cuda" and num_gpus < execution.train_workers:
-        raise TrainingError(
-            f"device is cuda, but the cluster has {num_gpus:g} GPUs for {execution.train_workers} training workers; lower train_workers"
-        )
-    return execution.device != "cpu" and num_gpus >= execution.train_workers
 
 
 def _translated(failures: list[Exception], stage: str) -> Exception:
@@ -317,6 +311,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         tokenizer=model.tokenizer,
         max_tokens=model.max_tokens,
     )
+    builder.check()
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
         global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
@@ -357,7 +352,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
 def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The model that a stage starts from, and the blocks that its optimizer knows."""
     from workers.training.assemble import assemble_model
-    from workers.training.checkpoints import CheckpointFolder, load_weights
+    from workers.training.checkpoints import load_weights
 
     if stage == "align":
         return assemble_model(spec, freeze_language_model=True, device=device), spec.connector.blocks
@@ -365,7 +360,7 @@ def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -
     trains = spec.schedule.sft.train
     model = assemble_model(spec, freeze_language_model="language_model" not in trains, device=device)
     if spec.schedule.align:
-        aligned = CheckpointFolder(store, fingerprint(spec)[:16], "align").latest()
+        aligned = _last_checkpoint(spec, store, "align")
         if aligned is None:
             raise TrainingError(
                 "fine-tuning starts from the aligned connector, whose checkpoint is missing or damaged; remove the checkpoints and run again"

@@ -16,7 +16,7 @@ from workers.dataset.rendering import charts, collages, geometry, maps, pages
 from workers.dataset.rendering.canvas import Canvas
 from workers.dataset.rendering.legibility import is_small_detail
 from workers.dataset.samples import Turn
-from workers.dataset.spec import DatasetSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec
 from workers.errors import WorkerError
 
 __all__ = ["FAMILIES", "Picture", "Rendered", "choose_turns", "render", "sketch"]
@@ -29,10 +29,6 @@ _FAMILIES: dict[str, Callable[[Canvas, np.random.Generator], tuple[list[Turn], s
     "geometry": geometry.draw,
 }
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-
-WIDTH_PX = 672
-HEIGHT_PX = 448
-"""3:2, so that the slicing rule's 3 x 2 grid of square local views wastes nothing; 6 and 4 times a view of 112 px."""
 
 _MAX_ATTEMPTS = 20
 
@@ -80,14 +76,14 @@ def sketch(family: str, number: int, seed: int, attempt: int = 0) -> tuple[Pictu
     digest = hashlib.sha256(f"{family}:{number}:{seed}:{attempt}".encode()).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     paper = rng.integers(244, 256, size=3)
-    canvas = Canvas(WIDTH_PX, HEIGHT_PX, (int(paper[0]), int(paper[1]), int(paper[2])), rng)
+    canvas = Canvas(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, (int(paper[0]), int(paper[1]), int(paper[2])), rng)
     turns, licence = _FAMILIES[family](canvas, rng)
     return Picture(canvas=canvas, turns=tuple(turns), licence=licence), rng
 
 
 def _checked(family: str, number: int, spec: DatasetSpec) -> tuple[Picture, np.random.Generator]:
     """The first drawing of a number that leaves two small questions or more, with those that pass the check."""
-    plan = plan_views(WIDTH_PX, HEIGHT_PX, spec.view_px, spec.views)
+    plan = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, spec.view_px, spec.views)
     for attempt in range(_MAX_ATTEMPTS):
         picture, rng = sketch(family, number, spec.seed, attempt)
         kept = tuple(
