@@ -280,6 +280,13 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
 
     yield StageRun(stage="build-dataset", seed=None, spec=experiment.dataset, run=build)
 
+    built = experiment.record("build-dataset", experiment.dataset)
+    if last >= STAGES.index("evaluate") and built is not None and not built["num_held_out"]:
+        raise RecipeError(
+            f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
+            f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
+        )
+
     def cache_(progress: Progress) -> Any:
         from workers.caching.build import cache_features
 
@@ -287,12 +294,6 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
 
     if last >= STAGES.index("cache-features"):
         yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
-    built = experiment.record("build-dataset", experiment.dataset)
-    if last >= STAGES.index("evaluate") and built is not None and not built["num_held_out"]:
-        raise RecipeError(
-            f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
-            f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
-        )
     if last >= STAGES.index("train-connector"):
         for seed in seeds:
             yield _train_run(experiment, seed)

@@ -1,7 +1,9 @@
 """The command line: its options are frozen, its errors are one paragraph with status 2, and it imports nothing heavy for nothing."""
 
+import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,11 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "/nowhere", "/nowhere.png", "What?"], "found no image file /nowhere.png"),
         (["run", "demo", "--learning-rate", "2"], "--learning-rate"),
         (["trian", "demo"], "trian"),
+        (["run", "x" * 300], "found no recipe named"),
+        (["serve", "demo", "--cron", "@daily"], "serve --cron: found '@daily'; allowed: five fields"),
+        (["serve", "demo", "--timezone", "Europe"], "serve --timezone: found 'Europe'"),
+        (["serve", "demo", "--timezone", "Europe/Berlyn"], "did you mean 'Europe/Berlin'?"),
+        (["serve", "demo", "--port", "70000"], "serve --port: found 70000; allowed: 1 to 65535"),
     ],
 )
 def test_a_users_mistake_is_one_paragraph(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +95,35 @@ def test_a_broken_recipe_is_named_by_file_and_field(tmp_path: Path, capsys: pyte
         == f"loupe: recipe {path}: top level: found the unknown key 'datset'; did you mean 'dataset'? allowed here: "
         + err.partition("allowed here: ")[2]
     )
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"name = '\xff'", "is no UTF-8 text"), (b"\xef\xbb\xbfnam = 'a'", "unknown key 'nam'")])
+def test_what_a_recipe_may_be_written_in(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    status, _, err = run(["run", str(path)], capsys)
+    assert status == 2
+    assert message in err
+
+
+def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, _, err = run(["serve", "demo", "--port", str(taken.getsockname()[1])], capsys)
+    assert status == 2
+    assert "cannot be listened on" in err
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], capsys)[1].strip() == version("loupe") != "0.0.0"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m pipelines.cli recipes | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,12 @@ def test_words_become_settings() -> None:
     assert execution == ExecutionSettings(train_workers=2, device="cpu", max_quarantined_fraction=0.1, ray_temp_dir="/tmp/r")
 
 
+def test_numbers_that_are_choices() -> None:
+    assert execution_settings({"zero_stage": "2"}).zero_stage == 2
+    with pytest.raises(SettingError, match="found '3'; allowed: 0, 1, 2"):
+        execution_settings({"zero_stage": "3"})
+
+
 def test_nothing_given_is_the_default() -> None:
     assert execution_settings({}) == ExecutionSettings()
 

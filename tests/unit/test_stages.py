@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.specs import fingerprint
-from pipelines.errors import RecipeError
+from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines
 from pipelines.recipe import load_recipe
 from pipelines.stages import STAGES, Experiment, StageRun, check_ready, open_experiment, rendered_feature_bytes, run_stage, shown_path, stage_runs
@@ -82,6 +82,37 @@ def test_models_that_do_not_fit_are_named_with_the_recipe(tmp_path: Path, tiny_e
         with pytest.raises(RecipeError, match=message) as caught:
             open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", "seeds = [-1]", r"seeds\[0\]: found -1"),
+        ('branch = "both"\nsteps', 'branch = "both"\nexperts = "resampler"\nsteps', "runs the resampler alone, but the connector has none"),
+        ("[[schedule.align]]", '[evaluation]\nmodes = ["both", "both"]\n\n[[schedule.align]]', "each once"),
+        ("batch_size = 4", "batch_size = 3", r"--set train_workers=2: the phase that trains .* has batch_size 3; allowed: numbers that divide it"),
+    ],
+)
+def test_what_only_a_later_stage_would_notice_is_refused_first(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, old: str, new: str, message: str
+) -> None:
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder)
+    if "resampler" in new:
+        text = text.replace('adapters = { kind = "gated_mixture" }', 'adapters = { kind = "mlp" }')
+    assert old in text
+    path = tmp_path / "tiny.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises((RecipeError, SettingError), match=message):
+        open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings(train_workers=2))
+
+
+def test_nothing_held_out_is_said_before_features_are_cached(experiment: Experiment) -> None:
+    runs = stage_runs(experiment)
+    built = next(runs)
+    assert built.stage == "build-dataset"
+    experiment.store.write_json(f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
+    with pytest.raises(RecipeError, match=r"dataset\.held_out_fraction: found 0\.4, which holds out none of the 16 images"):
+        next(runs)
 
 
 def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
