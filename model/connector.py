@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.adapters import NUM_EXPERTS, Gate, Projector
+from model.adapters import Gate, Projector
 from model.compression import Resampler
 from model.errors import MissingMapError
 from model.fusion import fuse, fused_tokens, fused_width
@@ -212,15 +212,6 @@ class Connector(nn.Module):
         projector = self.global_mlp if self.local_mlp is None else self.local_mlp
         projected: Tensor = projector(compressed)
         return projected.float() * self.token_scale
-
-    @torch.no_grad()
-    def gate_weights(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens experts"] | None:
-        """Noise-free weights of the experts, for health figures; None without a mixture."""
-        if self.gate is None:
-            return None
-        weights: Tensor = self.gate(self.global_input(self.fuse_global(maps)))
-        assert weights.shape[-1] == NUM_EXPERTS
-        return weights
 
 
 def build_connector(spec: ConnectorSpec, encoder: EncoderSpec, *, hidden: int, embedding_rms: float, seed: int) -> Connector:

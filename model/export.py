@@ -54,7 +54,7 @@ __all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "loa
 
 CONFIG = "loupe_config.json"
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MAX_NEW_TOKENS = 64
 
@@ -70,6 +70,8 @@ class ExportConfig:
     """Maps are rounded to it before the connector reads them, as they were in training."""
     precision: Literal["fp32", "bf16"]
     """Of matrix products."""
+    language_model_precision: Literal["fp32", "bf16"]
+    """Of the language model's weights: bf16 where training held it frozen, so that answers come from the same numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +157,8 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     config = _read_config(folder / CONFIG)
     encoder_spec = dataclasses.replace(config.encoder, model=str(folder / "encoder"))
     language_model = load_language_model(folder / "language_model")
+    if config.language_model_precision == "bf16":
+        language_model.network.to(torch.bfloat16)
     connector = Connector(
         config.connector,
         encoder_width=config.encoder.width,
@@ -265,6 +269,7 @@ def _read_config(path: Path) -> ExportConfig:
             views=ViewSpec(**values["views"]),
             feature_precision=values["feature_precision"],
             precision=values["precision"],
+            language_model_precision=values["language_model_precision"],
         )
     except (KeyError, TypeError, ValueError, SpecError) as error:
         raise ExportError(f"{path} cannot be read ({type(error).__name__}: {error}); export again with this version") from error

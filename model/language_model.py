@@ -33,7 +33,10 @@ __all__ = [
 
 BUILTIN_LANGUAGE_MODEL = "builtin:language-model"
 
-_IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_IDENTITY_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -76,11 +79,11 @@ def resolve_folder(name: str) -> Path:
             "a hub id like 'owner/name'"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return check_folder(Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS)), name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise LanguageModelError(
             f"language model {name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Check the name and the "
             "connection, or give a folder"

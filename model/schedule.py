@@ -10,7 +10,6 @@ state.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,11 +18,9 @@ from model.errors import FrozenBlockChangedError
 from model.specs import BLOCKS, Block, PhaseSpec
 
 __all__ = [
-    "Place",
     "assert_frozen",
     "block_hashes",
     "learning_rates",
-    "locate",
     "parameters_by_block",
     "schedule_factor",
     "set_active_blocks",
@@ -31,39 +28,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a step lies in a run of phases."""
-
-    phase: int
-    """Index of the phase."""
-    step: int
-    """Steps of the phase that are done before this one."""
-
-
 def steps_before(phases: Sequence[PhaseSpec], index: int) -> int:
     """Steps of all phases before one."""
     return sum(phase.steps for phase in phases[:index])
-
-
-def locate(phases: Sequence[PhaseSpec], step: int) -> Place:
-    """The phase that a step belongs to.
-
-    Args:
-        phases: in the order they run.
-        step: counted from 0 over all of them.
-
-    Returns:
-        Phase and step within it.
-
-    Raises:
-        IndexError: the step lies behind the last phase.
-    """
-    for index, phase in enumerate(phases):
-        if step < phase.steps:
-            return Place(phase=index, step=step)
-        step -= phase.steps
-    raise IndexError(f"step lies {step} behind the last phase")
 
 
 def schedule_factor(phase: PhaseSpec, step: int) -> float:

@@ -101,7 +101,8 @@ def _ask_command(root: str, export: dict[str, Any]) -> str:
     program = Path(sys.argv[0])
     here = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
     name = here if program.name == "loupe" else "loupe"
-    image = export["check_image"] if "://" in export["check_image"] else _shown(root, export["check_image"])
+    image = export["check_image"]
+    image = image if "://" in image else _shown(root, image)
     return shlex.join([name, "ask", _shown(root, export["folder"]), image, export["check_question"]])
 
 

@@ -4,18 +4,23 @@ Input: an experiment whose other stages are done. Output: `reports/<name>-<key>/
 nothing is computed here but means over seeds.
 """
 
+import hashlib
 import io
 import json
+import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.specs import PhaseSpec, fingerprint
 from model.views import Box, View, ViewPlan, plan_views
 from pipelines.errors import NothingThereError
 from pipelines.report_page import (
+    TEMPLATE,
+    TEMPLATES,
     AccuracyCell,
     AccuracyRow,
     Curve,
@@ -26,7 +31,6 @@ from pipelines.report_page import (
     ReportPage,
     StageRow,
     data_uri,
-    page_template_sha256,
     render_page,
 )
 from pipelines.stages import shown_path
@@ -45,8 +49,6 @@ __all__ = ["ReportRecord", "template_sha256", "write_report"]
 
 SAMPLES_PER_FAMILY = 2
 TURNS_PER_SAMPLE = 4
-
-template_sha256 = page_template_sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +137,6 @@ def collect_page(experiment: "Experiment") -> ReportPage:
     accuracy = accuracy_rows([run.evaluation for run in runs], modes)
     stages = _stage_rows(experiment, dataset, cache, export, runs)
     shown = _page_samples(experiment, samples, runs[0].evaluation)
-    question = next((turn.question for sample in shown for turn in sample.turns), "What is this?")
     return ReportPage(
         title=recipe.name,
         description=recipe.description,
@@ -153,10 +154,28 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         normalisation=f"An answer is right when it equals the true one after {runs[0].evaluation.normalisation.removesuffix('; then equality')}.",
         samples=shown,
         stages=stages,
-        ask_command=f'loupe ask {shown_path(store.url(export["folder"]))} IMAGE "{question}"',
+        ask_command=shlex.join(["loupe", "ask", shown_path(store.url(export["folder"])), _image_path(store, export), export["check_question"]]),
         recipe_text=experiment.file.text,
         seeds=recipe.seeds,
     )
+
+
+def _image_path(store: Store, export: dict[str, Any]) -> str:
+    """Where the image of an export's check lies, as a person would type it."""
+    image: str = export["check_image"]
+    return shown_path(image if "://" in image else store.url(image))
+
+
+def template_sha256(*sources: Path) -> str:
+    """Digest of everything that collects, words and draws the page, so that a change of it makes a new report.
+
+    Args:
+        sources: the files; those of this package when none are given.
+    """
+    digest = hashlib.sha256()
+    for path in sources or (TEMPLATES / TEMPLATE, *(Path(__file__).with_name(name) for name in ("report.py", "report_page.py", "wording.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def accuracy_rows(evaluations: Sequence[EvaluationRecord], modes: Sequence[str]) -> tuple[AccuracyRow, ...]:

@@ -4,7 +4,6 @@ Input: a `ReportPage`. Output: HTML text. Nothing here reads a store, so the pag
 """
 
 import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ __all__ = [
     "ReportPage",
     "StageRow",
     "data_uri",
-    "page_template_sha256",
     "render_page",
 ]
 
@@ -180,14 +178,6 @@ class ReportPage:
 def data_uri(data: bytes, mime: str) -> str:
     """Bytes as a URI that needs no request."""
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def page_template_sha256() -> str:
-    """Digest of what draws the page, so that a new template is a new report."""
-    digest = hashlib.sha256()
-    for path in (TEMPLATES / TEMPLATE, Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 # -- the loss plots, as geometry for the template

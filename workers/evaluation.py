@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from model.vision_language import Mode, VisionLanguageModel
     from workers.training.assemble import TrainingData
 
-__all__ = ["NORMALISATION", "AccuracyCount", "EvaluationRecord", "EvaluationSpec", "evaluate"]
+__all__ = ["MAX_NEW_TOKENS", "NORMALISATION", "AccuracyCount", "EvaluationRecord", "EvaluationSpec", "evaluate"]
 
 NORMALISATION = "casefold, strip, collapse blanks, strip one trailing period; then equality"
 """How answers are compared, in words; the code is model.metrics.normalise_answer."""
 
 EvaluationMode = Literal["blind", "global", "local", "both"]
+
+MAX_NEW_TOKENS = 24
+"""Enough for every answer that the drawn families have."""
 
 _IMAGES_AT_ONCE = 32
 """Images whose features and visual tokens are in memory together."""
@@ -53,7 +56,7 @@ class EvaluationSpec:
     modes: tuple[EvaluationMode, ...] = ("blind", "global", "local", "both")
     max_questions: int | None = None
     """At most this many, chosen by hash; None asks all."""
-    max_new_tokens: int = 24
+    max_new_tokens: int = MAX_NEW_TOKENS
     """An answer ends here at the latest; longer true answers cannot be matched."""
 
     def __post_init__(self) -> None:

@@ -80,7 +80,6 @@ class ExecutionSettings:
 
 
 @runtime_checkable
-@runtime_checkable
 class Progress(Protocol):
     """How a stage tells how far it is. One `start`, then any number of `advance`, then `finish`; may repeat."""
 

@@ -16,7 +16,7 @@ from model.specs import fingerprint
 from workers.commits import Stage, from_json
 from workers.dataset.samples import read_samples
 from workers.errors import ExportingError
-from workers.evaluation import EvaluationRecord
+from workers.evaluation import MAX_NEW_TOKENS, EvaluationRecord
 from workers.execution import ExecutionSettings, Progress
 from workers.language_models import PACKAGED
 from workers.storage import Store
@@ -37,7 +37,7 @@ class ExportSpec:
 
     training_fingerprint: str
     evaluation_fingerprint: str
-    format_version: int = 1
+    format_version: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +140,7 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
     from workers.training.assemble import load_trained
 
     model = load_trained(training, store)
+    trains_language_model = "language_model.safetensors" in trained.files
     write_config(
         folder,
         ExportConfig(
@@ -148,11 +149,12 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
             views=training.features.views,
             feature_precision=training.features.precision,
             precision=training.precision,
+            language_model_precision="fp32" if trains_language_model else training.precision,
         ),
     )
     (folder / "connector.safetensors").write_bytes(store.read_bytes(f"{trained.folder}/connector.safetensors"))
     network = model.language_model
-    if "language_model.safetensors" not in trained.files:
+    if not trains_language_model:
         network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
     network.save_pretrained(folder / "language_model")  # type: ignore[operator]
     model.tokenizer.save_pretrained(folder / "language_model")
@@ -174,7 +176,8 @@ def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> t
     if hashlib.sha256(data).hexdigest() != sample.image_sha256:
         raise ExportingError(f"image {sample.image_path} is not the one that the dataset was built from; build it again")
     turn = next((turn for turn in sample.turns if turn.detail == "small"), sample.turns[0])
-    return sample, turn, exported.ask(data, turn.question, "both").text  # without a local branch that is the global view
+    # Without a local branch `both` is the global view.
+    return sample, turn, exported.ask(data, turn.question, "both", max_new_tokens=MAX_NEW_TOKENS).text
 
 
 def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str]) -> str:

@@ -1,19 +1,13 @@
 """The report page from data alone: numbers as given, everything escaped, nothing fetched."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from pipelines.report_page import (
-    AccuracyCell,
-    Curve,
-    PhaseCurves,
-    bytes_text,
-    page_template_sha256,
-    plot_geometry,
-    render_page,
-    smoothed,
-)
+from pipelines.report import template_sha256
+from pipelines.report_page import TEMPLATE, TEMPLATES, AccuracyCell, Curve, PhaseCurves, plot_geometry, render_page, smoothed
+from pipelines.wording import bytes_text
 from tests.page_data import page
 
 
@@ -87,5 +81,11 @@ def test_a_phase_without_steps_draws_an_empty_plot() -> None:
     assert plot["first"] is None
 
 
-def test_a_new_template_is_a_new_report() -> None:
-    assert re.fullmatch("[0-9a-f]{64}", page_template_sha256())
+def test_a_new_template_is_a_new_report(tmp_path: Path) -> None:
+    copy = tmp_path / TEMPLATE
+    copy.write_bytes((TEMPLATES / TEMPLATE).read_bytes())
+    before = template_sha256(copy)
+    assert template_sha256(copy) == before
+    copy.write_bytes(copy.read_bytes() + b" ")
+    assert template_sha256(copy) != before
+    assert template_sha256() != before

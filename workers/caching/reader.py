@@ -45,7 +45,6 @@ class ImageFeatures:
 
 
 @runtime_checkable
-@runtime_checkable
 class FeatureSource(Protocol):
     """Gives the features of images, wherever they come from."""
 

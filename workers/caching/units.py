@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +43,6 @@ __all__ = [
 
 BRANCHES: tuple[Branch, ...] = ("global", "local")
 
-CacheReason = Literal["missing_file", "access_denied", "content_changed", "non_finite_features"]
 """Why an image of a dataset may be missing from its cache; beside model.images.REASONS."""
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2}

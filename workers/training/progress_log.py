@@ -69,10 +69,6 @@ class MetricsLog:
         if time.monotonic() - self._written_at >= self._every_s:
             self._flush()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All lines so far."""
-        return [json.loads(line) for line in self._lines]
-
     def flush(self) -> None:
         """Write everything now."""
         self._flush()

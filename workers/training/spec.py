@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import SpecError
-from model.specs import CONNECTOR_BLOCKS, ConnectorSpec, FeatureSpec, LanguageModelSpec, MapSpec, ScheduleSpec
+from model.specs import ConnectorSpec, FeatureSpec, LanguageModelSpec, MapSpec, ScheduleSpec
 
 __all__ = ["LanguageModelSpec", "PhaseRecord", "TrainingRecord", "TrainingSpec"]
 
@@ -52,11 +52,6 @@ class TrainingSpec:
                 raise SpecError(f"phase {phase.name!r} shows local views alone to some samples, but the connector has no local branch")
             if phase.experts == "resampler" and "resampler" not in self.connector.blocks:
                 raise SpecError(f"phase {phase.name!r} runs the resampler alone, but the connector has none; use experts = 'mixture'")
-
-    @property
-    def trainable_connector_blocks(self) -> tuple[str, ...]:
-        """The connector's blocks, in the order of BLOCKS."""
-        return tuple(block for block in CONNECTOR_BLOCKS if block in self.connector.blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
