@@ -9,6 +9,7 @@ Layer numbering as in model.specs: 0 = embedding output (for CLIP behind its fir
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,10 @@ def describe_encoder(model: str) -> EncoderSpec:
         prefix_tokens=_PREFIX_TOKENS[family],
         mean=mean,
         std=std,
+        num_heads=int(loaded.num_attention_heads),
+        mlp_width=int(loaded.intermediate_size),
+        activation=str(loaded.hidden_act),
+        norm_eps=float(loaded.layer_norm_eps),
     )
 
 
@@ -255,18 +260,22 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
         The encoder, in evaluation mode, without gradients.
 
     Raises:
-        EncoderError: the folder is incomplete, its weights are others than the spec's, or tensors are missing in them.
+        EncoderError: the folder is incomplete, its weights or its config are others than the spec's, or tensors are missing in them.
     """
     from transformers import CLIPVisionModel, SiglipVisionModel
     from transformers.utils import logging
 
     transformers_logging: Any = logging
     folder = encoder_folder(spec.model)
-    found = _weights_sha256(folder)
-    if found != spec.weights_sha256:
+    found = describe_encoder(spec.model)
+    if found != spec:
+        changed = ", ".join(
+            f"{field.name} {getattr(spec, field.name)!s:.16} to {getattr(found, field.name)!s:.16}"
+            for field in fields(spec)
+            if getattr(spec, field.name) != getattr(found, field.name)
+        )
         raise EncoderError(
-            f"encoder {spec.model!r}: expected weights with sha256 {spec.weights_sha256[:16]}..., found {found[:16]}... in {folder}. "
-            "The weights were changed after the spec was made; restore them, or describe the encoder again (a new cache)."
+            f"encoder {spec.model!r}: {folder} was changed after the spec was made ({changed}); restore it, or take it as another one (a new cache)"
         )
     kinds: dict[Family, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
     verbosity = transformers_logging.get_verbosity()

@@ -85,7 +85,7 @@ class EncoderSpec:
     """A frozen vision encoder: which weights, and the shape of what comes out."""
 
     model: str
-    """Folder or hub id, for people. Identity rests on the digest below."""
+    """Folder or hub id: where it is loaded from. Part of the identity too, so the same weights in another place are another encoder."""
     weights_sha256: str
     family: Literal["clip", "siglip"]
     view_px: int
@@ -96,6 +96,10 @@ class EncoderSpec:
     """Tokens before the patches, removed from every map: 1 (CLS) for CLIP, 0 for SigLIP."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    num_heads: int
+    mlp_width: int
+    activation: str
+    norm_eps: float
 
     @property
     def grid(self) -> int:
@@ -312,7 +316,7 @@ class LanguageModelSpec:
     """Which language model, told by its bytes."""
 
     model: str
-    """Folder, hub id or name, for people. Identity rests on the digest."""
+    """Folder, hub id or name: where it is loaded from. Part of the identity too."""
     weights_sha256: str
     """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
 

@@ -20,6 +20,10 @@ def tiny_encoder_spec(**changes: Any) -> Any:
         "width": 8,
         "num_blocks": 6,
         "prefix_tokens": 1,
+        "num_heads": 2,
+        "mlp_width": 64,
+        "activation": "quick_gelu",
+        "norm_eps": 1e-5,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
     }

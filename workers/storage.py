@@ -184,7 +184,7 @@ def translated(doing: str, url: str) -> Iterator[None]:
 
 def _raise_unless_missing(error: OSError) -> None:
     """For os.walk, which would take a folder that cannot be read for an empty one."""
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 

@@ -124,7 +124,17 @@ def test_changed_weights_are_refused(tiny_encoder_folder, tmp_path):
     spec = describe_encoder(str(folder))
     weights = load_file(folder / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EncoderError, match="weights were changed after the spec was made"):
+    with pytest.raises(EncoderError, match=r"was changed after the spec was made \(weights_sha256 "):
+        load_encoder(spec, 2)
+
+
+def test_a_changed_config_is_refused(tiny_encoder_folder, tmp_path):
+    """The weights alone do not say what comes out: another activation gives other features from the same bytes."""
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "encoder")
+    spec = describe_encoder(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(EncoderError, match=r"\(activation quick_gelu to gelu\)"):
         load_encoder(spec, 2)
 
 

@@ -55,6 +55,10 @@ def encoder_spec(**changes: Any) -> EncoderSpec:
         "width": 192,
         "num_blocks": 8,
         "prefix_tokens": 1,
+        "num_heads": 2,
+        "mlp_width": 64,
+        "activation": "quick_gelu",
+        "norm_eps": 1e-5,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
     }
