@@ -333,7 +333,9 @@ class BranchMix:
     def __post_init__(self) -> None:
         shares = (self.both, self.global_only, self.local_only, self.blind)
         if min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-9:
-            raise SpecError(f"branch shares must be >= 0 and sum to 1, found {self}")
+            words = zip(("both", "global", "local", "blind"), shares, strict=True)
+            found = ", ".join(f"{word} {share:g}" for word, share in words)
+            raise SpecError(f"branch: found the shares {found}, in sum {sum(shares):g}; allowed: shares of 0 or more that sum to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,12 @@ identity, nothing in it says how fast or where a run happens; that is `--set`. U
 something else than what was asked for.
 """
 
+import contextlib
 import difflib
 import itertools
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -466,10 +468,12 @@ class Recipe(Table):
         branch, local = self.connector.global_branch, self.connector.local_branch
         local_spec = None
         if local is not None:
-            compression = CompressionSpec(queries=local.compression.queries, attention_init=local.compression.attention_init)
-            local_spec = LocalBranchSpec(fusion=local.fusion.spec(encoder), compression=compression, projector=local.projector)
-        adapters: AdapterSpec = branch.adapters.spec()
-        fusion: FusionSpec = branch.fusion.spec(encoder)
+            with _at("connector.local"):
+                compression = CompressionSpec(queries=local.compression.queries, attention_init=local.compression.attention_init)
+                local_spec = LocalBranchSpec(fusion=local.fusion.spec(encoder), compression=compression, projector=local.projector)
+        with _at("connector.global"):
+            adapters: AdapterSpec = branch.adapters.spec()
+            fusion: FusionSpec = branch.fusion.spec(encoder)
         return ConnectorSpec(
             global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters),
             local_branch=local_spec,
@@ -544,10 +548,8 @@ class Recipe(Table):
         """
 
         def build(path: str, phase: Phase) -> PhaseSpec:
-            try:
+            with _at(path):
                 return phase.spec(connector, num_train_samples)
-            except SpecError as error:
-                raise SpecError(f"{path}: {error}") from error
 
         align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
         sft = (
@@ -623,13 +625,32 @@ def _kinds(error: ErrorDetails) -> str:
 
 
 def _own_mistakes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Without those that only follow from others: a list that a refused element left too short."""
-    return [
-        detail
-        for detail in errors
-        if detail["type"] != "too_short"
-        or not any(other["loc"][: len(detail["loc"])] == detail["loc"] and len(other["loc"]) > len(detail["loc"]) for other in errors)
-    ]
+    """Without those that only follow from others: a list that a refused element left too short, and what a value would have to be to be one of the
+    other types that may stand in its place.
+    """
+
+    def follows(detail: ErrorDetails) -> bool:
+        match detail["type"]:
+            case "too_short":
+                return any(len(other["loc"]) > len(detail["loc"]) and other["loc"][: len(detail["loc"])] == detail["loc"] for other in errors)
+            case "model_type":  # a word where a table may stand too
+                return any(other["type"] == "literal_error" and other["loc"][:-1] == detail["loc"][:-1] for other in errors)
+            case "literal_error":  # a table where a word may stand too
+                beside = detail["loc"][:-1]
+                return isinstance(detail["input"], dict) and any(other is not detail and other["loc"][: len(beside)] == beside for other in errors)
+            case _:
+                return False
+
+    return [detail for detail in errors if not follows(detail)]
+
+
+@contextlib.contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Errors of specs that are made in the block are told with their place in the recipe."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
 
 
 def _refuse(path: Path, lines: list[str]) -> RecipeError:

@@ -86,7 +86,10 @@ class LegibilitySpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.global_max_px <= self.local_min_px:
-            raise SpecError(f"legibility needs 0 < global_max_px <= local_min_px, found {self}")
+            raise SpecError(
+                f"dataset.legibility: found local_min_px {self.local_min_px:g} and global_max_px {self.global_max_px:g}; allowed: "
+                "0 < global_max_px <= local_min_px"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
