@@ -625,8 +625,9 @@ def _kinds(error: ErrorDetails) -> str:
 
 
 def _own_mistakes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Without those that only follow from others: a list that a refused element left too short, and what a value would have to be to be one of the
-    other types that may stand in its place.
+    """Without those that only follow from others.
+
+    Such are a list that a refused element left too short, and what a value would have to be to be another of the types that may stand there.
     """
 
     def follows(detail: ErrorDetails) -> bool:

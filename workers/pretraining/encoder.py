@@ -1,12 +1,12 @@
 """Train the small vision encoder that Loupe ships, in CLIPVisionModel format.
 
 Pictures of the five families, seen through global, local and random views, with three objectives on every patch: which named colours cover it, which
-glyphs stand in it, and its own pixels at quarter resolution. No pretrained weights are used and no third-party picture is shown.
+glyphs stand in it, and its own pixels at half resolution. No pretrained weights are used and no third-party picture is shown.
 
     python -m workers.pretraining.encoder --output model/assets/vision-encoder
 
-The card that is written beside the weights holds the measured accuracy on pictures that were never trained on, and the legibility curve from which
-recipes take their limits.
+The record that is written beside the weights, and the card that `workers.pretraining.cards` makes of it, hold the measured accuracy on pictures that
+were never trained on, and the legibility curve from which recipes take their limits.
 """
 
 import argparse

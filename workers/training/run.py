@@ -240,7 +240,14 @@ def _fit(job: _StageJob) -> None:
 
 
 def _worker_environment() -> dict[str, str]:
-    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        # Workers of a cluster that was there before have none of this process's environment.
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     if "RAY_ADDRESS" not in os.environ and sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: its workers talk over the loopback interface alone
     return environment
