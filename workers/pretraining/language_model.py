@@ -7,7 +7,8 @@ learns to answer from places and contents, and a connector has only to learn wha
 
     python -m workers.pretraining.language_model --output model/assets/language-model
 
-The record beside the weights, and the card that `workers.pretraining.cards` makes of it, hold what was measured on layouts that were never trained on.
+The record beside the weights, and the card that `workers.pretraining.cards` makes of it, hold what was measured on layouts that were never trained
+on.
 """
 
 import argparse
