@@ -1,4 +1,4 @@
-"""`loupe run` with one of its processes killed by -9 at each stage: the next run completes, and ends with what an undisturbed run ends with.
+"""`loupe run` with one of its processes killed by -9, or with Ctrl-C, at each stage: the next run ends with what an undisturbed run ends with.
 
 Three of these stories run every day; all of them under `make test-all`.
 """
@@ -35,6 +35,7 @@ REACHED = {
 
 VICTIMS = {
     "driver": lambda process, words: False,
+    "nobody but Ctrl-C": lambda process, words: False,
     "raylet": lambda process, words: process.name() == "raylet",
     "gcs": lambda process, words: process.name() == "gcs_server",
     "worker": lambda process, words: words.startswith("ray::") and "IDLE" not in words and "Agent" not in words,
@@ -89,7 +90,7 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def victim(process: "subprocess.Popen[str]", kind: str) -> psutil.Process | None:
-    if kind == "driver":
+    if kind in ("driver", "nobody but Ctrl-C"):
         return psutil.Process(process.pid)
     for child in family(process):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -107,7 +108,7 @@ STORIES = [
     for stage in REACHED
     for kind in VICTIMS
     # Evaluation, export and the report start no work on Ray; what its processes do by then is nobody's concern.
-    if kind in ("driver", "flow server") or stage in ("build-dataset", "cache-features", "train-connector")
+    if kind in ("driver", "nobody but Ctrl-C", "flow server") or stage in ("build-dataset", "cache-features", "train-connector")
 ]
 
 
@@ -123,7 +124,10 @@ def test_a_killed_process_costs_nothing_but_time(world: World, tmp_path: Path, s
             assert time.monotonic() < deadline, f"{stage} was not reached"
             time.sleep(0.01)
         bystanders = family(process)
-        killed.send_signal(signal.SIGKILL)
+        if kind == "nobody but Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        else:
+            killed.send_signal(signal.SIGKILL)
         said, complained = process.communicate(timeout=300)
     finally:
         for left in bystanders:
@@ -131,6 +135,10 @@ def test_a_killed_process_costs_nothing_but_time(world: World, tmp_path: Path, s
                 left.kill()
     if kind == "driver":
         assert process.returncode == -signal.SIGKILL
+    elif kind == "nobody but Ctrl-C":
+        assert process.returncode == 130, said + complained
+        assert complained.splitlines()[-1] == "loupe: interrupted; run the same command to resume"
+        assert "Traceback" not in complained, complained
     else:
         # Either the run mends itself, or it says in one paragraph what happened; it never ends well without its results.
         assert "Traceback" not in complained, complained
