@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -34,6 +34,20 @@ __all__ = ["loupe_flow"]
 
 ARTIFACT_INTERVAL_S = 10.0
 NUM_RETRIES = 2
+SERVER_PATIENCE_S = 120.0
+Answer = TypeVar("Answer")
+
+
+def _patiently(call: Callable[[], Answer]) -> Answer:
+    """Ask the flow's server, and again for a while when it is away: it may be starting anew."""
+    deadline_s = time.monotonic() + SERVER_PATIENCE_S
+    while True:
+        try:
+            return call()
+        except httpx.TransportError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(1.0)
 
 
 class ArtifactProgress:
@@ -48,7 +62,7 @@ class ArtifactProgress:
     def start(self, what: str, total: int, done: int = 0) -> None:
         """A new artifact under the stage's key."""
         self._total, self._done, self._sent_s = total, done, time.monotonic()
-        created = create_progress_artifact(progress=self._percent(), key=self._key, description=what)
+        created = _patiently(lambda: create_progress_artifact(progress=self._percent(), key=self._key, description=what))
         assert isinstance(created, UUID)
         self._artifact = created
 
@@ -127,7 +141,8 @@ def _stage_task(experiment: Experiment, stage_run: StageRun) -> "Callable[[], St
         with catching_interruptions() as interruption:
             outcome = run_stage(experiment, stage_run, InterruptibleProgress(progress, interruption))
             interruption.check()
-        create_table_artifact(key=key, table=_record_rows(outcome), description=f"{stage_run.name}: {experiment.store.root}")
+        rows, description = _record_rows(outcome), f"{stage_run.name}: {experiment.store.root}"
+        _patiently(lambda: create_table_artifact(key=key, table=rows, description=description))
         return outcome
 
     return stage
@@ -178,5 +193,6 @@ def run_experiment(experiment: Experiment, until: StageName) -> list[StageOutcom
         outcome = _stage_task(experiment, stage_run)()
         outcomes.append(outcome)
         print(outcome_line(outcome), flush=True)
-    create_markdown_artifact(key=_artifact_key(experiment.file.recipe.name, "summary"), markdown=_summary(experiment, outcomes))
+    summary = _summary(experiment, outcomes)
+    _patiently(lambda: create_markdown_artifact(key=_artifact_key(experiment.file.recipe.name, "summary"), markdown=summary))
     return outcomes

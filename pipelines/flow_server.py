@@ -13,10 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ __all__ = ["FlowServer", "cache_folder", "flow_environment", "start_flow_server"
 
 START_TIMEOUT_S = 240.0  # 4 s on an idle machine, 90 s seen on a crowded one
 FOREIGN_TIMEOUT_S = 20.0  # a server of somebody else's is there already, or it is not
+NUM_RESTARTS = 3
 PR_SET_PDEATHSIG = 1
 
 
@@ -55,14 +57,26 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass(kw_only=True, slots=True)
 class FlowServer:
-    """A server that is starting or started."""
+    """A server that is starting or started. One of our own is started again when something ends it: a run need not die of that.
 
-    url: str
-    process: "subprocess.Popen[bytes] | None"
-    """None for a server of somebody else's."""
-    log: Path | None
+    Args:
+        url: of its API.
+        start: starts its process; None for a server of somebody else's.
+        log: what it prints; None for a server of somebody else's.
+    """
+
+    def __init__(self, url: str, start: "Callable[[], subprocess.Popen[bytes]] | None" = None, log: Path | None = None) -> None:
+        self.url = url
+        self.log = log
+        self._start = start
+        self._process = None if start is None else start()
+        self._stopping = threading.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Process number; None for a server of somebody else's."""
+        return None if self._process is None else self._process.pid
 
     def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until it answers.
@@ -75,15 +89,17 @@ class FlowServer:
         """
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise FlowServerError(f"PREFECT_API_URL: found {self.url!r}; allowed: an http or https URL such as http://127.0.0.1:4200/api")
-        if self.process is None:
+        if self._process is None:
             timeout_s = min(timeout_s, FOREIGN_TIMEOUT_S)
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
-            if self.process is not None and self.process.poll() is not None:
-                raise FlowServerError(f"the flow's server ended with status {self.process.returncode} while starting; its log is {self.log}")
+            if self._process is not None and self._process.poll() is not None:
+                raise FlowServerError(f"the flow's server ended with status {self._process.returncode} while starting; its log is {self.log}")
             health = f"{self.url}/health"
             with contextlib.suppress(urllib.error.URLError, OSError, http.client.HTTPException), urllib.request.urlopen(health, timeout=5) as answer:  # noqa: S310 - always http
-                if answer.status == 200 and (self.process is None or self.process.poll() is None):
+                if answer.status == 200 and (self._process is None or self._process.poll() is None):
+                    if self._start is not None:
+                        threading.Thread(target=self._keep_alive, args=(self._start,), name="keep-flow-server", daemon=True).start()
                     return
             time.sleep(0.1)
         where = "is PREFECT_API_URL right?" if self.log is None else f"its log is {self.log}"
@@ -91,14 +107,28 @@ class FlowServer:
 
     def stop(self) -> None:
         """End it, and wait for its end."""
-        if self.process is None or self.process.poll() is not None:
+        self._stopping.set()
+        if self._process is None or self._process.poll() is not None:
             return
-        self.process.terminate()
+        self._process.terminate()
         try:
-            self.process.wait(timeout=10)
+            self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self._process.kill()
+            self._process.wait()
+
+    def _keep_alive(self, start: "Callable[[], subprocess.Popen[bytes]]") -> None:
+        """Start the server again when it ends. Its children die with the thread that started them, and this thread lives as long as the process."""
+        assert self._process is not None
+        for _ in range(NUM_RESTARTS):
+            status = self._process.wait()
+            if self._stopping.is_set():
+                return
+            print(f"loupe: the flow's server ended with status {status}; it is started again", file=sys.stderr, flush=True)
+            self._process = start()
+            if self._stopping.is_set():
+                self._process.terminate()
+                return
 
 
 def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServer:
@@ -116,32 +146,36 @@ def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServe
     """
     os.environ.update(flow_environment())
     if theirs := os.environ.get("PREFECT_API_URL"):
-        return FlowServer(url=theirs.rstrip("/"), process=None, log=None)
+        return FlowServer(theirs.rstrip("/"))
     home = Path(os.environ["PREFECT_HOME"])
     try:
         home.mkdir(parents=True, exist_ok=True)
-        stream = (home / "loupe-server.log").open("wb")
+        log = home / "loupe-server.log"
+        log.write_bytes(b"")
     except OSError as error:
         raise FlowServerError(
             f"the flow's server keeps its database and log in {home}, which cannot be written ({error.strerror}); set LOUPE_CACHE to a writable "
             "folder"
         ) from error
     chosen = port or _free_port()
-    log = home / "loupe-server.log"
     # The API changes deployments, and so what runs, for whoever can reach it: a web page in the user's browser must not, hence only our own origin.
     guarded = {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{chosen}"}
     only_api = {} if ui else {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
     api_url = f"http://127.0.0.1:{chosen}/api"
-    with stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.flow_server", str(chosen), str(os.getpid())],
-            env={**guarded, **os.environ, **only_api, "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_API_URL": api_url},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,  # Ctrl-C is for the flow, which still has its last state to report
-        )
-    server = FlowServer(url=api_url, process=process, log=log)
+    environment = {**guarded, **os.environ, **only_api, "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_API_URL": api_url}
+
+    def start() -> "subprocess.Popen[bytes]":
+        with log.open("ab") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pipelines.flow_server", str(chosen), str(os.getpid())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,  # Ctrl-C is for the flow, which still has its last state to report
+            )
+
+    server = FlowServer(api_url, start, log)
     os.environ["PREFECT_API_URL"] = api_url
     atexit.register(server.stop)
     return server

@@ -18,7 +18,7 @@ import sys, time
 from pipelines.flow_server import start_flow_server
 server = start_flow_server()
 server.wait_until_ready()
-print(server.url, server.process.pid, flush=True)
+print(server.url, server.pid, flush=True)
 """
 
 
@@ -84,3 +84,25 @@ def test_a_flow_run_is_recorded_and_the_process_ends_soon(folder: Path) -> None:
     assert ended - float(last) < 20
     assert wait_for_end(int(first.split()[1]))
     assert (folder / "prefect" / "prefect.db").exists()
+
+
+def test_a_killed_server_is_started_again(folder: Path) -> None:
+    command = [sys.executable, "-c", START + "time.sleep(600)"]
+    with subprocess.Popen(
+        command, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stderr is not None
+        url, pid = parent.stdout.readline().split()
+        os.kill(int(pid), signal.SIGKILL)
+        assert parent.stderr.readline() == "loupe: the flow's server ended with status -9; it is started again\n"
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        parent.terminate()
