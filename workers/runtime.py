@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 
 _TEMP_DIR_PREFIX = "loupe-ray-"
 _PID_FILE = "driver.pid"
+_WATCH_INTERVAL_S = 15.0
+"""Between looks whether a cluster on which nothing ends is still there."""
 _MAX_TEMP_DIR_CHARS = 40
 """Ray appends about 65 characters for its sockets, and a socket's path may have 107."""
 
@@ -227,7 +229,9 @@ class RayCluster:
                         running.append(submit(job))
                 if not running:
                     break
-                ready, running = ray.wait(running, num_returns=1)
+                ready, running = ray.wait(running, num_returns=1, timeout=_WATCH_INTERVAL_S)
+                if not ready:
+                    _check_alive()
                 for reference in ready:
                     if done is not None:
                         done(reference)
@@ -255,8 +259,16 @@ def ray_runtime(execution: ExecutionSettings) -> Iterator[RayCluster]:
         ClusterError: Ray does not start.
     """
     _start_ray(execution)
-    with _ray_errors_translated():
-        yield RayCluster(execution)
+    try:
+        with _ray_errors_translated():
+            yield RayCluster(execution)
+    except ClusterError as error:
+        if error.retryable and "RAY_ADDRESS" not in os.environ:
+            # What was lost may be Ray itself: its node does not come back, and work given to it would wait for ever. Who tries again gets a new one.
+            import ray
+
+            ray.shutdown()
+        raise
 
 
 def _start_ray(execution: ExecutionSettings) -> None:
@@ -298,6 +310,15 @@ def _start_ray(execution: ExecutionSettings) -> None:
             f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
         ) from error
     atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
+
+
+def _check_alive() -> None:
+    """Notice a cluster without nodes: Ray lets work on it wait for ever."""
+    import ray
+
+    nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+    if not any(node["Alive"] for node in nodes()):
+        raise ClusterError("Ray's last node is gone; run again, finished units are kept")
 
 
 def _init_local(**options: Any) -> None:
