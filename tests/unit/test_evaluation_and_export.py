@@ -181,9 +181,9 @@ def test_a_config_of_another_version_is_refused(trained, exported, tmp_path):
 
     folder = shutil.copytree(trained[0].local_path(exported[1].folder), tmp_path / "export")
     config = json.loads((folder / "loupe_config.json").read_text())
-    (folder / "loupe_config.json").write_text(json.dumps(config | {"format_version": 2}))
+    (folder / "loupe_config.json").write_text(json.dumps(config | {"format_version": config["format_version"] + 1}))
     write_manifest(folder)
-    with pytest.raises(ExportError, match="format version 2"):
+    with pytest.raises(ExportError, match="format version 3"):
         load_export(folder)
     (folder / "loupe_config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "views"}))
     write_manifest(folder)
