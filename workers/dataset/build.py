@@ -171,6 +171,11 @@ def _unit_items(spec: DatasetSpec, sizes: Sequence[int], unit_size: int, wanted:
                 unit = []
 
 
+def _staged_place(path: str) -> int:
+    """Which unit a staged file is of: `.../unit-000003-<digest>.json` is of the fourth."""
+    return int(path.rsplit("-", 2)[1])
+
+
 def _stage_units(
     stage: Stage,
     spec: DatasetSpec,
@@ -186,13 +191,12 @@ def _stage_units(
     num_items = sum(sizes)
     num_units = -(-num_items // unit_size)
     prefixes = [stage.path(f"staged/unit-{place:06d}-") for place in range(num_units)]
-    places = {prefix: place for place, prefix in enumerate(prefixes)}
     expected = {source_label(source): size for source, size in zip(spec.sources, sizes, strict=True)}
     staged: dict[int, str] = {}
     num_done = 0
     for path in store.list(stage.path("staged")):
         unit = _read_unit(store, path)
-        place = places[path.rpartition("-")[0] + "-"]
+        place = _staged_place(path)
         # A unit with refused items runs again: whoever resumes may have repaired them.
         if not unit.quarantined and place not in staged:
             staged[place] = path
@@ -207,7 +211,7 @@ def _stage_units(
         try:
             quarantined: dict[str, list[QuarantineRow]] = {}
             for report in _run(jobs, execution, cluster):
-                staged[places[report.path.rpartition("-")[0] + "-"]] = report.path
+                staged[_staged_place(report.path)] = report.path
                 for row in report.quarantined:
                     quarantined.setdefault(row.source, []).append(row)
                 check_budget(quarantined, expected, execution.max_quarantined_fraction)
