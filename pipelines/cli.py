@@ -85,14 +85,15 @@ def _flow_recipe(file: RecipeFile, word: str) -> str:
     return word if word in recipe_files() else str(file.path.resolve())
 
 
-def _shown(root: str, path: str) -> str:
-    """Where something below the root lies, as a person would type it from here."""
+def _shown(root: str, reference: str) -> str:
+    """Where something lies, below the root or by its own URL, as a person would type it from here."""
     from pipelines.stages import shown_path
     from workers.storage import Store
 
-    shown = Path(shown_path(Store(root).url(path)))
+    text = shown_path(Store(root).reference_url(reference))
+    shown = Path(text)
     if not shown.is_absolute():
-        return shown_path(Store(root).url(path))  # a URL
+        return text  # a URL
     return str(shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown)
 
 
@@ -101,9 +102,7 @@ def _ask_command(root: str, export: dict[str, Any]) -> str:
     program = Path(sys.argv[0])
     here = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
     name = here if program.name == "loupe" else "loupe"
-    image = export["check_image"]
-    image = image if "://" in image else _shown(root, image)
-    return shlex.join([name, "ask", _shown(root, export["folder"]), image, export["check_question"]])
+    return shlex.join([name, "ask", _shown(root, export["folder"]), _shown(root, export["check_image"]), export["check_question"]])
 
 
 @app.command

@@ -154,16 +154,12 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         normalisation=f"An answer is right when it equals the true one after {runs[0].evaluation.normalisation.removesuffix('; then equality')}.",
         samples=shown,
         stages=stages,
-        ask_command=shlex.join(["loupe", "ask", shown_path(store.url(export["folder"])), _image_path(store, export), export["check_question"]]),
+        ask_command=shlex.join(
+            ["loupe", "ask", *(shown_path(store.reference_url(export[name])) for name in ("folder", "check_image")), export["check_question"]]
+        ),
         recipe_text=experiment.file.text,
         seeds=recipe.seeds,
     )
-
-
-def _image_path(store: Store, export: dict[str, Any]) -> str:
-    """Where the image of an export's check lies, as a person would type it."""
-    image: str = export["check_image"]
-    return shown_path(image if "://" in image else store.url(image))
 
 
 def template_sha256(*sources: Path) -> str:

@@ -267,6 +267,10 @@ class Store:
         store, name = open_url(reference)
         return store.read_bytes(name)
 
+    def reference_url(self, reference: str) -> str:
+        """The absolute URL of what `read_reference` would read."""
+        return reference if "://" in reference else self.url(reference)
+
     def exists(self, path: str) -> bool:
         """Whether an object lies at this path. Folders are not objects."""
         with translated("look for", self.url(path)):

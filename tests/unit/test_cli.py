@@ -168,6 +168,7 @@ def test_light_commands_import_nothing_heavy() -> None:
     ("program", "root", "image", "expected"),
     [
         (".venv/bin/loupe", "data", "images/a b.png", ".venv/bin/loupe ask data/exports/x 'data/images/a b.png' 'What is it?'"),
+        ("loupe", "data", "file:///elsewhere/a%20b.png", "loupe ask data/exports/x '/elsewhere/a b.png' 'What is it?'"),
         ("/elsewhere/cli.py", "data", "s3://bucket/a.png", "loupe ask data/exports/x s3://bucket/a.png 'What is it?'"),
     ],
 )
