@@ -5,14 +5,25 @@ A row names its input well enough to play it again. The books of a stage balance
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
-from workers.errors import ErrorBudgetError
+from workers.errors import AccessDeniedError, ErrorBudgetError, ObjectNotFoundError, StorageError
 from workers.storage import Store
 from workers.tables import Table
 
-__all__ = ["QUARANTINE_SCHEMA", "QUARANTINE_TABLE", "QuarantineRow", "check_budget", "quarantine_table", "quarantine_to_table", "read_quarantine"]
+__all__ = [
+    "QUARANTINE_SCHEMA",
+    "QUARANTINE_TABLE",
+    "QuarantineRow",
+    "StoreReason",
+    "check_budget",
+    "quarantine_table",
+    "quarantine_to_table",
+    "read_quarantine",
+    "store_reason",
+]
 
 _ALWAYS_ALLOWED = 5
 """A handful of bad files in a small set says nothing about the rest."""
@@ -46,6 +57,19 @@ class QuarantineRow:
     bytes_sha256: str | None
     """Of the bytes that were refused; None when there were none to read."""
     detail: str
+
+
+StoreReason = Literal["missing_file", "access_denied"]
+
+
+def store_reason(error: StorageError) -> StoreReason | None:
+    """The reason code when a store withholds one object; None when the failure says nothing about that object.
+
+    Everything unknown is of the second kind (a network, a full table of open files): it stops the work, and the next run reads the object.
+    """
+    if isinstance(error, ObjectNotFoundError):
+        return "missing_file"
+    return "access_denied" if isinstance(error, AccessDeniedError) else None
 
 
 def quarantine_table(store: Store) -> Table:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -29,23 +30,30 @@ __all__ = ["Store", "open_url", "translate_storage_error", "translated"]
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
 
-_DENIED_CODES = frozenset(
+_DENIED_CODES = frozenset({"AccessDenied", "AllAccessDisabled", "Forbidden", "401", "403"})
+_CREDENTIAL_CODES = frozenset(
     {
-        "AccessDenied",
-        "AllAccessDisabled",
-        "Forbidden",
-        "401",
-        "403",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidSignature",
+        "InvalidToken",
+        "MissingAuthenticationToken",
+        "RequestExpired",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnrecognizedClient",
     }
 )
-_CREDENTIAL_CODES = frozenset({"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"})
-_MISSING_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "404"})
+_MISSING_CODES = frozenset({"KeyTooLongError", "NoSuchBucket", "NoSuchKey", "NotFound", "ResourceNotFound", "404"})
 _BUSY_CODES = frozenset(
     {
         "InternalError",
+        "InternalFailure",
+        "NetworkConnection",
         "OperationAborted",
-        "RequestTimeout",
         "RequestTimeTooSkewed",
+        "RequestTimeout",
         "ServiceUnavailable",
         "SlowDown",
         "Throttling",
@@ -59,7 +67,8 @@ _BUSY_CODES = frozenset(
     }
 )
 _DENIED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_MISSING_ERRNOS = frozenset({errno.ENOENT})
+_MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
+"""No object lies, or can lie, at such a path; a folder is none."""
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BUSY_ERRNOS = frozenset(
     {
@@ -78,16 +87,22 @@ _BUSY_ERRNOS = frozenset(
 _BUSY_TYPES = frozenset(
     {
         "ClientConnectorError",
+        "ClientPayloadError",
         "ConnectTimeoutError",
         "ConnectionClosedError",
         "ConnectionError",
         "EndpointConnectionError",
         "HTTPClientError",
+        "IncompleteReadError",
+        "ProtocolError",
         "ReadTimeoutError",
+        "ResponseStreamingError",
+        "ServerDisconnectedError",
         "ServerTimeoutError",
         "TimeoutError",
     }
 )
+_MESSAGE_CHARS = 300
 _CREDENTIAL_TYPES = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"})
 
 
@@ -101,15 +116,35 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _service_code(error: BaseException) -> str | None:
-    """The S3 error code in an error or its causes."""
+# Arrow's S3 client and delta-rs have no error types to ask, only texts:
+#   AWS Error SLOW_DOWN during HeadObject operation: ...    AWS Error UNKNOWN (HTTP status 503) during ...
+#   Server returned non-2xx status code  403 Forbidden  <?xml ...><Error><Code>ExpiredToken</Code>...    HTTP error  error sending request
+_ARROW_CODE = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d{3})\))? during")
+_DELTA_CODE = re.compile(r"<Code>(\w+)</Code>")
+_DELTA_STATUS = re.compile(r"non-2xx status code\W+(\d{3})\b")
+_DELTA_UNSENT = re.compile(r"HTTP error\W+error sending request")
+
+
+def _plain(text: str) -> str:
+    """A message on one line: delta-rs draws its own as a tree, in colours."""
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m|<\?xml[^>]*\?>|↳", " ", text)).strip()
+
+
+def _service_codes(error: BaseException) -> set[str]:
+    """What the service answered, as S3 error codes or HTTP statuses: as the error's field, else out of its text."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            code = response.get("Error", {}).get("Code")
-            if code:
-                return str(code)
-    return None
+        if isinstance(response, dict) and (code := response.get("Error", {}).get("Code")):
+            return {str(code)}
+    text = _plain(str(error))
+    if found := _ARROW_CODE.search(text):
+        code, status = found.groups()
+        return {status or code.title().replace("_", "")}
+    if named := _DELTA_CODE.search(text):
+        return {named.group(1)}
+    if status_only := _DELTA_STATUS.search(text):
+        return {status_only.group(1)}
+    return {"NetworkConnection"} if _DELTA_UNSENT.search(text) else set()
 
 
 def translate_storage_error(error: BaseException, doing: str, url: str) -> StorageError:
@@ -125,13 +160,10 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     """
     if isinstance(error, StorageError):
         return error
-    code = _service_code(error)
+    codes = _service_codes(error)
     names = {type(cause).__name__ for cause in _causes(error)}
     numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    # Arrow's S3 client reports the service's answer in its text alone.
-    said = {candidate for candidate in _DENIED_CODES | _CREDENTIAL_CODES | _MISSING_CODES | _BUSY_CODES if candidate.isalpha() and candidate in text}
-    codes = {code} if code is not None else said
+    text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
         return ObjectNotFoundError(f"cannot {doing} {url}: nothing lies there ({text})")
     if codes & _CREDENTIAL_CODES or names & _CREDENTIAL_TYPES:
@@ -154,7 +186,7 @@ def _is_exists_error(error: BaseException) -> bool:
 
     s3fs turns the 412 into FileExistsError only when the answer names the condition (AWS does); from other servers it comes as OSError(EINVAL).
     """
-    return isinstance(error, FileExistsError) or _service_code(error) in {"PreconditionFailed", "ConditionalRequestConflict", "412"}
+    return isinstance(error, FileExistsError) or bool(_service_codes(error) & {"PreconditionFailed", "ConditionalRequestConflict", "412"})
 
 
 @contextlib.contextmanager
@@ -247,7 +279,8 @@ class Store:
         with translated("read", self.url(path)):
             if self._local is not None:
                 return (self._local / _relative(path)).read_bytes()
-            return bytes(self._s3.cat_file(self._key(path)))
+            # One request. Asked to read in parallel, s3fs sends a HEAD before, whose refusals have no code to tell them apart.
+            return bytes(self._s3.cat_file(self._key(path), max_concurrency=1))
 
     def read_reference(self, reference: str) -> bytes:
         """All bytes of an object below this root, or anywhere when `reference` is an absolute URL.

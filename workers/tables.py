@@ -217,17 +217,27 @@ class Table:
 
         Returns:
             An Arrow table of file columns, or None when no file matches.
+
+        Raises:
+            StorageError: a file cannot be read, or a page of it does not match its checksum.
         """
         files = self.files(partition)
         if not files:
             return None
-        tables = [self.open_file(file).read(columns=None if columns is None else list(columns)) for file in files]
+        tables = []
+        for file in files:
+            with translated("read", self.file_url(file)):
+                tables.append(self.open_file(file).read(columns=None if columns is None else list(columns)))
         return pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="default")
+
+    def file_url(self, file: TableFile) -> str:
+        """Where one of its files lies."""
+        return self.store.url(f"{self.path}/{file.path}")
 
     def open_file(self, file: TableFile) -> pq.ParquetFile:
         """One committed file, opened for reading with its page checksums verified."""
         location = self.store.fs_path(f"{self.path}/{file.path}")
-        with translated("read", self.store.url(f"{self.path}/{file.path}")):
+        with translated("read", self.file_url(file)):
             return pq.ParquetFile(location, filesystem=self.store.filesystem, page_checksum_verification=True)
 
     def _open(self) -> Any:

@@ -20,12 +20,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 class Recorder(SilentProgress):
     def __init__(self):
         self.seen = []
+        self.facts = {}
 
     def start(self, what, total, done=0):
         self.seen.append((total, done))
 
     def advance(self, count=1, **facts):
         self.seen.append(count)
+        self.facts = facts
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +97,11 @@ def test_a_killed_worker_s_run_ends_in_the_same_bytes(trained, tmp_path):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    record = train_connector(trained["spec"], store, settings(), SilentProgress())
+    progress = Recorder()
+    record = train_connector(trained["spec"], store, settings(), progress)
     thread.join()
     assert killed
+    assert progress.facts["lost_workers"] == 1
     assert record.files == trained["record"].files
     assert losses(store, record.training_fingerprint[:16]) == losses(trained["store"], record.training_fingerprint[:16])
 
@@ -111,7 +115,7 @@ def test_two_workers_give_the_same_losses(trained, tmp_path):
     assert record.workers == 2
 
 
-def test_an_error_of_ours_comes_out_as_itself(small, ray_session, tmp_path):
+def test_an_error_of_ours_comes_out_as_itself_at_the_first_try(small, ray_session, tmp_path):
     from workers.errors import MissingFeaturesError
 
     store = elsewhere(small[0], tmp_path)
@@ -119,4 +123,25 @@ def test_an_error_of_ours_comes_out_as_itself(small, ray_session, tmp_path):
 
     shutil.rmtree(store.local_path("features"))
     with pytest.raises(MissingFeaturesError, match="holds no features"):
-        train_connector(small[1], store, settings(max_failures=0), SilentProgress())
+        train_connector(small[1], store, settings(max_failures=2), SilentProgress())
+    tries = [path for path in (store.local_path("runs/train-connector")).glob("*/ray/*") if path.is_dir()]
+    assert len(tries) == 1
+
+
+def test_workers_that_never_start_are_an_error(small, ray_session, tmp_path, monkeypatch):
+    """Ray alone would try them for ever, and say nothing."""
+    import ray
+
+    from workers.errors import ClusterError
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+
+    @ray.remote(num_cpus=2)
+    class Hog:
+        def here(self):
+            return True
+
+    hog = Hog.remote()
+    assert ray.get(hog.here.remote())
+    with pytest.raises(ClusterError, match=r"lost its workers .*run again"):
+        train_connector(small[1], elsewhere(small[0], tmp_path), settings(max_failures=0), SilentProgress())

@@ -30,6 +30,23 @@ def wrapped(code):
     return error
 
 
+class ResponseStreamingError(Exception):
+    pass
+
+
+def arrow(code):
+    """As Arrow's S3 file system says it."""
+    return OSError(f"When reading information for key 'k' in bucket 'b': AWS Error {code} during HeadObject operation: No response body.")
+
+
+def delta(status, body):
+    """As delta-rs draws it."""
+    arm = "\n   \x1b[31m↳\x1b[0m "
+    return OSError(
+        f"Kernel error -> Generic S3 error{arm}Error performing GET http://h/k in 1ms - Server returned non-2xx status code{arm}{status}{arm}{body}"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "retryable"),
     [
@@ -41,7 +58,26 @@ def wrapped(code):
         (wrapped("SignatureDoesNotMatch"), CredentialsError, False),
         (wrapped("InvalidAccessKeyId"), CredentialsError, False),
         (NoCredentialsError("none"), CredentialsError, False),
-        (OSError("When reading: AWS Error ACCESS_DENIED / AccessDenied during HeadObject"), AccessDeniedError, False),
+        (arrow("ACCESS_DENIED"), AccessDeniedError, False),
+        (arrow("UNKNOWN (HTTP status 503)"), StoreUnavailableError, True),
+        (arrow("NETWORK_CONNECTION"), StoreUnavailableError, True),
+        (arrow("SLOW_DOWN"), StoreUnavailableError, True),
+        (arrow("SIGNATURE_DOES_NOT_MATCH"), CredentialsError, False),
+        (arrow("NO_SUCH_BUCKET"), ObjectNotFoundError, False),
+        (OSError("AWS Error SOMETHING_NEW during GetObject operation: of SlowDown.png, AccessDenied.png, NotFound.png"), StorageError, False),
+        (delta("403 Forbidden", "<Error><Code>ExpiredToken</Code><Message>m</Message></Error>"), CredentialsError, False),
+        (delta("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>"), AccessDeniedError, False),
+        (delta("503 Service Unavailable", ""), StoreUnavailableError, True),
+        (
+            OSError("Kernel error -> Generic S3 error\n \x1b[31m↳\x1b[0m HTTP error\n \x1b[31m↳\x1b[0m error sending request"),
+            StoreUnavailableError,
+            True,
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "a file in the way"), ObjectNotFoundError, False),
+        (IsADirectoryError(errno.EISDIR, "a folder"), ObjectNotFoundError, False),
+        (OSError(errno.ENAMETOOLONG, "long"), ObjectNotFoundError, False),
+        (OSError(errno.EMFILE, "too many open files"), StorageError, False),
+        (ResponseStreamingError("cut off"), StoreUnavailableError, True),
         (OSError(errno.ENOSPC, "full"), StoreFullError, False),
         (OSError(errno.EDQUOT, "quota"), StoreFullError, False),
         (wrapped("SlowDown"), StoreUnavailableError, True),
@@ -58,6 +94,8 @@ def test_every_foreign_error_becomes_one_of_ours(error, kind, retryable):
     assert type(translated) is kind
     assert translated.retryable is retryable
     assert "cannot read s3://b/k" in str(translated)
+    assert "\n" not in str(translated)
+    assert "\x1b" not in str(translated)
     assert translate_storage_error(translated, "write", "x") is translated
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 from torch import Tensor
@@ -23,8 +22,8 @@ from model.views import Branch
 from workers.caching.encode import as_features, choose_device, encode_views
 from workers.caching.units import BRANCHES, features_table, load_views, map_bytes, num_views
 from workers.dataset.samples import Sample
-from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
-from workers.storage import Store
+from workers.errors import MissingFeaturesError, ObjectNotFoundError, StaleCacheError, StorageError
+from workers.storage import Store, translated
 from workers.tables import TableFile
 
 __all__ = ["CachedFeatures", "FeatureSource", "ImageFeatures", "LiveFeatures"]
@@ -89,6 +88,14 @@ class _Maps:
 
 def _image_features(found: dict[Branch, Tensor]) -> ImageFeatures:
     return ImageFeatures(global_maps=found["global"][0] if "global" in found else None, local_maps=found.get("local"))
+
+
+def _is_damage(error: StorageError) -> bool:
+    """Whether a file of the cache is gone or holds something else, as far as can be told; a store that is away or refuses us says nothing of it.
+
+    Arrow reports damage without a number of the operating system; what has one (too many open files) is not the file's fault.
+    """
+    return isinstance(error, ObjectNotFoundError) or (type(error) is StorageError and getattr(error.__cause__, "errno", None) is None)
 
 
 class LiveFeatures:
@@ -207,16 +214,19 @@ class CachedFeatures:
     def _index_file(self, file: TableFile) -> None:
         index = self._index["global" if file.partition["branch"] == "global" else "local"]
         try:
-            opened = self._file(file)
-            images = opened.read(columns=["image_sha256"]).column(0).to_pylist()
-            row = 0
-            for group in range(opened.num_row_groups):
-                index[images[row]] = (file, group)
-                row += opened.metadata.row_group(group).num_rows
-        except (OSError, pa.ArrowException, StorageError) as error:
+            with translated("read", self._table.file_url(file)):
+                opened = self._file(file)
+                images = opened.read(columns=["image_sha256"]).column(0).to_pylist()
+                row = 0
+                for group in range(opened.num_row_groups):
+                    index[images[row]] = (file, group)
+                    row += opened.metadata.row_group(group).num_rows
+        except StorageError as error:
+            if not _is_damage(error):
+                raise
             if self._policy == "fail":
                 raise MissingFeaturesError(
-                    f"{self._store.url(self._table.path)}/{file.path} is damaged or gone ({first_line(error)}). "
+                    f"{self._table.file_url(file)} is damaged or gone ({first_line(error)}). "
                     "Remove the cache's runs folder and table and cache again, or read with the policy `encode`."
                 ) from error
 
@@ -233,6 +243,7 @@ class CachedFeatures:
 
         Raises:
             MissingFeaturesError: an image is missing or damaged, and the policy is `fail`.
+            StorageError: the store is away, or refuses us.
         """
         wanted = self._maps.wanted(want_global=want_global, want_local=want_local)
         results = []
@@ -291,11 +302,14 @@ class CachedFeatures:
         maps = self._maps.by_branch[branch]
         spec = self._spec
         try:
-            rows = self._file(file).read_row_group(group, columns=["image_sha256", *(item.name for item in maps)], use_threads=False)
-        except (OSError, pa.ArrowException, StorageError) as error:
+            with translated("read", self._table.file_url(file)):
+                rows = self._file(file).read_row_group(group, columns=["image_sha256", *(item.name for item in maps)], use_threads=False)
+        except StorageError as error:
             self._open.pop(file.path, None)
+            if not _is_damage(error):
+                raise
             raise MissingFeaturesError(
-                f"{self._store.url(self._table.path)}/{file.path}, row group {group} (image {sample.image_sha256[:12]}) cannot be read: "
+                f"{self._table.file_url(file)}, row group {group} (image {sample.image_sha256[:12]}) cannot be read: "
                 f"{first_line(error)}. Remove the cache and cache again, or read with the policy `encode`."
             ) from error
         expected = num_views(spec, sample, branch)

@@ -20,8 +20,8 @@ from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch, ViewPlan, plan_views
 from workers.commits import Stage
 from workers.dataset.samples import Sample
-from workers.errors import AccessDeniedError, IncompleteError, ObjectNotFoundError
-from workers.quarantine import QuarantineRow
+from workers.errors import IncompleteError, StorageError
+from workers.quarantine import QuarantineRow, store_reason
 from workers.storage import Store
 from workers.tables import Table, TableFile
 
@@ -42,8 +42,6 @@ __all__ = [
 ]
 
 BRANCHES: tuple[Branch, ...] = ("global", "local")
-
-"""Why an image of a dataset may be missing from its cache; beside model.images.REASONS."""
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2}
 _ARROW_DTYPE = {"fp32": "float32", "fp16": "float16"}
@@ -267,10 +265,11 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
             both = load_views(job.spec, sample, store)
         except ImageError as error:
             quarantined.append(refuse(sample, error.reason, str(error)))
-        except ObjectNotFoundError as error:
-            quarantined.append(refuse(sample, "missing_file", str(error)))
-        except AccessDeniedError as error:
-            quarantined.append(refuse(sample, "access_denied", str(error)))
+        except StorageError as error:
+            reason = store_reason(error)
+            if reason is None:
+                raise
+            quarantined.append(refuse(sample, reason, str(error)))
         else:
             kept.append(sample)
             if job.spec.global_maps:

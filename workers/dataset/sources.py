@@ -16,8 +16,8 @@ from model.images import decode_image, detail_score
 from workers.dataset.rendering import Rendered
 from workers.dataset.samples import Sample, Split, Turn
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, SourceSpec, source_label
-from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, SourceError, StorageError
-from workers.quarantine import QuarantineRow
+from workers.errors import SourceError, StorageError
+from workers.quarantine import QuarantineRow, StoreReason, store_reason
 from workers.storage import Store, open_url
 
 __all__ = ["Item", "Renderer", "describe_llava_json", "image_path", "load_item", "normalise_conversation", "read_records", "split_of"]
@@ -25,7 +25,7 @@ __all__ = ["Item", "Renderer", "describe_llava_json", "image_path", "load_item",
 Renderer = Callable[[str, int, DatasetSpec], Rendered]
 """family, number, spec -> picture."""
 
-RecordReason = Literal["bad_record", "bad_conversation", "no_image", "bad_path", "missing_file", "access_denied"]
+RecordReason = Literal["bad_record", "bad_conversation", "no_image", "bad_path"] | StoreReason
 """What can be wrong with a record before its image is decoded; beside model.images.REASONS."""
 
 PLACEHOLDER = "<image>"
@@ -227,14 +227,11 @@ def _read_image(source: LlavaJsonSourceSpec, name: str) -> tuple[bytes, str]:
     store = Store(source.images)
     try:
         return store.read_bytes(name), store.url(name)
-    except ObjectNotFoundError as error:
-        raise _RefusedError("missing_file", str(error)) from error
-    except AccessDeniedError as error:
-        raise _RefusedError("access_denied", str(error)) from error
     except StorageError as error:
-        if error.retryable or isinstance(error, CredentialsError):
-            raise  # the store, not this image
-        raise _RefusedError("missing_file", str(error)) from error
+        reason = store_reason(error)
+        if reason is None:
+            raise
+        raise _RefusedError(reason, str(error)) from error
 
 
 def normalise_conversation(conversations: list[Any]) -> tuple[Turn, ...]:

@@ -22,7 +22,7 @@ from model.errors import ModelError, first_line
 from model.schedule import steps_before
 from model.specs import CONNECTOR_BLOCKS, fingerprint
 from workers.commits import Stage, from_json
-from workers.errors import ClusterError, ObjectNotFoundError, TrainingError, WorkerError, WorkFailedError
+from workers.errors import ClusterError, ObjectNotFoundError, StorageError, TrainingError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, Progress
 from workers.runtime import ray_runtime
 from workers.storage import Store
@@ -69,11 +69,11 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
     schedule = spec.schedule
     total = steps_before(schedule.phases, len(schedule.phases))
     with stage.attempt() as timer:
-        with _following(store, stage, total, progress):
+        with _following(store, stage, total, progress) as losses:
             for name in _STAGES:
                 phases = _phases(spec, name)
                 if phases and _done_records(spec, store, name) is None:
-                    _fit(_StageJob(spec=spec, root=store.root, execution=execution, stage=name, threads=_threads(execution)))
+                    _fit(_StageJob(spec=spec, root=store.root, execution=execution, stage=name, threads=_threads(execution)), losses)
         records = [record for name in _STAGES if _phases(spec, name) for record in _finished(spec, store, name)]
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
@@ -159,8 +159,12 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
 
 
 @contextlib.contextmanager
-def _following(store: Store, stage: Stage, total: int, progress: Progress) -> Iterator[None]:
-    """Tell the progress what rank 0 writes down, from a thread: Ray's fit() blocks."""
+def _following(store: Store, stage: Stage, total: int, progress: Progress) -> Iterator[list[ClusterError]]:
+    """Tell the progress what rank 0 writes down and how often workers were lost, from a thread: Ray's fit() blocks.
+
+    Yields:
+        A list for the losses.
+    """
 
     def read() -> dict[str, Any]:
         try:
@@ -170,33 +174,65 @@ def _following(store: Store, stage: Stage, total: int, progress: Progress) -> It
         return found
 
     def follow() -> None:
-        known = first
+        known, num_losses = first, 0
         while True:
             over = ended.wait(0.5)
-            now = read()
+            try:
+                now = read()
+            except StorageError:
+                now = {"step": known}  # a store that is away for a moment stops no training, nor what is shown of it
             step = int(now["step"])
-            if step > known:
+            if step > known or len(losses) > num_losses:
                 facts = {name: now[name] for name in ("phase", "loss") if now.get(name) is not None}
-                progress.advance(step - known, **facts)
-                known = step
+                known, num_losses, count = max(known, step), len(losses), max(0, step - known)
+                progress.advance(count, **facts, **({"lost_workers": num_losses} if num_losses else {}))
             if over:
                 return
 
     first = int(read()["step"])
     progress.start("training the connector", total, first)
+    losses: list[ClusterError] = []
     ended = threading.Event()
     thread = threading.Thread(target=follow, name="follow-training", daemon=True)
     thread.start()
     try:
-        yield
+        yield losses
     finally:
         ended.set()
         thread.join()
         progress.finish()
 
 
-def _fit(job: _StageJob) -> None:
-    """Run one stage under Ray Train."""
+def _fit(job: _StageJob, losses: list[ClusterError]) -> None:
+    """Run one stage, again as often as `max_failures` allows when its workers were lost.
+
+    Ray's own counting is not used: it tries errors of the code again as well (a stale cache, a loss that is not finite), and workers that cannot
+    start it tries for ever.
+
+    Args:
+        job: the stage.
+        losses: gets an entry per loss.
+
+    Raises:
+        ClusterError: workers were lost more often than that.
+        WorkFailedError: the code raised an error that is none of ours.
+        WorkerError: ours, from a worker.
+    """
+    num_losses = 0
+    while True:
+        try:
+            return _fit_once(job)
+        except ClusterError as error:
+            # From another rank, a worker's death looks like an error of the code: a connection that its peer has closed.
+            lost = error.retryable or job.execution.train_workers > 1
+            num_losses += 1
+            if not lost or num_losses > job.execution.max_failures:
+                raise
+            losses.append(error)
+
+
+def _fit_once(job: _StageJob) -> None:
+    """Run one stage under Ray Train, with new workers."""
     execution, store = job.execution, Store(job.root)
     with ray_runtime(execution) as cluster:
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -224,7 +260,7 @@ def _fit(job: _StageJob) -> None:
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             run_config=RunConfig(
                 name=f"{key}-{job.stage}-{time.time_ns()}",  # a name of its own: Ray would go on with an older run of the same name
-                failure_config=FailureConfig(max_failures=execution.max_failures),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 worker_runtime_env={"env_vars": _worker_environment()},
                 **storage,
             ),
@@ -264,12 +300,11 @@ def _translated(failures: list[Exception], stage: str) -> Exception:
     for error in chain:
         if isinstance(error, (ModelError, WorkerError)):
             return error
-    first = chain[0] if chain else None
+    deaths = [failure for failure in failures if type(failure).__module__.startswith("ray")]
+    first = next(iter(deaths or failures), None)
     text = (str(first).strip().splitlines() or [""])[-1] if first is not None else ""
-    if type(first).__module__.startswith("ray"):
-        return ClusterError(
-            f"stage {stage} lost its workers more often than max_failures allows ({text}); run again, it goes on from its last checkpoint"
-        )
+    if deaths:
+        return ClusterError(f"stage {stage} lost its workers ({text}); run again, it goes on from its last checkpoint")
     return WorkFailedError(f"stage {stage} failed with {type(first).__name__}: {text}")
 
 

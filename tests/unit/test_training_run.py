@@ -1,0 +1,87 @@
+"""Which failures of training workers are tried again, and what is said of the others. With real clusters: tests/e2e/test_training_under_ray.py."""
+
+import pytest
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from model.errors import FrozenBlockChangedError
+from tests.tiny_training import tiny_training_spec
+from workers.errors import ClusterError, StaleCacheError, StoreUnavailableError, WorkFailedError
+from workers.execution import ExecutionSettings
+from workers.training import run
+
+
+@pytest.fixture
+def job(tiny_language_model_folder):
+    spec = tiny_training_spec(tiny_language_model_folder)
+
+    def make(**changes):
+        return run._StageJob(spec=spec, root="/nowhere", execution=ExecutionSettings(**changes), stage="align", threads=1)
+
+    return make
+
+
+def fitting(monkeypatch, *answers):
+    """Let the tries of a stage end like this; gives the list of tries."""
+    tries = []
+
+    def fit_once(stage_job):
+        tries.append(stage_job)
+        answer = answers[len(tries) - 1]
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(run, "_fit_once", fit_once)
+    return tries
+
+
+def test_lost_workers_are_replaced_as_often_as_allowed(monkeypatch, job):
+    tries = fitting(monkeypatch, ClusterError("one"), ClusterError("two"), None)
+    losses = []
+    run._fit(job(max_failures=2), losses)
+    assert len(tries) == 3
+    assert [str(loss) for loss in losses] == ["one", "two"]
+
+
+def test_one_loss_too_many_is_an_error(monkeypatch, job):
+    tries = fitting(monkeypatch, ClusterError("one"), ClusterError("two"))
+    with pytest.raises(ClusterError, match="two"):
+        run._fit(job(max_failures=1), [])
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [StaleCacheError("stale"), FrozenBlockChangedError("changed"), StoreUnavailableError("away"), WorkFailedError("a bug")]
+)
+def test_what_would_fail_again_is_not_tried_again(monkeypatch, job, error):
+    """A store that is away is the flow's to try again, after a pause."""
+    tries = fitting(monkeypatch, error)
+    with pytest.raises(type(error)):
+        run._fit(job(max_failures=2), [])
+    assert len(tries) == 1
+
+
+def test_a_peer_s_death_may_look_like_a_bug_of_another_rank(monkeypatch, job):
+    tries = fitting(monkeypatch, WorkFailedError("connection closed by peer"), None)
+    run._fit(job(max_failures=2, train_workers=2), [])
+    assert len(tries) == 2
+
+
+def death():
+    return WorkerHealthCheckFailedError("the worker died", RuntimeError("actor died"))
+
+
+def test_our_own_error_is_told_before_deaths_and_deaths_before_foreign_errors():
+    ours = StaleCacheError("stale")
+    assert run._translated([death(), ours], "align") is ours
+    told = run._translated([RuntimeError("connection closed by peer"), death()], "align")
+    assert type(told) is ClusterError
+    assert "lost its workers (actor died)" in str(told)
+    told = run._translated([RuntimeError("a bug\nin two lines")], "sft")
+    assert type(told) is WorkFailedError
+    assert "stage sft failed with RuntimeError" in str(told)
+
+
+def test_a_wrapped_error_of_ours_is_found():
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = StaleCacheError("stale")
+    assert isinstance(run._translated([wrapped], "align"), StaleCacheError)
