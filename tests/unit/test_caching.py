@@ -1,10 +1,12 @@
 import dataclasses
+import errno
 import shutil
 
 import deltalake
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +20,17 @@ from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
 from workers.caching.units import BRANCHES, feature_bytes, features_table, load_views
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
-from workers.errors import DiskSpaceError, ErrorBudgetError, IncompleteError, MissingFeaturesError, SpecChangedError, StaleCacheError, TableError
+from workers.errors import (
+    DiskSpaceError,
+    ErrorBudgetError,
+    IncompleteError,
+    MissingFeaturesError,
+    SpecChangedError,
+    StaleCacheError,
+    StorageError,
+    StoreUnavailableError,
+    TableError,
+)
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
@@ -338,6 +350,29 @@ def test_damaged_files_follow_the_policy(built, damage):
     assert lenient.num_encoded_live == (1 if damage == "flipped bit" else 5)
     for ours, theirs in zip(found, good, strict=True):
         torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
+
+
+AWAY = OSError("When reading information for key 'k' in bucket 'b': AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7")
+
+
+@pytest.mark.parametrize(("failure", "told"), [(AWAY, StoreUnavailableError), (OSError(errno.EMFILE, "Too many open files"), StorageError)])
+def test_a_store_that_is_away_is_no_damage(cached, monkeypatch, failure, told):
+    store, spec, samples, _ = cached
+
+    def fail(*_, **__):
+        raise failure
+
+    for policy in ("fail", "encode"):
+        source = CachedFeatures(store, spec, policy=policy)
+        with monkeypatch.context() as patch:
+            patch.setattr(pq.ParquetFile, "read_row_group", fail)
+            with pytest.raises(told, match="cannot read file://"):
+                source.fetch(samples[:1], want_global=True, want_local=False)
+            patch.setattr(pq.ParquetFile, "read", fail)
+            with pytest.raises(told, match="cannot read file://"):
+                CachedFeatures(store, spec, policy=policy)
+        assert len(source.fetch(samples[:1], want_global=True, want_local=False)) == 1
+        assert source.num_encoded_live == 0
 
 
 def test_the_spec_is_what_the_key_says(cached):

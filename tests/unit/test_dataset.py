@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ from workers.dataset.build import build_dataset, merge_duplicates, samples_table
 from workers.dataset.samples import Sample, Turn, read_samples, samples_from_table, samples_to_table
 from workers.dataset.sources import describe_llava_json, normalise_conversation, split_of
 from workers.dataset.spec import LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
-from workers.errors import ErrorBudgetError, SourceError, TableError, WorkerError
+from workers.errors import ErrorBudgetError, SourceError, StorageError, TableError, WorkerError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
@@ -188,6 +190,26 @@ def test_every_bad_record_is_a_row_with_its_reason(store, tmp_path):
     by_index = {row.index: row for row in quarantine_of(store, spec)}
     assert by_index[4].bytes_sha256 is not None
     assert by_index[3].item == "gone.png"
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "no memory")])
+def test_a_failure_of_the_process_is_no_image_s_fault(store, tmp_path, monkeypatch, failure):
+    records = [{"id": str(number), "image": f"{number}.png", "conversations": small_data.conversation("q?", "a")} for number in range(12)]
+    source = small_data.write_llava(tmp_path / "llava", records, {f"{number}.png": small_data.png(number) for number in range(12)})
+    spec = small_data.dataset_spec(sources=(source,))
+    read = Path.read_bytes
+
+    def sometimes(path):
+        if path.name == "7.png":
+            raise failure
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", sometimes)
+        with pytest.raises(StorageError, match=r"cannot read file://.*7\.png"):
+            small_data.build(store, spec)
+    assert small_data.build(store, spec).num_samples == 12
+    assert quarantine_of(store, spec) == []
 
 
 def test_too_many_bad_records_stop_the_stage_and_a_repair_resumes_it(store, tmp_path):
