@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from model.errors import SpecError
+from model.errors import ConversationError, SpecError
 from model.metrics import Share, exact_match, majority_answers
-from model.specs import fingerprint
+from model.specs import FeatureSpec, fingerprint
 from workers.commits import Stage
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import EvaluationError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from model.vision_language import Mode, VisionLanguageModel
     from workers.training.assemble import TrainingData
 
-__all__ = ["MAX_NEW_TOKENS", "NORMALISATION", "AccuracyCount", "EvaluationRecord", "EvaluationSpec", "evaluate"]
+__all__ = ["MAX_NEW_TOKENS", "NORMALISATION", "AccuracyCount", "EvaluationRecord", "EvaluationSpec", "check_questions", "evaluate"]
 
 NORMALISATION = "casefold, strip, collapse blanks, strip one trailing period; then equality"
 """How answers are compared, in words; the code is model.metrics.normalise_answer."""
@@ -194,6 +194,36 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
     return stage.commit(record)
 
 
+def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", features: FeatureSpec, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+    """Tokenise every question, so that one that cannot be asked is told before a training run and not after it.
+
+    Args:
+        samples: of the split that will be asked.
+        model: that will be asked; trained or not.
+        features: tell how many local views an image has.
+        max_new_tokens: room that the answers need.
+
+    Raises:
+        EvaluationError: names the sample and what is wrong with its question.
+    """
+    from workers.caching.units import num_views
+
+    for question in _chosen(samples, None):
+        _prompt(model, question, num_views(features, question.sample, "local"), max_new_tokens)
+
+
+def _prompt(model: "VisionLanguageModel", question: _Question, num_local_views: int, max_new_tokens: int) -> "Conversation":
+    from model.chat import tokenise_question
+    from model.vision_language import room_for_text
+
+    room = room_for_text(model.max_tokens - max_new_tokens, model.connector, num_local_views)
+    try:
+        return tokenise_question(model.tokenizer, question.text, room)
+    except ConversationError as error:
+        sample = question.sample
+        raise EvaluationError(f"question {question.turn + 1} of sample {sample.sample_id} ({sample.source}) cannot be asked: {error}") from error
+
+
 def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Question]:
     """All questions in frozen order, or those with the smallest hashes."""
     questions = [
@@ -225,8 +255,7 @@ def _answers(
     batch_size: int,
 ) -> Iterator[list[_Given]]:
     """Answers, a batch at a time. An image's visual tokens are computed once for all of its questions and modes."""
-    from model.chat import tokenise_question
-    from model.vision_language import lay_out_images, plan_sequences, room_for_text
+    from model.vision_language import lay_out_images, plan_sequences
     from workers.training.batches import needed_maps, stack_maps
 
     global_maps, local_maps = needed_maps(model.connector.spec)
@@ -251,11 +280,11 @@ def _answers(
         ).to(model.device)
         visual = model.visual_tokens_without_gradient(maps)
         for mode in modes:
-            mine: list[tuple[_Question, Conversation]] = []
-            for question in questions:
-                if question.sample.sample_id in place:
-                    room = room_for_text(model.max_tokens - max_new_tokens, model.connector, views[place[question.sample.sample_id]])
-                    mine.append((question, tokenise_question(model.tokenizer, question.text, room)))
+            mine = [
+                (question, _prompt(model, question, views[place[question.sample.sample_id]], max_new_tokens))
+                for question in questions
+                if question.sample.sample_id in place
+            ]
             mine.sort(key=lambda pair: pair[1].num_text_tokens)  # little padding
             for first in range(0, len(mine), batch_size):
                 some = mine[first : first + batch_size]

@@ -17,6 +17,7 @@ from workers.errors import EvaluationError, ExportingError, TrainingError
 from workers.evaluation import EvaluationSpec, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.exporting import ExportSpec, export
+from workers.storage import Store
 from workers.training.assemble import load_trained
 from workers.training.run import train_connector, train_stage
 
@@ -61,6 +62,33 @@ def test_the_training_record(trained):
     assert record.num_images == len(read_samples(store, spec.dataset_fingerprint, "train"))
     assert record.files.keys() == {"connector.safetensors", "language_model.safetensors"}
     assert train_connector(spec, store, EXECUTION, SilentProgress()) == record
+
+
+def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(trained, tmp_path, monkeypatch):
+    from workers import evaluation
+    from workers.training import run
+
+    _, spec, _ = trained
+    store = Store(str(tmp_path / "root"))
+    shutil.copytree(trained[0].local_path(), store.local_path())
+    for folder in ("checkpoints", "runs/train-connector"):
+        shutil.rmtree(store.local_path(folder))
+    real = evaluation.read_samples
+
+    def spoilt(*arguments):
+        samples = list(real(*arguments))
+        if arguments[-1] == "held_out":
+            turns = (*samples[1].turns[:-1], replace(samples[1].turns[-1], question="what does <image> mean?"))
+            samples[1] = replace(samples[1], turns=turns)
+        return samples
+
+    monkeypatch.setattr("workers.dataset.samples.read_samples", spoilt)
+    held_out = spoilt(store, spec.dataset_fingerprint, "held_out")
+    with pytest.raises(
+        EvaluationError, match=rf"question {len(held_out[1].turns)} of sample {held_out[1].sample_id} .*cannot be asked: .*<image>.*remove it"
+    ):
+        run.train_stage(spec, store, EXECUTION, "align", threads=1)
+    assert not store.list("checkpoints")
 
 
 def test_counts_add_up_and_answers_are_on_record(trained, evaluated):

@@ -327,6 +327,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     import torch
     import torch.distributed as dist
 
+    from workers.dataset.samples import read_samples
+    from workers.evaluation import check_questions
     from workers.training.assemble import choose_device, training_data
     from workers.training.batches import BatchBuilder
     from workers.training.checkpoints import CheckpointFolder
@@ -354,6 +356,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         max_tokens=model.max_tokens,
     )
     builder.check()
+    if rank == 0:
+        check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
         global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
