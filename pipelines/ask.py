@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.errors import NothingThereError
-from workers.storage import Store
+from workers.errors import ObjectNotFoundError
+from workers.storage import Store, open_url
 
 if TYPE_CHECKING:
     from model.export import Answer
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["ask_export"]
 
 
-def ask_export(export: str, image: Path, question: str, mode: Literal["blind", "global", "local", "both"]) -> "Answer":
+def ask_export(export: str, image: str, question: str, mode: Literal["blind", "global", "local", "both"]) -> "Answer":
     """Load an export and ask it one question.
 
     Args:
         export: folder or URL of the export.
-        image: an image file.
+        image: path or URL of an image file.
         question: what to ask.
         mode: which views the model sees.
 
@@ -27,9 +28,13 @@ def ask_export(export: str, image: Path, question: str, mode: Literal["blind", "
 
     Raises:
         NothingThereError: no such export or image.
+        StorageError: one of them cannot be read.
     """
-    if not image.is_file():
-        raise NothingThereError(f"ask: found no image file {image}; give the path of a PNG or JPEG")
+    images, name = open_url(image)
+    try:
+        image_bytes = images.read_bytes(name)
+    except ObjectNotFoundError as error:
+        raise NothingThereError(f"ask: found no image file {image}; give the path or URL of a PNG or JPEG") from error
     store = Store(export)
     local = store.local_path()
     if local is not None and not local.is_dir():
@@ -37,7 +42,7 @@ def ask_export(export: str, image: Path, question: str, mode: Literal["blind", "
     from model.export import load_export
 
     if local is not None:
-        return load_export(local).ask(image.read_bytes(), question, mode=mode)
+        return load_export(local).ask(image_bytes, question, mode=mode)
     with tempfile.TemporaryDirectory(prefix="loupe-export-") as folder:
         store.download_folder("", Path(folder))
-        return load_export(Path(folder)).ask(image.read_bytes(), question, mode=mode)
+        return load_export(Path(folder)).ask(image_bytes, question, mode=mode)

@@ -5,6 +5,7 @@ resumes. Prefect, Ray and torch are imported only by the commands that use them.
 """
 
 import os
+import select
 import shlex
 import sys
 from importlib.metadata import version
@@ -159,7 +160,7 @@ def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
 @app.command
 def ask(
     export_folder: Annotated[str, Parameter(name="EXPORT", help="An export folder, as a path or URL.")],
-    image: Annotated[Path, Parameter(name="IMAGE", help="An image file.")],
+    image: Annotated[str, Parameter(name="IMAGE", help="An image file, as a path or URL.")],
     question: Annotated[str, Parameter(name="QUESTION", help="What to ask about it.")],
     /,
     *,
@@ -241,6 +242,13 @@ def _quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def _nobody_reads() -> bool:
+    """Whether our standard output is a pipe that nobody reads from any more; an error of another pipe is no reason to end in silence."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
@@ -250,12 +258,15 @@ def main(words: list[str] | None = None) -> None:
     _quiet_environment()
     try:
         app(words, exit_on_error=False, print_error=True, result_action="return_value")
+        sys.stdout.flush()  # a pipe gets it only now, and may be closed
     except CycloptsError:
         sys.exit(USER_ERROR)  # cyclopts has printed it
     except (ModelError, WorkerError, PipelineError) as error:
         print(f"loupe: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except BrokenPipeError:
+        if not _nobody_reads():
+            raise
         # Whoever read our output has seen enough (`loupe show ... | head`); Python's own flush at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)

@@ -22,20 +22,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipelines.errors import FlowServerError
+from workers.execution import cache_folder
 
-__all__ = ["FlowServer", "cache_folder", "flow_environment", "start_flow_server"]
+__all__ = ["FlowServer", "flow_environment", "start_flow_server"]
 
 START_TIMEOUT_S = 240.0  # 4 s on an idle machine, 90 s seen on a crowded one
 FOREIGN_TIMEOUT_S = 20.0  # a server of somebody else's is there already, or it is not
 NUM_RESTARTS = 3
 PR_SET_PDEATHSIG = 1
-
-
-def cache_folder() -> Path:
-    """Where Loupe keeps what belongs to no root: `$LOUPE_CACHE`, or `loupe` in the user's cache folder."""
-    if folder := os.environ.get("LOUPE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loupe"
 
 
 def flow_environment() -> dict[str, str]:
@@ -118,7 +112,7 @@ class FlowServer:
             self._process.wait()
 
     def _keep_alive(self, start: "Callable[[], subprocess.Popen[bytes]]") -> None:
-        """Start the server again when it ends. Its children die with the thread that started them, and this thread lives as long as the process."""
+        """Start the server again when it ends. Its children die with the thread that started them, so this one lasts as long as the last of them."""
         assert self._process is not None
         for _ in range(NUM_RESTARTS):
             status = self._process.wait()
@@ -129,6 +123,7 @@ class FlowServer:
             if self._stopping.is_set():
                 self._process.terminate()
                 return
+        self._process.wait()  # a child that has not asked yet to die with its parent would die with this thread
 
 
 def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServer:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from model.errors import SpecError
 from model.views import plan_views
+from pipelines.errors import RecipeError
 from pipelines.recipe import RenderedSource
 from pipelines.stages import Experiment, rendered_feature_bytes, stage_runs
 from pipelines.wording import bytes_text, data_console
@@ -71,7 +72,7 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
         for stage_run in stage_runs(experiment):
             done = experiment.record(stage_run.stage, stage_run.spec) is not None
             yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
-    except SpecError as error:
+    except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 

@@ -21,7 +21,7 @@ def check_schedule(cron: str, timezone: str, port: int) -> None:
     Args:
         cron: five fields: minute, hour, day of the month, month, weekday.
         timezone: IANA name.
-        port: that the UI will listen on.
+        port: that the UI will listen on; of no matter where PREFECT_API_URL names a server.
 
     Raises:
         SettingError: one of them cannot be; the message says what is allowed.
@@ -34,6 +34,8 @@ def check_schedule(cron: str, timezone: str, port: int) -> None:
         raise SettingError(f"serve --timezone: found {timezone!r}; {hint}allowed: an IANA time zone such as 'UTC' or 'Europe/Berlin'")
     if not 1 <= port <= 65535:
         raise SettingError(f"serve --port: found {port}; allowed: 1 to 65535")
+    if "PREFECT_API_URL" in os.environ:
+        return  # the user's own server: none of ours will listen
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

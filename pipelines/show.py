@@ -8,7 +8,7 @@ from rich.table import Table
 
 from model.errors import SpecError
 from model.specs import fingerprint
-from pipelines.errors import NothingThereError
+from pipelines.errors import NothingThereError, RecipeError
 from pipelines.stages import Experiment, stage_runs
 from pipelines.wording import bytes_text, data_console, duration_text
 
@@ -111,6 +111,6 @@ def _show_run(experiment: Experiment, console: Console) -> None:
             else:
                 state, spent = ("begun" if experiment.store.exists(f"{folder}/spec.json") else "to do"), ""
             table.add_row(stage_run.name, stage_run.key, state, spent, folder)
-    except SpecError as error:
+    except (SpecError, RecipeError) as error:
         table.add_row("later stages", "", str(error), "", "")
     console.print(table)

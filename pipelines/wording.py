@@ -11,9 +11,17 @@ if TYPE_CHECKING:
 __all__ = ["bytes_text", "data_console", "duration_text", "outcome_line"]
 
 
+class _DataConsole(Console):
+    """A console that leaves a closed pipe to the command line; Rich would end the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise again the BrokenPipeError under which this is called."""
+        raise  # noqa: PLE0704 - Rich calls this while it handles one
+
+
 def data_console() -> Console:
     """Standard output for tables of data: a `[word]` in a question or a description is text, not markup."""
-    return Console(markup=False, highlight=False, emoji=False)
+    return _DataConsole(markup=False, highlight=False, emoji=False)
 
 
 def duration_text(seconds: float) -> str:
@@ -32,8 +40,9 @@ def bytes_text(number: int | None) -> str:
         return "-"
     value = float(number)
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        rounded = float(f"{value:.3g}")
+        if rounded < 1000 or unit == "TB":
+            return f"{rounded:.0f} {unit}" if unit == "B" or rounded >= 100 else f"{rounded:.3g} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
 

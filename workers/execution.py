@@ -3,10 +3,19 @@
 Nothing here enters a hash. A setting may change speed, memory and the moment a run gives up, never which rows a table holds.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-__all__ = ["ExecutionSettings", "Progress", "SilentProgress"]
+__all__ = ["ExecutionSettings", "Progress", "SilentProgress", "cache_folder"]
+
+
+def cache_folder() -> Path:
+    """Where a machine keeps what belongs to no root: `$LOUPE_CACHE`, or `loupe` in the user's cache folder."""
+    if folder := os.environ.get("LOUPE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loupe"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -158,14 +158,21 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
         network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
     network.save_pretrained(folder / "language_model")  # type: ignore[operator]
     model.tokenizer.save_pretrained(folder / "language_model")
-    source = encoder_folder(training.features.encoder.model)
-    (folder / "encoder").mkdir()
-    for file in sorted(source.iterdir()):
-        if file.is_file() and (file.suffix == ".safetensors" or file.name in ("config.json", "preprocessor_config.json", "README.md", "LICENSE")):
-            shutil.copyfile(file, folder / "encoder" / file.name)
+    _copy_encoder(encoder_folder(training.features.encoder.model), folder / "encoder")
     licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
     (folder / "README.md").write_text(model_card(training, trained, evaluated, licences))
     return write_manifest(folder)
+
+
+_ENCODER_FILES = ("config.json", "preprocessor_config.json", "README.md", "LICENSE")
+
+
+def _copy_encoder(source: Path, target: Path) -> None:
+    """What loading an encoder needs, one weights file or many with their index, and what tells of it."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name in _ENCODER_FILES):
+            shutil.copyfile(file, target / file.name)
 
 
 def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", "Turn", str]:

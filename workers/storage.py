@@ -127,7 +127,7 @@ _DELTA_UNSENT = re.compile(r"HTTP error\W+error sending request")
 
 def _plain(text: str) -> str:
     """A message on one line: delta-rs draws its own as a tree, in colours."""
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m|<\?xml[^>]*\?>|↳", " ", text)).strip()
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m|<\?xml[^>]*\?>|\u21b3", " ", text)).strip()
 
 
 def _service_codes(error: BaseException) -> set[str]:

@@ -1,15 +1,19 @@
 """The command line: its options are frozen, its errors are one paragraph with status 2, and it imports nothing heavy for nothing."""
 
+import os
 import socket
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipelines import cli
+from pipelines.ask import ask_export
 from pipelines.errors import PipelineError
+from pipelines.serve import check_schedule
 
 # A new option is a decision: it must set execution, never what is computed. Change this table when you have decided.
 FROZEN = {
@@ -115,15 +119,60 @@ def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixt
     assert "cannot be listened on" in err
 
 
+def test_the_user_s_own_flow_server_may_listen_where_ours_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        check_schedule("0 3 * * *", "UTC", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_an_image_may_be_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_url: bool) -> None:
+    image, asked = tmp_path / "a b.png", []
+    image.write_bytes(b"the image")
+
+    class Export:
+        def ask(self, data: bytes, question: str, mode: str) -> SimpleNamespace:
+            asked.append((data, question, mode))
+            return SimpleNamespace(text="seven")
+
+    monkeypatch.setattr("model.export.load_export", lambda folder: Export())
+    monkeypatch.chdir(tmp_path)
+    assert ask_export(str(tmp_path), image.as_uri() if as_url else "a b.png", "what?", "both").text == "seven"
+    assert asked == [(b"the image", "what?", "both")]
+
+
+def test_a_folder_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(["ask", str(tmp_path), str(tmp_path), "what?"], capsys)
+    assert (status, "found no image file" in err) == (2, True)
+
+
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], capsys)[1].strip() == version("loupe") != "0.0.0"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    command = f"{sys.executable} -m pipelines.cli recipes | head -c 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["recipes", "run demo --dry-run"])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, unbuffered: str, words: str) -> None:
+    """Through a buffer the pipe is found closed only when the command is at its end."""
+    command = f"(sleep 0.2; {sys.executable} -m pipelines.cli {words}; echo $? > {tmp_path}/status) | true; sleep 0.2"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert done.stderr == ""
+    assert (tmp_path / "status").read_text().strip() == "141"
+
+
+def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "load_recipe", broken)
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            cli.main(["run", "demo"])
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,30 @@ def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(tra
     assert not store.list("checkpoints")
 
 
+def test_an_encoder_in_several_files_is_exported_whole(tiny_encoder_folder, tmp_path):
+    import json
+
+    from transformers import CLIPVisionModel
+
+    from model.encoder import describe_encoder, load_encoder
+    from workers.exporting import _copy_encoder
+
+    CLIPVisionModel.from_pretrained(tiny_encoder_folder).save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    for name in ("preprocessor_config.json", "README.md"):
+        if (tiny_encoder_folder / name).exists():
+            shutil.copyfile(tiny_encoder_folder / name, tmp_path / "sharded" / name)
+    (tmp_path / "sharded" / "pytorch_model.bin").write_bytes(b"a pickle")
+    _copy_encoder(tmp_path / "sharded", tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    assert "pytorch_model.bin" not in names
+    weight_map = json.loads((tmp_path / "copy" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map.values()) <= names
+    spec = describe_encoder(str(tmp_path / "copy"))
+    assert spec.weights_sha256 == describe_encoder(str(tmp_path / "sharded")).weights_sha256
+    load_encoder(spec, 2, "cpu")
+
+
 def test_counts_add_up_and_answers_are_on_record(trained, evaluated):
     store, spec, _ = trained
     _, record = evaluated

@@ -56,7 +56,16 @@ def test_what_was_not_asked_has_no_accuracy() -> None:
 
 
 def test_bytes_read_well() -> None:
-    assert [bytes_text(n) for n in (None, 0, 999, 1000, 2_310_000, 4_000_000_000)] == ["-", "0 B", "999 B", "1 kB", "2.31 MB", "4 GB"]
+    assert [bytes_text(n) for n in (None, 0, 999, 1000, 999_400, 999_600, 2_310_000, 4_000_000_000)] == [
+        "-",
+        "0 B",
+        "999 B",
+        "1 kB",
+        "999 kB",
+        "1 MB",
+        "2.31 MB",
+        "4 GB",
+    ]
 
 
 def test_smoothing_keeps_level_and_length() -> None:

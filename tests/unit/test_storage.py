@@ -41,7 +41,7 @@ def arrow(code):
 
 def delta(status, body):
     """As delta-rs draws it."""
-    arm = "\n   \x1b[31m↳\x1b[0m "
+    arm = "\n   \x1b[31m\u21b3\x1b[0m "
     return OSError(
         f"Kernel error -> Generic S3 error{arm}Error performing GET http://h/k in 1ms - Server returned non-2xx status code{arm}{status}{arm}{body}"
     )
@@ -69,7 +69,7 @@ def delta(status, body):
         (delta("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>"), AccessDeniedError, False),
         (delta("503 Service Unavailable", ""), StoreUnavailableError, True),
         (
-            OSError("Kernel error -> Generic S3 error\n \x1b[31m↳\x1b[0m HTTP error\n \x1b[31m↳\x1b[0m error sending request"),
+            OSError("Kernel error -> Generic S3 error\n \x1b[31m\u21b3\x1b[0m HTTP error\n \x1b[31m\u21b3\x1b[0m error sending request"),
             StoreUnavailableError,
             True,
         ),

@@ -256,3 +256,21 @@ def test_bf16_holds_the_frozen_language_model_in_bf16(tiny_language_model_folder
 def test_stages(spec):
     assert list(stage_phases(spec.schedule, "align")) == [0, 1, 2, 3]
     assert list(stage_phases(spec.schedule, "sft")) == [4]
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_behind_it(tmp_path):
+    """Resumed from step 400 with another interval: 600 is damaged, 800 half written, and neither may count among the kept."""
+    store = Store(str(tmp_path))
+    folder = CheckpointFolder(store, "k", "align")
+
+    def save(step):
+        folder.save(Saved(step=step, model={"connector.w": torch.ones(2)}, optimizer={}, state={}))
+
+    for step in (200, 400, 600):
+        save(step)
+    store.write_bytes("checkpoints/k/align/step-00000600/model.safetensors", b"damaged")
+    store.write_bytes("checkpoints/k/align/step-00000800/model.safetensors", b"half")
+    assert folder.latest().step == 400
+    save(450)
+    assert folder.latest().step == 450
+    assert folder.load(400) is not None

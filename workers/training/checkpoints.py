@@ -136,7 +136,6 @@ class CheckpointFolder:
     def __init__(self, store: Store, key: str, stage: str) -> None:
         self._store = store
         self.folder = f"checkpoints/{key}/{stage}"
-        self.bytes_written = 0
 
     def save(self, saved: Saved) -> None:
         """Write a checkpoint, then delete those that are no longer needed.
@@ -150,8 +149,8 @@ class CheckpointFolder:
             "state.json": json.dumps(saved.state, sort_keys=True).encode(),
         }
         write_checked(self._store, self._path(saved.step), files)
-        self.bytes_written += sum(len(data) for data in files.values())
-        for step in self._steps()[:-_KEPT]:
+        # Counted are those before this one: what lies behind it is damaged or half written, else training would have gone on from there.
+        for step in [step for step in self._steps() if step < saved.step][: -(_KEPT - 1)]:
             # The manifest goes first: a half deleted checkpoint must not look whole.
             paths = self._store.list(self._path(step))
             for path in sorted(paths, key=lambda path: not path.endswith(_MANIFEST)):
