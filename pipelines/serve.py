@@ -4,13 +4,20 @@ The server of this command has the scheduler and the UI; it shares its database 
 in the UI as well.
 """
 
+import asyncio
+import contextlib
 import difflib
 import os
+import signal
 import socket
+from typing import TYPE_CHECKING
 from zoneinfo import available_timezones
 
 from pipelines.errors import SettingError
 from pipelines.flow_server import start_flow_server
+
+if TYPE_CHECKING:
+    from prefect.runner import Runner
 
 __all__ = ["check_schedule", "serve_recipe"]
 
@@ -49,7 +56,7 @@ def _bad_cron(cron: str) -> SettingError:
 
 
 def serve_recipe(recipe: str, root: str, settings: dict[str, str], *, cron: str, timezone: str, port: int) -> None:
-    """Register the recipe's flow and run it on schedule until interrupted.
+    """Register the recipe's flow and run it on schedule until interrupted, by Ctrl-C or by SIGTERM.
 
     Args:
         recipe: name or whole path.
@@ -65,6 +72,7 @@ def serve_recipe(recipe: str, root: str, settings: dict[str, str], *, cron: str,
     # A scheduled run that fails says so in this terminal too; `loupe run` prints its own errors.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
     server = start_flow_server(ui=True, port=port)
+    from prefect.runner import Runner
     from prefect.schedules import Cron
     from prefect.types.entrypoint import EntrypointType
 
@@ -77,12 +85,35 @@ def serve_recipe(recipe: str, root: str, settings: dict[str, str], *, cron: str,
         raise _bad_cron(cron) from error
     server.wait_until_ready()
     print(f"Prefect UI: {server.url.removesuffix('/api')}   recipe: {recipe}   schedule: {cron} {timezone}   (Ctrl-C ends it)", flush=True)
-    loupe_flow.serve(
-        name=recipe.rpartition("/")[2].removesuffix(".toml"),
+    name = recipe.rpartition("/")[2].removesuffix(".toml")
+    runner = Runner(name=name, pause_on_shutdown=False, limit=1)  # a restart must not leave the schedule paused
+    runner.add_flow(
+        loupe_flow,
+        name=name,
         schedules=[schedule],
         parameters={"recipe": recipe, "root": Store(root).root, "settings": settings},
         entrypoint_type=EntrypointType.MODULE_PATH,
-        pause_on_shutdown=False,  # a restart must not leave the schedule paused
-        limit=1,
-        print_starting_message=False,
     )
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(_serving(runner))
+
+
+async def _serving(runner: "Runner") -> None:
+    """Let a runner serve until Ctrl-C or SIGTERM, which end the run that is under way as well; at the second, without waiting for it.
+
+    Prefect's own ways are not taken: for Ctrl-C it waits for the run's end, for SIGTERM it ends itself in mid-air and prints a traceback.
+    """
+    serving, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert serving is not None
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop(*_: object) -> None:
+        if stopping:
+            serving.cancel()
+        else:
+            stopping.append(loop.create_task(runner.astop()))
+
+    runner.handle_sigterm = lambda *_: loop.call_soon_threadsafe(stop)  # type: ignore[assignment, method-assign] # start() installs what stands there
+    loop.add_signal_handler(signal.SIGINT, stop)
+    await runner.start()
+    await asyncio.gather(*stopping)
