@@ -9,6 +9,7 @@ from model.specs import fingerprint
 from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines
 from pipelines.recipe import load_recipe
+from pipelines.show import show_recipe
 from pipelines.stages import STAGES, Experiment, StageRun, check_ready, open_experiment, rendered_feature_bytes, run_stage, shown_path, stage_runs
 from tests.tiny import tiny_recipe
 from workers.errors import DiskSpaceError
@@ -113,6 +114,17 @@ def test_nothing_held_out_is_said_before_features_are_cached(experiment: Experim
     experiment.store.write_json(f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
     with pytest.raises(RecipeError, match=r"dataset\.held_out_fraction: found 0\.4, which holds out none of the 16 images"):
         next(runs)
+
+
+def test_a_dataset_with_nothing_held_out_can_still_be_shown_and_planned(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    key = fingerprint(experiment.dataset)[:16]
+    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_train": 7, "num_held_out": 0, "num_samples": 7, "seconds": 3})
+    show_recipe("run", experiment)
+    told = capsys.readouterr().out
+    assert key in told
+    assert "done" in told
+    assert "later stages" in told
+    assert [(line.fact, "holds out none" in line.value) for line in plan_lines(experiment) if line.topic == "stages"][-1] == ("later ones", True)
 
 
 def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
