@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.errors import EncoderError, first_line
 from model.specs import EncoderSpec, MapSpec
+from model.weights import unreadable_weights
 
 __all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "resolve_encoder"]
 
@@ -87,7 +88,7 @@ def encoder_folder(name: str) -> Path:
         A folder with config.json and at least one *.safetensors file.
 
     Raises:
-        EncoderError: the folder is incomplete, or the hub does not give it.
+        EncoderError: the folder is incomplete or its weights are no whole safetensors, or the hub does not give it.
     """
     resolved = resolve_encoder(name)
     folder = Path(resolved)
@@ -108,6 +109,8 @@ def encoder_folder(name: str) -> Path:
             f"encoder {name!r}: expected weights as *.safetensors (for example model.safetensors) in {folder}, found none; "
             "copy the weights there or point to a complete model folder"
         )
+    if fault := unreadable_weights(folder):
+        raise EncoderError(f"encoder {name!r}: in {folder}, {fault}")
     return folder
 
 

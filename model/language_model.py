@@ -14,20 +14,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model.errors import LanguageModelError
+from model.errors import LanguageModelError, first_line
 from model.specs import LanguageModelSpec
+from model.weights import unreadable_weights
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
     "LanguageModel",
     "LanguageModelSpec",
     "check_folder",
+    "context_tokens",
     "decoder",
     "describe_folder",
     "embed",
     "embedding_rms",
     "first_token",
     "load_language_model",
+    "load_tokenizer",
     "resolve_folder",
 ]
 
@@ -110,7 +113,65 @@ def check_folder(folder: Path, name: str) -> Path:
     }
     if missing := [part for part, there in parts.items() if not there]:
         raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+    if fault := unreadable_weights(folder):
+        raise LanguageModelError(f"language model {name!r}: in {folder}, {fault}")
     return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a language model, good for conversations.
+
+    Args:
+        folder: in transformers' layout.
+
+    Returns:
+        It, with a chat template and an end token.
+
+    Raises:
+        LanguageModelError: it cannot be read, or lacks one of them.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+        raise LanguageModelError(f"language model {folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise LanguageModelError(
+            f"language model {folder}: its tokenizer has no chat template, so questions and answers have no form. Base models have none: take the "
+            "model's instruct version, or add a chat_template.jinja"
+        )
+    if tokenizer.eos_token_id is None:
+        raise LanguageModelError(f"language model {folder}: its tokenizer names no end token, so an answer would never end; set eos_token")
+    return tokenizer
+
+
+def context_tokens(folder: Path) -> int:
+    """Longest sequence that a language model's positions allow, by its config alone.
+
+    Args:
+        folder: in transformers' layout.
+
+    Returns:
+        Number of tokens; 2**20 where the config names no limit.
+
+    Raises:
+        LanguageModelError: the config cannot be read, or is of no causal language model that transformers knows.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LanguageModelError(f"language model {folder}: its config.json cannot be read ({first_line(error)})") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LanguageModelError(f"language model {folder}: its config.json is of a {config.model_type!r}; it must be a causal language model")
+    return _limit(config)
+
+
+def _limit(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20)
 
 
 def describe_folder(folder: Path, name: str) -> LanguageModelSpec:
@@ -146,24 +207,20 @@ def load_language_model(folder: Path) -> LanguageModel:
     Raises:
         LanguageModelError: it cannot be read, has no chat template, or its logits are more than its head on its last hidden state.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars would spoil ours
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         network = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise LanguageModelError(f"language model {folder}: transformers cannot load it ({error}); it must be a causal language model") from error
-    if not tokenizer.chat_template:
-        raise LanguageModelError(f"language model {folder}: its tokenizer has no chat template, so questions and answers have no form; add one")
-    if tokenizer.eos_token_id is None:
-        raise LanguageModelError(f"language model {folder}: its tokenizer names no end token, so an answer would never end; set eos_token")
     network.train(mode=False)
-    limit = getattr(network.config, "max_position_embeddings", None)
-    loaded = LanguageModel(network=network, tokenizer=tokenizer, max_tokens=int(limit) if limit else 2**20)
+    loaded = LanguageModel(network=network, tokenizer=tokenizer, max_tokens=_limit(network.config))
     _check_head(loaded, folder)
     return loaded
 

@@ -330,12 +330,25 @@ class BranchMix:
     local_only: float = 0.0
     blind: float = 0.0
 
+    @property
+    def words(self) -> str:
+        """The shares as a recipe calls them, for messages."""
+        return f"both {self.both:g}, global {self.global_only:g}, local {self.local_only:g}, blind {self.blind:g}"
+
+    @property
+    def shows_global(self) -> bool:
+        """Whether some samples see their global view."""
+        return self.both + self.global_only > 0
+
+    @property
+    def shows_local(self) -> bool:
+        """Whether some samples see their local views."""
+        return self.both + self.local_only > 0
+
     def __post_init__(self) -> None:
         shares = (self.both, self.global_only, self.local_only, self.blind)
         if min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-9:
-            words = zip(("both", "global", "local", "blind"), shares, strict=True)
-            found = ", ".join(f"{word} {share:g}" for word, share in words)
-            raise SpecError(f"branch: found the shares {found}, in sum {sum(shares):g}; allowed: shares of 0 or more that sum to 1")
+            raise SpecError(f"branch: found the shares {self.words}, in sum {sum(shares):g}; allowed: shares of 0 or more that sum to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -363,11 +376,44 @@ class PhaseSpec:
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
 
+    @property
+    def reached(self) -> tuple[Block, ...]:
+        """The blocks that some sample's loss depends on, whichever the connector has.
+
+        Either expert ends in `global_mlp`, and so do the local views where they share it; whether they do, this spec cannot know.
+        """
+        mix = self.branch
+        by_block: dict[Block, bool] = {
+            "global_mlp": mix.shows_global or mix.shows_local,
+            "local_mlp": mix.shows_local,
+            "resampler": mix.shows_global and self.experts != "mlp",
+            "gate": mix.shows_global and self.experts == "mixture",
+            "compression": mix.shows_local,
+            "language_model": True,
+        }
+        return tuple(block for block in BLOCKS if by_block[block])
+
     def __post_init__(self) -> None:
-        if ("gate" in self.train and self.experts != "mixture") or ("resampler" in self.train and self.experts == "mlp"):
-            raise SpecError(f"phase {self.name!r}: experts = {self.experts!r} leaves a block of {list(self.train)} without effect; use 'mixture'")
         if not self.train or len(set(self.train)) != len(self.train) or set(self.train) - set(BLOCKS):
             raise SpecError(f"phase {self.name!r}: train must name each block once, out of {list(BLOCKS)}; found {list(self.train)}")
+        if ("gate" in self.train and self.experts != "mixture") or ("resampler" in self.train and self.experts == "mlp"):
+            raise SpecError(f"phase {self.name!r}: experts = {self.experts!r} leaves a block of {list(self.train)} without effect; use 'mixture'")
+        if idle := [block for block in self.train if block not in self.reached]:
+            raise SpecError(
+                f"phase {self.name!r}: branch (found {self.branch.words}) leaves {', '.join(idle)} of train without effect; allowed: "
+                "resampler and gate with a share of global or both, compression and local_mlp of local or both, global_mlp with any of these. "
+                "Leave it out of train (in place of connector, name the other blocks), or change branch"
+            )
+        if self.language_model_learning_rate is not None and "language_model" not in self.train:
+            raise SpecError(
+                f"phase {self.name!r}: found language_model_learning_rate {self.language_model_learning_rate:g}, but train is "
+                f"{list(self.train)}; allowed: a rate only where language_model trains. Leave it out, or use learning_rate"
+            )
+        if self.evidence_weight > 0 and not self.branch.shows_local:
+            raise SpecError(
+                f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
+                "allowed: 0. Leave it out, or give local or both a share of branch"
+            )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

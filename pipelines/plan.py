@@ -8,10 +8,10 @@ from rich.table import Table
 from model.errors import SpecError
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.recipe import RenderedSource
-from pipelines.stages import Experiment, rendered_feature_bytes, stage_runs
+from pipelines.stages import Experiment, check_ready, feature_bytes, stage_runs
 from pipelines.wording import bytes_text, data_console
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX
+from workers.commits import StageName
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -25,40 +25,30 @@ class PlanLine:
     value: str
 
 
-def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
+def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[PlanLine]:
     """The facts of an experiment's plan, in the order of its stages.
 
     Args:
         experiment: checked, nothing started.
+        until: the last stage that would run.
 
     Yields:
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    rendered = [source for source in recipe.dataset.sources if isinstance(source, RenderedSource)]
-    foreign = len(recipe.dataset.sources) - len(rendered)
-    num_images = sum(source.num_images for source in rendered)
-    more = f", and {foreign} source(s) whose size is read when they are built" if foreign else ""
-    yield PlanLine(topic="dataset", fact="images", value=f"{num_images}{more}")
-    held_out = round(num_images * recipe.dataset.held_out_fraction)
-    yield PlanLine(topic="dataset", fact="split", value=f"about {num_images - held_out} train, {held_out} held out")
-    yield PlanLine(topic="dataset", fact="questions", value=f"at most {num_images * recipe.dataset.turns_per_image}")
-    views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, encoder.view_px, experiment.dataset.views)
+    yield from _dataset_lines(experiment)
     yield PlanLine(
         topic="features",
         fact="encoder",
         value=f"{encoder.model}: {encoder.num_blocks} blocks of {encoder.width}, views of {encoder.view_px} px, {encoder.num_patches} patches",
     )
-    yield PlanLine(
-        topic="features",
-        fact="views of an image",
-        value=f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)",
-    )
+    yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    cache_bytes = bytes_text(rendered_feature_bytes(experiment))
-    yield PlanLine(topic="features", fact="cache", value=f"{cache_bytes} as {experiment.features.precision}{' and more' if foreign else ''}")
-    yield from _connector_lines(experiment, len(views.local_views))
+    up_to = "" if _all_drawn(experiment) else "up to "
+    value = f"{up_to}{bytes_text(feature_bytes(experiment, _num_records(experiment)))} as {experiment.features.precision}"
+    yield PlanLine(topic="features", fact="cache", value=value)
+    yield from _connector_lines(experiment)
     for phase in recipe.schedule.phases:
         length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
@@ -69,14 +59,43 @@ def plan_lines(experiment: Experiment) -> Iterator[PlanLine]:
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=experiment.store.root, value="no limit known" if free is None else f"{bytes_text(free)} free")
     try:
-        for stage_run in stage_runs(experiment):
+        for stage_run in stage_runs(experiment, until):
             done = experiment.record(stage_run.stage, stage_run.spec) is not None
             yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _connector_lines(experiment: Experiment, num_local_views: int) -> Iterator[PlanLine]:
+def _all_drawn(experiment: Experiment) -> bool:
+    return all(isinstance(source, RenderedSourceSpec) for source in experiment.dataset.sources)
+
+
+def _num_records(experiment: Experiment) -> int:
+    """Records of the sources that have records."""
+    from workers.dataset.sources import read_records
+
+    return sum(len(read_records(source)) for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec))
+
+
+def _dataset_lines(experiment: Experiment) -> Iterator[PlanLine]:
+    recipe, num_records = experiment.file.recipe, _num_records(experiment)
+    num_drawn = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+    parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
+    yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
+    held_out = round((num_drawn + num_records) * recipe.dataset.held_out_fraction)
+    yield PlanLine(topic="dataset", fact="split", value=f"about {num_drawn + num_records - held_out} train, {held_out} held out")
+    asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records, "those of the records")]
+    yield PlanLine(topic="dataset", fact="questions", value=", ".join(text for number, text in asked if number))
+
+
+def _views_text(experiment: Experiment) -> str:
+    if not _all_drawn(experiment):
+        return f"1 global + 2 to {experiment.most_local_views()} local, by its shape and size"
+    views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, experiment.encoder.view_px, experiment.dataset.views)
+    return f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)"
+
+
+def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     from model.connector import build_connector
     from workers.language_models import language_model_hidden
 
@@ -89,24 +108,30 @@ def _connector_lines(experiment: Experiment, num_local_views: int) -> Iterator[P
         counts[block] = counts.get(block, 0) + parameter.numel()
     yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
     global_tokens = connector.tokens_per_global_view
-    local_tokens = connector.tokens_per_local_view * num_local_views if experiment.connector.local_branch is not None else 0
-    yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {local_tokens} local")
+    local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
+    up_to = "" if _all_drawn(experiment) else "up to "
+    yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
 
 
-def print_plan(experiment: Experiment) -> None:
-    """Print the plan.
+def print_plan(experiment: Experiment, until: StageName = "report") -> None:
+    """Print the plan, once nothing is seen that would keep it from being carried out.
 
     Args:
         experiment: checked, nothing started.
+        until: the last stage that would run.
+
+    Raises:
+        WorkerError: as for `check_ready`.
     """
+    check_ready(experiment, write=False)
     console = data_console()
     console.print(f"{experiment.file.recipe.name}: {experiment.file.recipe.description}", style="italic")
     table = Table(box=None, pad_edge=False)
     for heading in ("topic", "fact", "value"):
         table.add_column(heading, overflow="fold")
     topic = ""
-    for line in plan_lines(experiment):
+    for line in plan_lines(experiment, until):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
     console.print(table)

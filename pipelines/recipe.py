@@ -10,18 +10,19 @@ import difflib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from model.errors import SpecError
 from model.specs import (
     BLOCKS,
+    CONNECTOR_BLOCKS,
     AdapterSpec,
     Block,
     BranchMix,
@@ -50,11 +51,34 @@ __all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
+SHOWN_MISTAKES = 8
+"""More than these are counted, not told: most of them follow from one misunderstanding."""
+
+
+def _allowed(words: str) -> WrapValidator:
+    """Whatever is wrong with a value, its one mistake says all that is allowed in the words of a recipe; pydantic's own tell types and bounds."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("not_allowed", "{allowed}", {"allowed": words}) from error
+
+    return WrapValidator(check)
+
+
 Mode = Literal["blind", "global", "local", "both"]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _allowed("a finite number greater than 0")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _allowed("a finite number from 0 up")]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _allowed("a finite number from 0 up and less than 1")]
+Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _allowed("a finite number greater than 0 and less than 1")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _allowed("a finite number from 0 to 1")]
+Count = Annotated[int, Field(ge=1), _allowed("a whole number from 1 up")]
+Layer = Annotated[int, Field(ge=0), _allowed("a layer's number, from 0 up")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
+Text = Annotated[str, _allowed("text in quotes")]
+Word = Annotated[str, Field(min_length=1), _allowed("text in quotes, of at least 1 character")]
+Switch = Annotated[bool, _allowed("true or false")]
 
 
 def _with_tuples(value: Any) -> Any:
@@ -105,11 +129,11 @@ class LlavaJsonSource(Table):
     """Records in LLaVA's JSON format and a folder of images."""
 
     kind: Literal["llava_json"]
-    records: str
+    records: Text
     """Path or URL of the JSON file."""
-    images: str
+    images: Text
     """Path or URL of the folder that the records' image paths are relative to."""
-    records_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    records_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$"), _allowed("64 hex digits in lower case, or nothing")] = ""
     """Digest of the JSON file. Read from the file when empty; given, a changed file is refused."""
 
 
@@ -130,7 +154,7 @@ class Dataset(Table):
         Field(min_length=1),
     ]
     seed: Seed = 0
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    held_out_fraction: Part = 0.1
     """Share of the images kept for evaluation."""
     turns_per_image: Count = 6
     legibility: Legibility = Legibility()
@@ -139,14 +163,14 @@ class Dataset(Table):
 class Encoder(Table):
     """The frozen vision encoder: `builtin:vision-encoder`, a folder, or a hub id."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Word
 
 
 class Views(Table):
     """How views are cut."""
 
     rule: Literal["slime"] = "slime"
-    max_slices: Annotated[int, Field(ge=2, le=48)] = 6
+    max_slices: Annotated[int, Field(ge=2, le=48), _allowed("a whole number from 2 to 48")] = 6
 
 
 class Features(Table):
@@ -159,7 +183,7 @@ class SingleFusion(Table):
     """One layer. The encoder's last but one when absent, as LLaVA takes it."""
 
     kind: Literal["single"]
-    layer: Annotated[int, Field(ge=0)] | None = None
+    layer: Layer | None = None
 
     def spec(self, encoder: EncoderSpec) -> SingleSpec:
         """The fusion over this encoder's layers."""
@@ -170,8 +194,8 @@ class STIFusion(Table):
     """Sparse token integration."""
 
     kind: Literal["sti"]
-    base: Annotated[int, Field(ge=0)] | None = None
-    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    base: Layer | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     pool: Count = 8
 
     def spec(self, encoder: EncoderSpec) -> STISpec:
@@ -183,8 +207,8 @@ class SCIFusion(Table):
     """Sparse channel integration."""
 
     kind: Literal["sci"]
-    base: Annotated[int, Field(ge=0)] | None = None
-    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    base: Layer | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
 
     def spec(self, encoder: EncoderSpec) -> SCISpec:
         """The fusion over this encoder's layers."""
@@ -195,8 +219,11 @@ class DCIFusion(Table):
     """Dense channel integration. `groups` is how many equal groups, or their first and last layers."""
 
     kind: Literal["dci"]
-    base: Annotated[int, Field(ge=0)] | None = None
-    groups: Annotated[int, Field(ge=1)] | Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] = 2
+    base: Layer | None = None
+    groups: Annotated[
+        Annotated[int, Field(ge=1)] | Annotated[tuple[tuple[int, int], ...], Field(min_length=1)],
+        _allowed("how many groups, from 1 up, or the first and last layer of each, such as [[0, 3], [4, 7]]"),
+    ] = 2
 
     def spec(self, encoder: EncoderSpec) -> DCISpec:
         """The fusion over this encoder's layers.
@@ -244,7 +271,7 @@ class GatedMixtureAdapter(Table):
 
     kind: Literal["gated_mixture"]
     attention_init: Literal["positional", "authors"] = "positional"
-    noise: bool = True
+    noise: Switch = True
 
     def spec(self) -> GatedMixtureSpec:
         """The adapter's spec."""
@@ -278,18 +305,15 @@ class Connector(Table):
 
     global_branch: GlobalBranch = Field(alias="global")
     local_branch: LocalBranch | None = Field(alias="local", default=None)
-    separator: Annotated[str, Field(min_length=1)] = ","
-    standardise_inputs: bool = True
+    separator: Word = ","
+    standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
 
 
 class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
-    model: Annotated[str, Field(min_length=1)]
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
+    model: Word
 
 
 class Shares(Table):
@@ -304,7 +328,7 @@ class Shares(Table):
 class Phase(Table):
     """One phase of the schedule."""
 
-    name: str | None = None
+    name: Text | None = None
     """When absent, the trained blocks' names; `sft` for the last phase."""
     train: Annotated[
         tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model", "connector"], ...], Field(min_length=1)
@@ -317,7 +341,7 @@ class Phase(Table):
     """Passes over the training images, instead of steps."""
     batch_size: Count = 32
     """Images in an optimizer step."""
-    evidence_weight: float = 0.0
+    evidence_weight: NotNegative = 0.0
     """Weight of the loss that draws local tokens to the words that a question's evidence shows."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count in this phase."""
@@ -325,6 +349,14 @@ class Phase(Table):
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
     max_grad_norm: Positive = 1.0
+
+    @field_validator("train")
+    @classmethod
+    def _name_each_block_once(cls, train: tuple[str, ...]) -> tuple[str, ...]:
+        twice = len(set(train)) != len(train) or ("connector" in train and set(train) & set(CONNECTOR_BLOCKS))
+        if twice:
+            raise PydanticCustomError("not_allowed", "each block once; connector stands for all blocks of the connector")
+        return train
 
     @model_validator(mode="after")
     def _have_one_length(self) -> "Phase":
@@ -383,11 +415,17 @@ class Phase(Table):
             The phase's spec.
 
         Raises:
-            SpecError: a block or branch that the connector lacks, or epochs of an unknown number of samples.
+            SpecError: a block or branch that the connector lacks, a block that nothing would train, or epochs of an unknown number of samples.
         """
         mix = self.mix()
-        if connector.local_branch is None and mix.both + mix.local_only > 0:
+        if connector.local_branch is None and mix.shows_local:
             raise SpecError("branch uses local views, but the recipe has no [connector.local]; use 'global', or add the local branch")
+        own_projector = connector.local_branch is not None and connector.local_branch.projector == "own"
+        if own_projector and mix.shows_local and not mix.shows_global and "global_mlp" in self.blocks(connector):
+            raise SpecError(
+                "branch leaves global_mlp of train without effect: samples see local views at most, and those have a projector of their own; "
+                "leave it out of train (for connector, name the other blocks), or give global or both a share of branch"
+            )
         if self.steps is not None:
             steps = self.steps
         elif num_train_samples is None:
@@ -435,8 +473,8 @@ class Evaluation(Table):
 class Recipe(Table):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$")]
-    description: str = ""
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$"), _allowed("lower-case letters, digits and dashes, beginning with a letter or digit")]
+    description: Text = ""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Each is trained and evaluated; dataset and features are shared."""
     dataset: Dataset
@@ -448,11 +486,12 @@ class Recipe(Table):
     schedule: Schedule
     evaluation: Evaluation = Evaluation()
 
-    @model_validator(mode="after")
-    def _have_distinct_seeds(self) -> "Recipe":
-        if len(set(self.seeds)) != len(self.seeds):
-            raise PydanticCustomError("seeds", "seeds: found {found}; allowed: different numbers", {"found": str(list(self.seeds))})
-        return self
+    @field_validator("seeds")
+    @classmethod
+    def _have_distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise PydanticCustomError("not_allowed", "different numbers")
+        return seeds
 
     @property
     def uses_epochs(self) -> bool:
@@ -596,7 +635,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
     match error["type"]:
         case "missing":
             return f"{path}: found nothing; this key is required"
-        case "unknown_key" | "phase_length" | "seeds":
+        case "unknown_key" | "phase_length":
             return f"{path}: {message}"
         case "union_tag_not_found":
             return f"{path}: found no 'kind'; allowed kinds: {error['ctx']['discriminator'] and _kinds(error)}"
@@ -608,9 +647,32 @@ def _describe(error: ErrorDetails, data: Any) -> str:
             allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             hint = _closest(error["input"], allowed) if isinstance(error["input"], str) else ""
             return f"{path}: found {error['input']!r}; {hint}allowed: {', '.join(allowed)}"
+        case "tuple_type" | "model_type" | "model_attributes_type" | "too_short":
+            message = _shape(error["type"], path)
+    return f"{path}: found {json.dumps(error['input'], default=str)}; allowed: {message}"
+
+
+_LIST_EXAMPLES = {
+    "sources": '[{ kind = "rendered", family = "charts", num_images = 240 }]',
+    "layers": "[2, 5]",
+    "train": '["global_mlp"]',
+    "modes": '["blind", "both"]',
+    "seeds": "[0, 1]",
+}
+
+
+def _shape(error_type: str, path: str) -> str:
+    """How the list or table that belongs at a path is written."""
+    key = path.rpartition(".")[2]
+    if path.startswith("schedule.") and key.startswith("align"):
+        return "any number of tables, each written [[schedule.align]]"
+    match error_type:
+        case "tuple_type":
+            return f"a list, such as {_LIST_EXAMPLES[key]}"
+        case "too_short":
+            return f"a list of at least 1, such as {_LIST_EXAMPLES[key]}"
         case _:
-            allowed_text = message.removeprefix("Input should be ").removeprefix("Value error, ")
-            return f"{path}: found {json.dumps(error['input'], default=str)}; allowed: {allowed_text}"
+            return "a table, written { key = value, ... }" if "[" in path else f"a table, written [{path}]"
 
 
 def _kinds(error: ErrorDetails) -> str:
@@ -655,8 +717,39 @@ def _at(path: str) -> Iterator[None]:
 
 
 def _refuse(path: Path, lines: list[str]) -> RecipeError:
-    body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
-    return RecipeError(f"recipe {path}: {body}" if len(lines) == 1 else f"recipe {path} has {len(lines)} mistakes:{body}")
+    if len(lines) == 1:
+        return RecipeError(f"recipe {path}: {lines[0]}")
+    first = f", the first {SHOWN_MISTAKES}" if len(lines) > SHOWN_MISTAKES else ""
+    return RecipeError(f"recipe {path} has {len(lines)} mistakes{first}:" + "".join(f"\n  {line}" for line in lines[:SHOWN_MISTAKES]))
+
+
+def _recipe_path(name_or_path: str) -> Path:
+    """Where the recipe lies that a word names.
+
+    Args:
+        name_or_path: the name of a recipe that comes with Loupe, or a path; `~` is the home folder.
+
+    Returns:
+        A file that is there.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is a folder.
+    """
+    shipped = recipe_files()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path, there, folder = Path(name_or_path), False, False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a name that no file can have, or the home folder of nobody
+        path = path.expanduser()
+        there, folder = path.is_file(), path.is_dir()
+    if there:
+        return path
+    advice = f"Give the path of a TOML file, or one of: {', '.join(shipped)}."
+    if folder:
+        raise RecipeError(f"found the folder {path}, but a recipe is a TOML file. {advice}")
+    looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
+    what = f"no file {path}" if looks_like_path else f"no recipe named {name_or_path!r}"
+    raise RecipeError(f"found {what}; {_closest(name_or_path, list(shipped))}{advice}")
 
 
 def load_recipe(name_or_path: str) -> RecipeFile:
@@ -671,16 +764,7 @@ def load_recipe(name_or_path: str) -> RecipeFile:
     Raises:
         RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
     """
-    shipped = recipe_files()
-    path = shipped.get(name_or_path) or Path(name_or_path)
-    try:
-        there = path.is_file()
-    except OSError:  # a name that no file can have
-        there = False
-    if not there:
-        looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
-        what = f"no file {path}" if looks_like_path else f"no recipe named {name_or_path!r}"
-        raise RecipeError(f"found {what}; {_closest(name_or_path, list(shipped))}Give the path of a TOML file, or one of: {', '.join(shipped)}.")
+    path = _recipe_path(name_or_path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -695,5 +779,5 @@ def load_recipe(name_or_path: str) -> RecipeFile:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:
         lines = list(dict.fromkeys(_describe(detail, data) for detail in _own_mistakes(error.errors())))
-        raise _refuse(path, lines[:8]) from error
+        raise _refuse(path, lines) from error
     return RecipeFile(path=path, text=text, recipe=recipe)

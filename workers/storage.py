@@ -67,8 +67,13 @@ _BUSY_CODES = frozenset(
     }
 )
 _DENIED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
-"""No object lies, or can lie, at such a path; a folder is none."""
+_NO_OBJECT = {
+    errno.ENOTDIR: "a file stands where one of its folders should be",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENAMETOOLONG: "its name is too long for a file",
+    errno.ELOOP: "its links lead in a circle",
+}
+_MISSING_ERRNOS = frozenset({errno.ENOENT, *_NO_OBJECT})
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BUSY_ERRNOS = frozenset(
     {
@@ -165,7 +170,8 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
     text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
-        return ObjectNotFoundError(f"cannot {doing} {url}: nothing lies there ({text})")
+        strange = next((_NO_OBJECT[number] for number in numbers if number in _NO_OBJECT), None)
+        return ObjectNotFoundError(f"cannot {doing} {url}: {strange or f'nothing lies there ({text})'}")
     if codes & _CREDENTIAL_CODES or names & _CREDENTIAL_TYPES:
         return CredentialsError(
             f"cannot {doing} {url}: the credentials are missing, expired or wrong ({text}). Renew them in the AWS environment or profile."
@@ -514,6 +520,7 @@ class Store:
         Raises:
             StorageError: it cannot; the message names the root and says what to do.
         """
+        self.check_place()
         path = f".writable-{uuid.uuid4().hex}"
         try:
             self.write_bytes(path, b"loupe")
@@ -521,11 +528,29 @@ class Store:
             self.delete(path)
         except StorageError as error:
             raise type(error)(
-                f"the root {self.root} cannot be written. Expected a folder or bucket where files can be created and deleted; found: {error} "
+                f"the root {self.root} cannot be written. Expected a folder or bucket where files can be created and deleted; found: "
+                f"{str(error).rstrip('.')}. "
                 "Choose another place with --root, or change its permissions."
             ) from error
         if found != b"loupe":
             raise StorageError(f"the root {self.root} gives back other bytes than were written; choose another place with --root")
+
+    def check_place(self) -> None:
+        """Look whether this root could be written, without writing. An object store is not asked.
+
+        Raises:
+            AccessDeniedError: the folder, or the nearest one above it that is there, may not be written.
+            StorageError: a file stands where the root or a folder above it should be.
+        """
+        if self._local is None:
+            return
+        there = next(folder for folder in (self._local, *self._local.parents) if folder.exists())
+        if not there.is_dir():
+            raise StorageError(f"the root {self.root} cannot be written: {there} is a file. Choose another place with --root.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise AccessDeniedError(
+                f"the root {self.root} cannot be written: {there} may not be. Choose another place with --root, or change its permissions."
+            )
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:
@@ -621,6 +646,8 @@ def _normalise_root(root: str) -> tuple[str, Path | None]:
             return folder.as_uri(), folder
         case "file":
             parts = urlsplit(root)
+            if parts.query or parts.fragment:
+                raise StorageError(f"a file URL has no query or fragment, found {root!r}; write ? as %3F and # as %23, or give a plain path")
             if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
                 raise StorageError(f"a file root is file:// and an absolute path (three slashes), found {root!r}")
             folder = Path(unquote(parts.path))
@@ -630,7 +657,7 @@ def _normalise_root(root: str) -> tuple[str, Path | None]:
                 raise StorageError(f"an S3 root is s3://bucket/prefix, found {root!r}")
             return root.rstrip("/"), None
         case _:
-            raise StorageError(f"a root is a folder, file:///folder or s3://bucket/prefix, found {root!r}")
+            raise StorageError(f"expected a path, a file:// URL or an s3:// URL, found {root!r}")
 
 
 def _s3_endpoint() -> str | None:

@@ -223,15 +223,28 @@ def test_too_many_bad_records_stop_the_stage_and_a_repair_resumes_it(store, tmp_
     assert small_data.build(store, spec).num_samples == 12
 
 
+@pytest.mark.parametrize("text", ["[]", '"records"', '{"id": 1}', "7", "no JSON", '{"id": 1}\n{"id": 2}'])
+def test_records_that_are_no_array_are_refused_with_the_recipe(tmp_path, text):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "records.json").write_text(text)
+    with pytest.raises(SourceError, match=r"records\.json should be a JSON array of "):
+        describe_llava_json(str(tmp_path / "records.json"), str(tmp_path / "images"))
+
+
+def test_an_image_folder_that_is_not_there_is_refused_with_the_recipe(tmp_path):
+    (tmp_path / "records.json").write_text('[{"id": 1}]')
+    with pytest.raises(SourceError, match=r"expected a folder with its images at .*, found nothing"):
+        describe_llava_json(str(tmp_path / "records.json"), str(tmp_path / "images"))
+    with pytest.raises(SourceError, match=r"it is a folder, not a file"):
+        describe_llava_json(str(tmp_path), str(tmp_path))
+
+
 def test_edited_records_are_refused(store, tmp_path):
     source = small_data.write_llava(tmp_path / "llava", [{"id": "1"}], {})
     assert describe_llava_json(source.records, source.images) == source
     (tmp_path / "llava" / "records.json").write_text("[]")
     with pytest.raises(SourceError, match="records were edited after the recipe"):
         small_data.build(store, small_data.dataset_spec(sources=(source,)))
-    empty = describe_llava_json(source.records, source.images)
-    with pytest.raises(SourceError, match="at least one LLaVA record"):
-        small_data.build(store, small_data.dataset_spec(sources=(empty,)))
     gone = LlavaJsonSourceSpec(records=str(tmp_path / "gone.json"), images=source.images, records_sha256="0" * 64)
     with pytest.raises(SourceError, match=r"gone\.json"):
         small_data.build(store, small_data.dataset_spec(sources=(gone,)))

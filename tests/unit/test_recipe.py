@@ -1,14 +1,18 @@
 """Recipes: what is shipped is valid, every mistake is named with file, field, what was found and what is allowed, and specs come out as written."""
 
+import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from model.errors import SpecError
 from model.specs import BranchMix, EncoderSpec, MapSpec, fingerprint
 from pipelines.errors import RecipeError
-from pipelines.recipe import Recipe, load_recipe, recipe_files
+from pipelines.recipe import _LIST_EXAMPLES, Recipe, RenderedSource, Table, load_recipe, recipe_files
+from workers.execution import ExecutionSettings
 
 MINIMAL = """
 name = "tiny"
@@ -65,6 +69,25 @@ def encoder_spec(**changes: Any) -> EncoderSpec:
     return EncoderSpec(**(values | changes))
 
 
+def parts(annotation: Any) -> list[Any]:
+    """An annotation and whatever it is made of."""
+    return [annotation, *(part for argument in get_args(annotation) for part in parts(argument))]
+
+
+def tables() -> list[type[Table]]:
+    """Every table that a recipe may hold."""
+    found: list[type[Table]] = [Recipe]
+    for table in found:
+        for field in table.model_fields.values():
+            found += [part for part in parts(field.annotation) if isinstance(part, type) and issubclass(part, Table) and part not in found]
+    return found
+
+
+def choices(annotation: Any) -> set[str]:
+    """The words that a key's literals allow."""
+    return {word for part in parts(annotation) if get_origin(part) is Literal for word in get_args(part)}
+
+
 def load(tmp_path: Path, text: str) -> Recipe:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
@@ -114,10 +137,6 @@ def test_equal_groups_include_the_base_layer_for_clip_and_stop_before_it_for_sig
 
 
 def test_a_recipe_says_nothing_about_execution() -> None:
-    from dataclasses import fields
-
-    from workers.execution import ExecutionSettings
-
     def keys(model: Any) -> set[str]:
         return {field.alias or name for name, field in model.model_fields.items()}
 
@@ -127,8 +146,8 @@ def test_a_recipe_says_nothing_about_execution() -> None:
 MISTAKES = [
     ("steps = 3", "stepz = 3", r"schedule\.align\[0\]: found the unknown key 'stepz'; did you mean 'steps'\? allowed here: name, train"),
     ('name = "tiny"', 'name = "tiny"\nlearning_rate = 1', r"top level: found the unknown key 'learning_rate'"),
-    ("queries = 4", 'queries = "four"', r'connector\.local\.compression\.queries: found "four"; allowed: a valid integer'),
-    ("queries = 4", "queries = 0", r"connector\.local\.compression\.queries: found 0; allowed: greater than or equal to 1"),
+    ("queries = 4", 'queries = "four"', r'connector\.local\.compression\.queries: found "four"; allowed: a whole number from 1 up'),
+    ("queries = 4", "queries = 0", r"connector\.local\.compression\.queries: found 0; allowed: a whole number from 1 up"),
     (
         'kind = "dci", groups = 2 }\nadapters',
         'kind = "dcj", groups = 2 }\nadapters',
@@ -147,9 +166,51 @@ MISTAKES = [
     ('train = ["global_mlp"]', 'train = ["global_mpl"]', r"schedule\.align\[0\]\.train\[0\]: found 'global_mpl'; did you mean 'global_mlp'\?"),
     ('branch = "global"', 'branch = "globl"', r"schedule\.align\[0\]\.branch: found .globl."),
     ("epochs = 2", "epochs = 2\nsteps = 3", r"schedule\.sft: found both of steps and epochs; allowed: exactly one"),
-    ("learning_rate = 1e-4", "learning_rate = -1.0", r"schedule\.sft\.learning_rate: found -1\.0; allowed: greater than 0"),
+    ("learning_rate = 1e-4", "learning_rate = -1.0", r"schedule\.sft\.learning_rate: found -1\.0; allowed: a finite number greater than 0"),
     ('model = "some/folder"', "", r"encoder\.model: found nothing; this key is required"),
     ('name = "tiny"', 'name = "tiny"\nseeds = [1, 1]', r"seeds: found \[1, 1\]; allowed: different numbers"),
+    ('name = "tiny"', 'name = "tiny"\nseeds = 0', r"seeds: found 0; allowed: a list, such as \[0, 1\]$"),
+    ('name = "tiny"', 'name = "tiny"\nseeds = []', r"seeds: found \[\]; allowed: a list of at least 1, such as \[0, 1\]$"),
+    (
+        'name = "tiny"',
+        'name = "My Demo"',
+        r'name: found "My Demo"; allowed: lower-case letters, digits and dashes, beginning with a letter or digit$',
+    ),
+    ('train = ["global_mlp"]', 'train = "x"', r'schedule\.align\[0\]\.train: found "x"; allowed: a list, such as \["global_mlp"\]$'),
+    (
+        'train = ["global_mlp"]',
+        'train = ["gate", "gate"]',
+        r'align\[0\]\.train: found \["gate", "gate"\]; allowed: each block once; connector stands for',
+    ),
+    (
+        '"connector", "language_model"',
+        '"connector", "gate"',
+        r'sft\.train: found \["connector", "gate"\]; allowed: each block once; connector stands for',
+    ),
+    (
+        "[[schedule.align]]",
+        "[schedule.align]",
+        r"schedule\.align: found \{.*\}; allowed: any number of tables, each written \[\[schedule\.align\]\]$",
+    ),
+    ("[schedule.sft]", "[[schedule.sft]]", r"schedule\.sft: found \[.*\]; allowed: a table, written \[schedule\.sft\]$"),
+    ("[schedule.sft]", "[[schedule.sft]]\nname = 3\n[[schedule.sft]]", r"schedule\.sft: found \[.*\]; allowed: a table, written \[schedule\.sft\]$"),
+    ("{ queries = 4 }", "4", r"connector\.local\.compression: found 4; allowed: a table, written \[connector\.local\.compression\]$"),
+    ("[dataset]", "[dataset]\nheld_out_fraction = nan", r"held_out_fraction: found NaN; allowed: a finite number greater than 0 and less than 1$"),
+    ("steps = 3", "steps = 3\nevidence_weight = -1.0", r"evidence_weight: found -1\.0; allowed: a finite number from 0 up$"),
+    ("steps = 3", "steps = true", r"steps: found true; allowed: a whole number from 1 up$"),
+    ('model = "some/folder"', 'model = ""', r'encoder\.model: found ""; allowed: text in quotes, of at least 1 character$'),
+    (
+        'kind = "dci", groups = 2',
+        'kind = "dci", groups = "two"',
+        r'global\.fusion\.groups: found "two"; allowed: how many groups, from 1 up, or the first',
+    ),
+    (
+        'kind = "dci", groups = 2',
+        'kind = "dci", groups = [0, 3]',
+        r"recipe [^ ]*: connector\.global\.fusion\.groups: found \[0, 3\]; allowed: how many",
+    ),
+    ('kind = "dci", groups = 2', 'kind = "sci", layers = [1, "2"]', r'fusion\.layers\[1\]: found "2"; allowed: a layer'),
+    ('kind = "dci", groups = 2', 'kind = "sci", layers = 1', r"fusion\.layers: found 1; allowed: a list, such as \[2, 5\]$"),
     ('family = "charts"', 'family = "chart"', r"dataset\.sources\[0\]\.family: found 'chart'; did you mean 'charts'\?"),
 ]
 
@@ -168,6 +229,29 @@ def test_several_mistakes_are_named_at_once(tmp_path: Path) -> None:
     assert str(caught.value).count("\n") == 2
 
 
+def test_mistakes_that_are_not_told_are_counted(tmp_path: Path) -> None:
+    source = '{ kind = "rendered", family = "charts", num_images = 4 }'
+    sources = ", ".join(source.replace("4", "0") for _ in range(11))
+    with pytest.raises(RecipeError, match="has 11 mistakes, the first 8:") as caught:
+        load(tmp_path, MINIMAL.replace(source, sources))
+    assert str(caught.value).count("\n") == 8
+
+
+@pytest.mark.parametrize("key", ["sources", "layers", "train", "modes", "seeds"])
+def test_examples_of_lists_are_lists(key: str) -> None:
+    assert isinstance(tomllib.loads(f"x = {_LIST_EXAMPLES[key]}")["x"], list)
+
+
+def test_every_list_has_an_example() -> None:
+    lists = {
+        field.alias or name
+        for table in tables()
+        for name, field in table.model_fields.items()
+        if get_origin(field.annotation) is tuple and name != "align"
+    }
+    assert lists == set(_LIST_EXAMPLES)
+
+
 def test_broken_toml_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no valid TOML: .*line 2"):
         load(tmp_path, "\nname = tiny\n")
@@ -178,6 +262,58 @@ def test_unknown_recipes_are_named_with_what_there_is() -> None:
         load_recipe("dmeo")
     with pytest.raises(RecipeError, match=r"no file nowhere/x\.toml"):
         load_recipe("nowhere/x.toml")
+
+
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text(MINIMAL)
+    assert load_recipe("~/mine.toml").path == tmp_path / "mine.toml"
+    with pytest.raises(RecipeError, match="found no file ~nobody-at-all/x"):
+        load_recipe("~nobody-at-all/x.toml")
+
+
+def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"found the folder .*, but a recipe is a TOML file\. Give the path of a TOML file, or one of: demo"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({'train = ["global_mlp"]': 'train = ["compression"]'}, r"schedule\.align\[0\]: phase 'compression': branch .* leaves compression of train"),
+        ({"steps = 3": "steps = 3\nevidence_weight = 1.0"}, r"schedule\.align\[0\]: .* found evidence_weight 1, but branch shows no local views"),
+        ({"steps = 3": "steps = 3\nlanguage_model_learning_rate = 1e-3"}, r"schedule\.align\[0\]: .* found language_model_learning_rate 0\.001"),
+        ({"{ both = 0.5, global = 0.5 }": '"local"'}, r"schedule\.sft: phase 'sft': branch .* leaves resampler, gate of train without effect"),
+        (
+            {"compression = {": 'projector = "own"\ncompression = {', 'branch = "global"': "branch = { local = 0.5, blind = 0.5 }"},
+            r"schedule\.align\[0\]: branch leaves global_mlp of train without effect: .* a projector of their own",
+        ),
+    ],
+)
+def test_phases_that_would_train_nothing_are_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    text = MINIMAL
+    for right, wrong in changes.items():
+        assert right in text
+        text = text.replace(right, wrong, 1)
+    recipe = load(tmp_path, text)
+    with pytest.raises(SpecError, match=message):
+        recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, 10)
+
+
+def test_a_shared_projector_trains_on_local_views_alone(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL.replace('branch = "global"', 'branch = "local"'))
+    assert recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, 10).align[0].train == ("global_mlp",)
+
+
+def test_the_readme_names_every_key_and_setting() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    section = text.partition("## Recipe keys and settings\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"[a-z0-9_]+", " ".join(re.findall(r"`([^`\n]+)`", section))))
+    keys = {field.alias or name for table in tables() for name, field in table.model_fields.items()}
+    assert keys - named == set()
+    assert {field.name for field in fields(ExecutionSettings)} - named == set()
+    words = {word for table in tables() for field in table.model_fields.values() for word in choices(field.annotation)}
+    assert words - named == set()
 
 
 def test_blocks_and_branches_that_the_connector_lacks_are_refused(tmp_path: Path) -> None:
@@ -206,9 +342,6 @@ def test_epochs_need_a_built_dataset(tmp_path: Path) -> None:
 
 
 def test_the_families_are_those_that_can_be_rendered() -> None:
-    from typing import get_args
-
-    from pipelines.recipe import RenderedSource
     from workers.dataset.rendering import FAMILIES
 
     assert get_args(RenderedSource.model_fields["family"].annotation) == FAMILIES

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from model.connector import build_connector
 from model.errors import FrozenBlockChangedError, SpecError
 from model.schedule import assert_frozen, block_hashes, learning_rates, parameters_by_block, schedule_factor, set_active_blocks, steps_before
 from model.specs import BranchMix, PhaseSpec
+from tests.tiny_training import tiny_connector_spec, tiny_encoder_spec
 
 
 def phase(**changes):
@@ -46,6 +48,54 @@ def test_experts_must_leave_what_trains_with_an_effect():
     with pytest.raises(SpecError, match="without effect"):
         phase(train=("resampler",), experts="mlp")
     phase(train=("resampler",), experts="resampler")
+
+
+SHOWN = {
+    "both": BranchMix(both=1.0),
+    "global": BranchMix(global_only=1.0),
+    "local": BranchMix(local_only=1.0),
+    "mixed": BranchMix(global_only=0.5, local_only=0.25, blind=0.25),
+    "blind": BranchMix(blind=1.0),
+}
+
+
+@pytest.mark.parametrize("experts", ["mixture", "mlp", "resampler"])
+@pytest.mark.parametrize("shown", SHOWN)
+def test_a_phase_may_train_what_gradients_reach_and_nothing_else(shown, experts):
+    spec = tiny_connector_spec()
+    connector = build_connector(spec, tiny_encoder_spec(), hidden=8, embedding_rms=1.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    maps = {map_spec.name: torch.randn(2, 16, 8, generator=generator) for map_spec in spec.global_branch.fusion.maps}
+    mix = SHOWN[shown]
+    if mix.shows_global:
+        connector.global_tokens(maps, experts=experts, noise=torch.randn(2, 16, 2, generator=generator)).square().sum().backward()
+    if mix.shows_local:
+        connector.local_tokens(maps).square().sum().backward()
+    reached = {name.split(".")[0] for name, parameter in connector.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    for block in spec.blocks:
+        if block in reached:
+            assert phase(train=(block,), branch=mix, experts=experts).train == (block,)
+        else:
+            with pytest.raises(SpecError, match="without effect"):
+                phase(train=(block,), branch=mix, experts=experts)
+    phase(train=("language_model",), branch=mix, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ("compression",), "branch": SHOWN["global"]}, r"branch \(found both 0, global 1, .*leaves compression of train without effect"),
+        ({"train": ("global_mlp", "gate", "resampler"), "branch": SHOWN["local"]}, "leaves gate, resampler of train without effect"),
+        ({"train": ("local_mlp",), "branch": SHOWN["global"]}, "leaves local_mlp of train without effect"),
+        ({"train": ("global_mlp", "language_model"), "branch": SHOWN["blind"]}, "leaves global_mlp of train without effect"),
+        ({"language_model_learning_rate": 1e-4}, r"found language_model_learning_rate 0\.0001, but train is \['global_mlp'\]"),
+        ({"evidence_weight": 0.5, "branch": SHOWN["global"]}, r"found evidence_weight 0\.5, but branch shows no local views"),
+        ({"train": ("global_mlp", "global_mlp")}, "train must name each block once"),
+    ],
+)
+def test_a_phase_says_nothing_that_has_no_effect(changes, message):
+    with pytest.raises(SpecError, match=message):
+        phase(**changes)
 
 
 class Toy(nn.Module):

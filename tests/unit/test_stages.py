@@ -1,18 +1,21 @@
 """A recipe resolved against its models: every spec is made before any stage starts, and what is done is not run."""
 
-from dataclasses import dataclass
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from model.specs import fingerprint
 from pipelines.errors import RecipeError, SettingError
-from pipelines.plan import plan_lines
+from pipelines.plan import plan_lines, print_plan
 from pipelines.recipe import load_recipe
 from pipelines.show import show_recipe
-from pipelines.stages import STAGES, Experiment, StageRun, check_ready, open_experiment, rendered_feature_bytes, run_stage, shown_path, stage_runs
+from pipelines.stages import STAGES, Experiment, StageRun, check_ready, feature_bytes, open_experiment, run_stage, shown_path, stage_runs
 from tests.tiny import tiny_recipe
-from workers.errors import DiskSpaceError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, StorageError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.storage import Store
 
@@ -65,7 +68,7 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: rendered_feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
         check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
@@ -139,7 +142,7 @@ def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encod
 
 def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None:
     lines = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
-    assert lines["dataset", "images"] == "16"
+    assert lines["dataset", "images"] == "16 drawn"
     assert lines["features", "views of an image"].startswith("1 global + 3 x 2 local")
     # 16 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
     assert lines["features", "cache"] == "344 kB as fp16"
@@ -147,6 +150,86 @@ def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None
     assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
     assert lines["stages", "build-dataset"].endswith("to do")
     assert experiment.store.list() == []
+
+
+def with_change(tmp_path: Path, encoder: Path, language_model: Path, old: str, new: str) -> Experiment:
+    text = tiny_recipe(encoder, language_model)
+    assert old in text
+    (tmp_path / "changed.toml").write_text(text.replace(old, new))
+    return open_experiment(load_recipe(str(tmp_path / "changed.toml")), Store(str(tmp_path / "root")), ExecutionSettings())
+
+
+@pytest.mark.parametrize(("part", "fault"), [("encoder", "cut off"), ("language model", "cut off"), ("language model", "no template")])
+def test_models_that_cannot_be_loaded_are_refused_first(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, part: str, fault: str
+) -> None:
+    folders = {"encoder": tmp_path / "encoder", "language model": tmp_path / "language"}
+    shutil.copytree(tiny_encoder_folder, folders["encoder"])
+    shutil.copytree(tiny_language_model_folder, folders["language model"])
+    if fault == "cut off":
+        weights = folders[part] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        message = r"model\.safetensors cannot be read .*copy or fetch it again"
+    else:
+        (folders[part] / "chat_template.jinja").unlink(missing_ok=True)
+        path = folders[part] / "tokenizer_config.json"
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "chat_template"}))
+        message = "has no chat template.*instruct"
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_recipe(folders["encoder"], folders["language model"]))
+    with pytest.raises(RecipeError, match=message):
+        open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
+
+
+def test_more_visual_tokens_than_the_language_model_holds_are_refused(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder)
+    found = re.search(r"queries = \d+", text)
+    assert found
+    with pytest.raises(RecipeError, match=r"local visual tokens.*holds \d+ tokens in all; lower connector\.local\.compression\.queries"):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, found[0], "queries = 10000")
+
+
+def test_a_fraction_that_holds_nothing_out_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"held_out_fraction: found 1e-07, which of 16 images holds out about 1.6e-06"):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "held_out_fraction = 0.4", "held_out_fraction = 1e-7")
+
+
+def test_the_plan_of_records_counts_them(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
+    (tmp_path / "mine.json").write_text(json.dumps([{"id": str(number), "image": "a.png", "conversations": turns} for number in range(7)]))
+    (tmp_path / "images").mkdir()
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder)
+    start, end = text.index("sources = ["), text.index("]", text.index("sources = [")) + 1
+    source = f"sources = [{{ kind = 'llava_json', records = '{tmp_path}/mine.json', images = '{tmp_path}/images' }}]"
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, text[start:end], source)
+    facts = {(line.topic, line.fact): line.value for line in plan_lines(experiment, "build-dataset")}
+    assert facts["dataset", "images"] == "7 records read"
+    assert facts["dataset", "questions"] == "those of the records"
+    assert "local, by its shape and size" in facts["features", "views of an image"]
+    assert facts["features", "cache"].startswith("up to ")
+    assert [fact for topic, fact in facts if topic == "stages"] == ["build-dataset"]
+
+
+def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=r"cannot be written: .*/file is a file\. Choose another place with --root"):
+            print_plan(replace(experiment, store=Store(str(root))))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(ExecutionError, match="device=cuda: torch sees no GPU"):
+            print_plan(replace(experiment, execution=ExecutionSettings(device="cuda")))
+    print_plan(experiment)
+    assert experiment.store.list() == []
+
+
+@pytest.mark.parametrize("record", [[], {}, "done"])
+def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) -> None:
+    experiment.store.write_json(f"runs/build-dataset/{fingerprint(experiment.dataset)[:16]}/COMMITTED.json", record)
+    with pytest.raises(RecordError, match=r"COMMITTED\.json should be a stage's record, found"):
+        list(stage_runs(experiment))
 
 
 def test_paths_are_shown_as_people_type_them() -> None:

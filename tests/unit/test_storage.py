@@ -127,7 +127,7 @@ def test_a_plain_path_is_made_absolute(monkeypatch, tmp_path):
     assert found.read_bytes(name) == b"[]"
 
 
-@pytest.mark.parametrize("root", ["gs://bucket", "s3:///prefix", "file://host/x", "https://x/y"])
+@pytest.mark.parametrize("root", ["gs://bucket", "s3:///prefix", "file://host/x", "https://x/y", "file:///tmp/x?a=1", "file:///tmp/x#a"])
 def test_other_roots_are_refused(root):
     with pytest.raises(StorageError, match="found"):
         Store(root)

@@ -84,10 +84,14 @@ def describe_llava_json(records: str, images: str) -> LlavaJsonSourceSpec:
         The spec, with the digest of the records.
 
     Raises:
-        StorageError: the records cannot be read.
+        SourceError: the records cannot be read or are no JSON array, or there is no such image folder.
     """
-    store, name = open_url(records)
-    return LlavaJsonSourceSpec(records=records, images=images, records_sha256=hashlib.sha256(store.read_bytes(name)).hexdigest())
+    data = _records_bytes(records)
+    _parsed(records, data)
+    folder = Store(images).local_path()
+    if folder is not None and not folder.is_dir():
+        raise SourceError(f"source {records}: expected a folder with its images at {folder}, found {'a file' if folder.exists() else 'nothing'}")
+    return LlavaJsonSourceSpec(records=records, images=images, records_sha256=hashlib.sha256(data).hexdigest())
 
 
 def read_records(source: LlavaJsonSourceSpec) -> list[Any]:
@@ -102,24 +106,34 @@ def read_records(source: LlavaJsonSourceSpec) -> list[Any]:
     Raises:
         SourceError: the file is not there, changed since it was described, or is no JSON array.
     """
-    try:
-        store, name = open_url(source.records)
-        data = store.read_bytes(name)
-    except StorageError as error:
-        raise SourceError(f"source {source.records}: expected a JSON array of LLaVA records there; {error}") from error
+    data = _records_bytes(source.records)
     digest = hashlib.sha256(data).hexdigest()
     if digest != source.records_sha256:
         raise SourceError(
             f"source {source.records}: expected the file with sha256 {source.records_sha256[:16]}..., found {digest[:16]}.... The records were "
             "edited after the recipe fixed them; restore the file, or take the new digest into the recipe (a new dataset)."
         )
+    return _parsed(source.records, data)
+
+
+def _records_bytes(records: str) -> bytes:
     try:
-        records = json.loads(data)
+        store, name = open_url(records)
+        return store.read_bytes(name)
+    except StorageError as error:
+        if error.retryable:
+            raise
+        raise SourceError(f"source {records}: expected a JSON array of LLaVA records there; {error}") from error
+
+
+def _parsed(records: str, data: bytes) -> list[Any]:
+    try:
+        found = json.loads(data)
     except ValueError as error:
-        raise SourceError(f"source {source.records} should be a JSON array of LLaVA records, but is no JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise SourceError(f"source {source.records} should be a JSON array of at least one LLaVA record, found {type(records).__name__}")
-    return records
+        raise SourceError(f"source {records} should be a JSON array of LLaVA records, but is no JSON: {error}") from error
+    if not isinstance(found, list) or not found:
+        raise SourceError(f"source {records} should be a JSON array of at least one LLaVA record, found {data[:40].decode(errors='replace')!r}")
+    return found
 
 
 def load_item(item: Item, spec: DatasetSpec, store: Store, renderer: Renderer) -> tuple[Sample, int] | QuarantineRow:
