@@ -6,6 +6,7 @@ plan give the same pixels on every machine with the same Pillow.
 """
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,7 +34,7 @@ class ImageLimits:
 
     max_bytes: int = 100 * 2**20
     max_pixels: int = 64_000_000
-    """64 Mpx. Pillow's own limit only warns, at 89 Mpx."""
+    """64 Mpx. Pillow's own limits warn at 89 Mpx and refuse at 179."""
     max_aspect: float = 100.0
     """Longer to shorter side; beyond it every view is a smear."""
 
@@ -43,6 +44,13 @@ DEFAULT_LIMITS = ImageLimits()
 
 def _refuse(reason: Reason, message: str) -> ImageError:
     return ImageError(reason, message)
+
+
+def _too_many_pixels(error: Image.DecompressionBombError, limits: ImageLimits) -> ImageError:
+    """Pillow refuses what is far too large before it gives a size, and names a limit of its own; what is allowed here is what ours says."""
+    counted = re.search(r"\(([0-9]+) pixels\)", str(error))
+    many = counted.group(1) if counted else "far too many"
+    return _refuse("too_many_pixels", f"the image has {many} pixels; at most {limits.max_pixels} are allowed")
 
 
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -72,7 +80,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         except UnidentifiedImageError as error:
             raise _refuse("not_an_image", f"the bytes are none of {', '.join(_FORMATS)}; they start with {data[:8]!r}") from error
         except Image.DecompressionBombError as error:
-            raise _refuse("too_many_pixels", str(error)) from error
+            raise _too_many_pixels(error, limits) from error
         except MemoryError:
             raise  # this machine's lack, not the image's fault
         except Exception as error:
@@ -90,6 +98,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 return _to_rgb(image)
             except MemoryError:
                 raise
+            except Image.DecompressionBombError as error:  # a frame may be larger than its file's header says
+                raise _too_many_pixels(error, limits) from error
             except Exception as error:
                 text = str(error)
                 truncated = "truncated" in text.lower() or "broken data stream" in text or isinstance(error, EOFError)

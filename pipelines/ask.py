@@ -1,17 +1,22 @@
-"""Ask an exported model about an image."""
+"""Ask an exported model about an image. What is wrong with question, image or folder is said before the model is loaded, which takes seconds."""
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from model.errors import ConversationError, ImageError
 from pipelines.errors import NothingThereError
 from workers.errors import ObjectNotFoundError
-from workers.storage import Store, open_url
+from workers.storage import Store, open_url, translated
 
 if TYPE_CHECKING:
     from model.export import Answer
 
 __all__ = ["ask_export"]
+
+_REMEDIES = {"too_many_bytes": "make it smaller", "too_many_pixels": "make it smaller", "extreme_aspect": "crop it"}
+"""What to do about an image, by the reason of its refusal."""
 
 
 def ask_export(export: str, image: str, question: str, mode: Literal["blind", "global", "local", "both"]) -> "Answer":
@@ -27,18 +32,20 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
         The answer.
 
     Raises:
+        ConversationError: there is no question.
+        ImageError: the image is none that Loupe accepts.
         NothingThereError: no such export or image.
         StorageError: one of them cannot be read.
     """
-    images, name = open_url(image)
-    try:
-        image_bytes = images.read_bytes(name)
-    except ObjectNotFoundError as error:
-        raise NothingThereError(f"ask: found no image file {image}; give the path or URL of a PNG or JPEG") from error
+    if not question.strip():
+        raise ConversationError(f"ask: found the question {question!r}; write one, such as 'Which number stands on the brown bar?'")
+    image_bytes = _image_bytes(image)
+    if not export.strip():
+        raise NothingThereError(f"ask: found {export!r} where the export folder should stand; `loupe export RECIPE` writes one and prints its path")
     store = Store(export)
     local = store.local_path()
-    if local is not None and not local.is_dir():
-        raise NothingThereError(f"ask: found no export folder {local}; `loupe export RECIPE` writes one and prints its path")
+    if local is not None:
+        _check_export_folder(local)
     from model.export import load_export
 
     if local is not None:
@@ -46,3 +53,37 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
     with tempfile.TemporaryDirectory(prefix="loupe-export-") as folder:
         store.download_folder("", Path(folder))
         return load_export(Path(folder)).ask(image_bytes, question, mode=mode)
+
+
+def _image_bytes(image: str) -> bytes:
+    """The bytes of an image that can be decoded."""
+    from model.images import decode_image
+
+    images, name = open_url(image)
+    try:
+        image_bytes = images.read_bytes(name)
+    except ObjectNotFoundError as error:
+        raise NothingThereError(f"ask: found no image file {image}; give the path or URL of a PNG or JPEG") from error
+    try:
+        decode_image(image_bytes)
+    except ImageError as error:
+        raise ImageError(error.reason, f"ask: image {image}: {error}; {_REMEDIES.get(error.reason, 'give a whole PNG or JPEG')}") from error
+    return image_bytes
+
+
+def _check_export_folder(folder: Path) -> None:
+    """Refuse what is no export, and name one where the folder holds some. One that was begun is for `load_export` to refuse."""
+    from model.export import CONFIG, MANIFEST
+
+    with translated("look for", folder.as_uri()):
+        if not folder.is_dir():
+            raise NothingThereError(f"ask: found no export folder {folder}; `loupe export RECIPE` writes one and prints its path")
+        if (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
+            return
+        inside = [manifest.parent for pattern in ("*", "exports/*") for manifest in folder.glob(f"{pattern}/{MANIFEST}")]
+        newest = max(inside, key=lambda export: (export / MANIFEST).stat().st_mtime, default=None)
+    found = f"ask: {folder} is no export folder: it has no {MANIFEST}"
+    if newest is None:
+        raise NothingThereError(f"{found}; `loupe export RECIPE` writes an export folder and prints its path")
+    more = "" if len(inside) == 1 else f", the newest of {len(inside)}"
+    raise NothingThereError(f"{found}; there is one inside it{more}, give {shlex.quote(str(newest))}")

@@ -4,15 +4,17 @@ Whatever a user can put right ends with one paragraph on standard error and stat
 resumes. Prefect, Ray and torch are imported only by the commands that use them.
 """
 
+import difflib
+import errno
+import io
 import os
-import select
 import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
 from rich.table import Table
 
 from model.errors import ModelError, first_line
@@ -21,7 +23,7 @@ from pipelines.recipe import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
 from pipelines.wording import data_console
 from workers.commits import StageName
-from workers.errors import WorkerError
+from workers.errors import RecordError, WorkerError
 
 __all__ = ["app", "main"]
 
@@ -40,7 +42,13 @@ RecipeWord = Annotated[str, Parameter(help="Name of a recipe that comes with Lou
 Root = Annotated[str, Parameter(name="--root", help="Where everything durable lies: a folder, file://... or s3://bucket/prefix.")]
 Settings = Annotated[
     tuple[str, ...],
-    Parameter(name="--set", help="An execution setting, key=value; may repeat. Settings change speed and memory, never results.", negative=()),
+    Parameter(
+        name="--set",
+        help="An execution setting, key=value; may repeat. Settings change speed and memory, never results; README's section \"Recipe keys and "
+        'settings" lists them.',
+        negative=(),
+        show_default=False,
+    ),
 ]
 DryRun = Annotated[bool, Parameter(name="--dry-run", help="Check everything, print the plan, start nothing, write nothing.", negative=())]
 
@@ -63,7 +71,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     if dry_run:
         from pipelines.plan import print_plan
 
-        print_plan(experiment)
+        print_plan(experiment, until)
         return []
     check_ready(experiment)
     assert server is not None
@@ -72,8 +80,9 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     server.wait_until_ready()
     import httpx
 
+    flow_recipe = _flow_recipe(file, recipe)
     try:
-        outcomes: list[dict[str, Any]] = loupe_flow(recipe=_flow_recipe(file, recipe), root=experiment.store.root, settings=by_name, until=until)
+        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until)
     except httpx.HTTPError as error:
         raise FlowServerError(
             f"the flow's server at {server.url} went away ({first_line(error)}). What is done is kept: run the same command to go on."
@@ -98,12 +107,22 @@ def _shown(root: str, reference: str) -> str:
     return str(shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown)
 
 
+def _recorded(outcome: dict[str, Any], field: str) -> str:
+    """A text out of a stage's record."""
+    text = outcome["record"].get(field)
+    if not isinstance(text, str):
+        path = f"runs/{outcome['stage']}/{outcome['key']}/COMMITTED.json"
+        raise RecordError(f"{path} in the root should have a text as {field!r}, found {text!r}; remove that file, and the stage is run again")
+    return text
+
+
 def _ask_command(root: str, export: dict[str, Any]) -> str:
     """A command that can be pasted: this program, the export, a held-out image, a question about a small detail of it."""
     program = Path(sys.argv[0])
     here = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
     name = here if program.name == "loupe" else "loupe"
-    return shlex.join([name, "ask", _shown(root, export["folder"]), _shown(root, export["check_image"]), export["check_question"]])
+    folder, image, question = (_recorded(export, field) for field in ("folder", "check_image", "check_question"))
+    return shlex.join([name, "ask", _shown(root, folder), _shown(root, image), question])
 
 
 @app.command
@@ -113,8 +132,8 @@ def run(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings 
     if outcomes:
         export = next(outcome for outcome in outcomes if outcome["stage"] == "export")
         print()
-        print(f"Ask it:  {_ask_command(root, export['record'])}")
-        print(f"Report:  {_shown(root, outcomes[-1]['record']['path'])}")
+        print(f"Ask it:  {_ask_command(root, export)}")
+        print(f"Report:  {_shown(root, _recorded(outcomes[-1], 'path'))}")
 
 
 @app.command(name="build-dataset")
@@ -146,7 +165,7 @@ def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
     if outcomes:
-        print(_shown(root, outcomes[-1]["record"]["folder"]))
+        print(_shown(root, _recorded(outcomes[-1], "folder")))
 
 
 @app.command
@@ -154,7 +173,7 @@ def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
     """Write the report page, after what comes before. Its path is printed last."""
     outcomes = _run_until(recipe, root, settings, "report", dry_run=dry_run)
     if outcomes:
-        print(_shown(root, outcomes[-1]["record"]["path"]))
+        print(_shown(root, _recorded(outcomes[-1], "path")))
 
 
 @app.command
@@ -186,16 +205,16 @@ def show(
     from pipelines.stages import open_experiment
     from workers.storage import Store
 
-    show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})))
+    show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})), root)
 
 
 @app.command
 def recipes() -> None:
     """List the recipes that come with Loupe."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
+    table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
-    table.add_column("file")
+    table.add_column("file", overflow="fold")
     for name, path in recipe_files().items():
         table.add_row(name, load_recipe(name).recipe.description, str(path))
     data_console().print(table)
@@ -242,11 +261,79 @@ def _quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _nobody_reads() -> bool:
-    """Whether our standard output is a pipe that nobody reads from any more; an error of another pipe is no reason to end in silence."""
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+def _ready_streams() -> None:
+    """Streams that are there and take any text: what their encoding lacks is written as an escape, a closed one leads nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # It takes the lowest free number, which is the closed one's; else the next file to be opened would, and hold what is printed.
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115 - stays open
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_words(words: list[str]) -> None:
+    for number, word in enumerate(words, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise PipelineError(f"word {number} of the command line is no UTF-8 text, found {word!a}; type or save it as UTF-8") from error
+
+
+def _output_fault() -> OSError | None:
+    """What keeps standard output from being written. Where nothing does, asking costs an empty line there, before a traceback."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _working_folder_is_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _end_of_output(error: OSError) -> int:
+    """Say what an error of standard output, or of a working folder that is gone, means, and with which status to end.
+
+    Args:
+        error: of any file.
+
+    Returns:
+        The status.
+
+    Raises:
+        OSError: `error` itself, where it is of something else.
+    """
+    if isinstance(error, FileNotFoundError) and _working_folder_is_gone():
+        print("loupe: the working folder was deleted; change into one that is there and run again", file=sys.stderr)
+        return USER_ERROR
+    fault = _output_fault()
+    if fault is None or fault.errno != error.errno:
+        raise error
+    # What is still in the buffer goes nowhere: Python's own flush at exit would complain once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if fault.errno == errno.EPIPE:
+        return BROKEN_PIPE  # whoever read our output has seen enough (`loupe show ... | head`)
+    print(f"loupe: standard output cannot be written ({fault.strerror}); send it elsewhere and run again", file=sys.stderr)
+    return USER_ERROR
+
+
+def _told(error: CycloptsError) -> Any:
+    """What is printed of a mistake in the words; of the commands cyclopts itself lists eight at most."""
+    if not isinstance(error, UnknownCommandError) or not error.unused_tokens:
+        return CycloptsPanel(error)
+    word = error.unused_tokens[0]
+    commands = [name for name in app.resolved_commands() if not name.startswith("-")]
+    match = difflib.get_close_matches(word, commands, n=1)
+    hint = f' Did you mean "{match[0]}"?' if match else ""
+    return CycloptsPanel(f'Unknown command "{word}".{hint} Available commands: {", ".join(commands)}.')
 
 
 def main(words: list[str] | None = None) -> None:
@@ -256,20 +343,19 @@ def main(words: list[str] | None = None) -> None:
         words: instead of those of this process.
     """
     _quiet_environment()
+    _ready_streams()
     try:
-        app(words, exit_on_error=False, print_error=True, result_action="return_value")
+        Path.cwd()  # gone, it ends some libraries without a word
+        _check_words(sys.argv[1:] if words is None else words)
+        app(words, exit_on_error=False, print_error=True, error_formatter=_told, result_action="return_value")
         sys.stdout.flush()  # a pipe gets it only now, and may be closed
     except CycloptsError:
         sys.exit(USER_ERROR)  # cyclopts has printed it
     except (ModelError, WorkerError, PipelineError) as error:
         print(f"loupe: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
-        # Whoever read our output has seen enough (`loupe show ... | head`); Python's own flush at exit would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+    except OSError as error:
+        sys.exit(_end_of_output(error))
     except KeyboardInterrupt:
         print("loupe: interrupted; run the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)

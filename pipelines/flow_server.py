@@ -5,7 +5,6 @@ listens on a port that the system picked, and starts while the recipe is still b
 """
 
 import atexit
-import contextlib
 import ctypes
 import http.client
 import os
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ __all__ = ["FlowServer", "flow_environment", "start_flow_server"]
 
 START_TIMEOUT_S = 240.0  # 4 s on an idle machine, 90 s seen on a crowded one
 FOREIGN_TIMEOUT_S = 20.0  # a server of somebody else's is there already, or it is not
+REFUSED_TIMEOUT_S = 5.0  # where connections are refused nothing listens; long enough for a server that is just being started again
 NUM_RESTARTS = 3
 PR_SET_PDEATHSIG = 1
 
@@ -85,19 +84,26 @@ class FlowServer:
             raise FlowServerError(f"PREFECT_API_URL: found {self.url!r}; allowed: an http or https URL such as http://127.0.0.1:4200/api")
         if self._process is None:
             timeout_s = min(timeout_s, FOREIGN_TIMEOUT_S)
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
+        began_s = time.monotonic()
+        refused = False
+        while time.monotonic() < began_s + timeout_s:
             if self._process is not None and self._process.poll() is not None:
                 raise FlowServerError(f"the flow's server ended with status {self._process.returncode} while starting; its log is {self.log}")
-            health = f"{self.url}/health"
-            with contextlib.suppress(urllib.error.URLError, OSError, http.client.HTTPException), urllib.request.urlopen(health, timeout=5) as answer:  # noqa: S310 - always http
-                if answer.status == 200 and (self._process is None or self._process.poll() is None):
-                    if self._start is not None:
-                        threading.Thread(target=self._keep_alive, args=(self._start,), name="keep-flow-server", daemon=True).start()
-                    return
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 - always http
+                    if answer.status == 200 and (self._process is None or self._process.poll() is None):
+                        if self._start is not None:
+                            threading.Thread(target=self._keep_alive, args=(self._start,), name="keep-flow-server", daemon=True).start()
+                        return
+                refused = False
+            except (OSError, http.client.HTTPException) as error:
+                refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
+            if refused and self._process is None and time.monotonic() > began_s + REFUSED_TIMEOUT_S:
+                break
             time.sleep(0.1)
         where = "is PREFECT_API_URL right?" if self.log is None else f"its log is {self.log}"
-        raise FlowServerError(f"the flow's server at {self.url} did not answer within {timeout_s:.0f} s; {where}")
+        what = "refuses connections" if refused else f"did not answer within {timeout_s:.0f} s"
+        raise FlowServerError(f"the flow's server at {self.url} {what}; {where}")
 
     def stop(self) -> None:
         """End it, and wait for its end."""
@@ -140,18 +146,20 @@ def start_flow_server(*, ui: bool = False, port: int | None = None) -> FlowServe
         The server, which may still be starting: call `wait_until_ready` before the first flow run.
     """
     os.environ.update(flow_environment())
-    if theirs := os.environ.get("PREFECT_API_URL"):
-        return FlowServer(theirs.rstrip("/"))
+    theirs = os.environ.get("PREFECT_API_URL")
     home = Path(os.environ["PREFECT_HOME"])
+    log = home / "loupe-server.log"
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        log = home / "loupe-server.log"
-        log.write_bytes(b"")
+        home.mkdir(parents=True, exist_ok=True)  # with somebody else's server too: Prefect warns where it is missing
+        if not theirs:
+            log.write_bytes(b"")
     except OSError as error:
         raise FlowServerError(
             f"the flow's server keeps its database and log in {home}, which cannot be written ({error.strerror}); set LOUPE_CACHE to a writable "
             "folder"
         ) from error
+    if theirs:
+        return FlowServer(theirs.rstrip("/"))
     chosen = port or _free_port()
     # The API changes deployments, and so what runs, for whoever can reach it: a web page in the user's browser must not, hence only our own origin.
     guarded = {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{chosen}"}

@@ -8,7 +8,7 @@ from rich.table import Table
 from model.errors import SpecError
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.stages import Experiment, check_ready, feature_bytes, stage_runs
+from pipelines.stages import Experiment, check_ready, feature_bytes, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
@@ -57,7 +57,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         )
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     free = experiment.store.free_bytes()
-    yield PlanLine(topic="root", fact=experiment.store.root, value="no limit known" if free is None else f"{bytes_text(free)} free")
+    yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
     try:
         for stage_run in stage_runs(experiment, until):
             done = experiment.record(stage_run.stage, stage_run.spec) is not None

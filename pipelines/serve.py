@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import difflib
 import os
+import re
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_schedule", "serve_recipe"]
 
+_CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
+
 
 def check_schedule(cron: str, timezone: str, port: int) -> None:
     """Check what a schedule is made of before anything starts.
@@ -33,8 +36,10 @@ def check_schedule(cron: str, timezone: str, port: int) -> None:
     Raises:
         SettingError: one of them cannot be; the message says what is allowed.
     """
-    if len(cron.split()) != 5:
+    if len(cron.split()) != len(_CRON_FIELDS):
         raise _bad_cron(cron)
+    if strange := _out_of_range(cron):
+        raise _bad_cron(cron, f", where {strange} is out of range")
     if timezone not in available_timezones():
         match = difflib.get_close_matches(timezone, available_timezones(), n=1)
         hint = f"did you mean {match[0]!r}? " if match else ""
@@ -51,8 +56,22 @@ def check_schedule(cron: str, timezone: str, port: int) -> None:
             raise SettingError(f"serve --port: found {port}, which cannot be listened on ({error.strerror}); allowed: a free port") from error
 
 
-def _bad_cron(cron: str) -> SettingError:
-    return SettingError(f"serve --cron: found {cron!r}; allowed: five fields, minute hour day month weekday, such as '0 3 * * *'")
+def _bad_cron(cron: str, why: str = "") -> SettingError:
+    fields = ", ".join(f"{name} ({low} to {high})" for name, low, high in _CRON_FIELDS)
+    return SettingError(
+        f"serve --cron: found {cron!r}{why}; allowed: five fields, {fields}, each a number, a range, a list or *, such as '0 3 * * *'"
+    )
+
+
+def _out_of_range(cron: str) -> str | None:
+    """The first number that its field cannot have. Everything else is for Prefect to judge, which takes seconds to import."""
+    for (name, low, high), field in zip(_CRON_FIELDS, cron.split(), strict=True):
+        for term in field.split(","):
+            values = re.split("[/#]", term)[0]  # what follows is a step, or the week of the month
+            for value in re.findall("[0-9]+", values):
+                if not low <= float(value) <= high:
+                    return f"{name} {value}"
+    return None
 
 
 def serve_recipe(recipe: str, root: str, settings: dict[str, str], *, cron: str, timezone: str, port: int) -> None:

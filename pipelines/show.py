@@ -1,5 +1,6 @@
-"""`loupe show`: what a recipe has left in a root, as tables on the terminal. Reads only."""
+"""`loupe show`: what a recipe has left in a root, on the terminal. Reads only."""
 
+import shlex
 from collections import Counter
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from rich.table import Table
 from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError, RecipeError
-from pipelines.stages import Experiment, stage_runs
+from pipelines.recipe import RecipeFile, recipe_files
+from pipelines.stages import Experiment, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console, duration_text
 
 __all__ = ["show_recipe"]
@@ -17,100 +19,132 @@ __all__ = ["show_recipe"]
 NUM_SHOWN_SAMPLES = 5
 
 
-def _facts_table(title: str, facts: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
-    table.add_column("fact")
-    table.add_column("value", overflow="fold")
-    for fact, value in facts:
-        table.add_row(fact, value)
-    return table
-
-
-def _record_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """A record's plain fields; bytes and seconds for people."""
-    facts = []
-    for name, value in record.items():
-        if name.endswith("_bytes") or name.startswith("bytes_"):
-            facts.append((name, bytes_text(int(value))))
-        elif name == "seconds" or name.endswith("_seconds"):
-            facts.append((name, duration_text(float(value))))
-        elif isinstance(value, str | int | float | bool):
-            facts.append((name, str(value)))
-        elif isinstance(value, dict) and value and all(isinstance(item, str | int | float) for item in value.values()):
-            facts.append((name, ", ".join(f"{key} {item}" for key, item in value.items())))
-    return facts
-
-
-def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment) -> None:
+def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment, root: str | None = None) -> None:
     """Print what there is of a recipe.
 
     Args:
         what: the dataset, the cache, or all stages.
         experiment: the resolved recipe and its root.
+        root: as the user gave it, for commands that are printed; None is the experiment's own.
 
     Raises:
         NothingThereError: the dataset or cache is not built.
+        RecordError: a record is damaged.
     """
     console = data_console()
     match what:
         case "dataset":
-            _show_dataset(experiment, console)
+            _show_dataset(experiment, root, console)
         case "cache":
             record = experiment.record("cache-features", experiment.features)
             if record is None:
-                raise _missing(experiment, "cached features", "cache-features")
-            console.print(_facts_table(f"features {fingerprint(experiment.features)[:16]}", _record_facts(record)))
-            console.print(f"table: {experiment.store.url('features')}/{fingerprint(experiment.features)[:16]}", soft_wrap=True)
+                raise _missing(experiment, root, "cached features", "cache-features")
+            key = fingerprint(experiment.features)[:16]
+            _print_facts(f"features {key}", record, console)
+            console.print(f"table: {_place(experiment, f'features/{key}')}", soft_wrap=True)
         case "run":
             _show_run(experiment, console)
 
 
-def _missing(experiment: Experiment, what: str, command: str) -> NothingThereError:
-    name = experiment.file.recipe.name
-    return NothingThereError(
-        f"{experiment.store.root} holds no {what} of recipe {name!r}; `loupe {command} {name}` makes it there, or give another --root"
-    )
+def _place(experiment: Experiment, path: str) -> str:
+    """Where something lies, by its path below the root or its own URL, as it can be pasted."""
+    return shown_path(experiment.store.reference_url(path))
 
 
-def _show_dataset(experiment: Experiment, console: Console) -> None:
+def _missing(experiment: Experiment, root: str | None, what: str, command: str) -> NothingThereError:
+    place = _place(experiment, "")
+    word = _recipe_word(experiment.file)
+    typed = shlex.join(["loupe", command, word, "--root", place if root is None else root])
+    return NothingThereError(f"{place} holds no {what} of recipe {word!r}; `{typed}` makes it there, or give another --root")
+
+
+def _recipe_word(file: RecipeFile) -> str:
+    """How a recipe is named on the command line: one that comes with Loupe by its name, any other by its path."""
+    return next((name for name, path in recipe_files().items() if path == file.path), str(file.path))
+
+
+def _print_facts(title: str, record: dict[str, Any], console: Console) -> None:
+    console.print(title, style="italic")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("fact", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for fact, value in _record_facts(record):
+        table.add_row(fact, value)
+    console.print(table)
+
+
+def _record_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """A record's plain fields; names, bytes and seconds for people."""
+    facts = []
+    for name, value in record.items():
+        fact = name.removeprefix("num_").replace("_", " ")
+        match value:
+            case bool() | str():
+                facts.append((fact, str(value)))
+            case int() | float() if name.endswith("_bytes") or name.startswith("bytes_"):
+                facts.append((fact, bytes_text(int(value))))
+            case int() | float() if name == "seconds" or name.endswith("_seconds"):
+                facts.append((fact, duration_text(float(value))))
+            case int():
+                facts.append((fact, str(value)))
+            case float():
+                facts.append((fact, f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"))
+            case dict() if value and all(isinstance(item, str | int | float) for item in value.values()):
+                facts.append((fact, ", ".join(f"{key} {item}" for key, item in value.items())))
+            case _:
+                pass  # a list or a table of figures; the report shows those
+    return facts
+
+
+def _show_dataset(experiment: Experiment, root: str | None, console: Console) -> None:
     from workers.dataset.samples import read_samples
 
     record = experiment.record("build-dataset", experiment.dataset)
     if record is None:
-        raise _missing(experiment, "dataset", "build-dataset")
+        raise _missing(experiment, root, "dataset", "build-dataset")
     key = fingerprint(experiment.dataset)
-    console.print(_facts_table(f"dataset {key[:16]}", _record_facts(record)))
+    _print_facts(f"dataset {key[:16]}", record, console)
     samples = read_samples(experiment.store, key)
     counts = Counter((sample.family, sample.split) for sample in samples)
-    table = Table(title="\nimages", title_justify="left", box=None, pad_edge=False)
-    for heading in ("family", "train", "held out", "questions"):
-        table.add_column(heading, justify="left" if heading == "family" else "right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("family", overflow="fold")
+    for heading in ("train", "held out", "questions"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for family in sorted({sample.family for sample in samples}):
         num_turns = sum(len(sample.turns) for sample in samples if sample.family == family)
         table.add_row(family, str(counts[family, "train"]), str(counts[family, "held_out"]), str(num_turns))
+    console.print("\nimages", style="italic")
     console.print(table)
-    table = Table(title="\nsome questions", title_justify="left", box=None, pad_edge=False)
-    for heading in ("image", "question", "answer", "detail"):
-        table.add_column(heading, overflow="fold")
+    console.print("\nsome questions, each below its image", style="italic")
     for sample in samples[:: max(1, len(samples) // NUM_SHOWN_SAMPLES)][:NUM_SHOWN_SAMPLES]:
         turn = sample.turns[0]
-        table.add_row(sample.image_path, turn.question, turn.answer, turn.detail)
-    console.print(table)
+        # Not in a table: a path in a column is broken into lines, and could not be pasted into `loupe ask`.
+        console.print(shlex.quote(_place(experiment, sample.image_path)), soft_wrap=True)
+        console.print(f"    {_one_line(turn.question)}  {_one_line(turn.answer)}  ({turn.detail})", soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _show_run(experiment: Experiment, console: Console) -> None:
-    table = Table(title=f"{experiment.file.recipe.name} in {experiment.store.root}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("stage", "key", "state", "time", "folder"):
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "key", "state", "time"):
         table.add_column(heading, overflow="fold")
+    fault: Exception | None = None
     try:
         for stage_run in stage_runs(experiment):
             record = experiment.record(stage_run.stage, stage_run.spec)
-            folder = f"runs/{stage_run.stage}/{stage_run.key}"
             if record is not None:
-                state, spent = "done", duration_text(float(record.get("seconds", 0.0)))
+                seconds = record.get("seconds")
+                state, spent = "done", duration_text(float(seconds)) if isinstance(seconds, int | float) else ""
             else:
-                state, spent = ("begun" if experiment.store.exists(f"{folder}/spec.json") else "to do"), ""
-            table.add_row(stage_run.name, stage_run.key, state, spent, folder)
+                begun = experiment.store.exists(f"runs/{stage_run.stage}/{stage_run.key}/spec.json")
+                state, spent = ("begun" if begun else "to do"), ""
+            table.add_row(stage_run.name, stage_run.key, state, spent)
     except (SpecError, RecipeError) as error:
-        table.add_row("later stages", "", str(error), "", "")
+        fault = error
+    console.print(f"{experiment.file.recipe.name} in {_place(experiment, '')}", style="italic", soft_wrap=True)
     console.print(table)
+    if fault is not None:
+        console.print(f"later stages: {fault}")

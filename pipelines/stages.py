@@ -46,6 +46,9 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
+_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+"""Fields of a dataset's record that later stages need."""
+
 _IMAGE_BYTES_GUESS = 300_000
 """Generous for a picture of 672 x 448 px; other sources keep their images where they are."""
 
@@ -115,8 +118,13 @@ class Experiment:
         """The committed record of a stage as JSON; None when it is not done."""
         path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
         record = self.store.read_json(path) if self.store.exists(path) else None
-        if record is not None and (not isinstance(record, dict) or not record):
-            raise RecordError(f"{self.store.url(path)} should be a stage's record, found {record!r:.40}; remove it, and the stage is run again")
+        if record is None:
+            return None
+        place = shown_path(self.store.url(path))
+        if not isinstance(record, dict) or not record:
+            raise RecordError(f"{place} should be a stage's record, found {record!r:.40}; remove it, and the stage is run again")
+        if stage == "build-dataset" and (missing := [name for name in _PLANNED_WITH if name not in record]):
+            raise RecordError(f"{place} lacks {', '.join(missing)}, with which later stages are planned; remove it, and the stage is run again")
         return record
 
     def most_local_views(self) -> int:

@@ -1,14 +1,21 @@
 """Figures as people read them, and one line for what a stage left behind."""
 
+import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from workers.errors import RecordError
+
 if TYPE_CHECKING:
     from pipelines.stages import StageOutcome
 
 __all__ = ["bytes_text", "data_console", "duration_text", "outcome_line"]
+
+
+UNLIMITED_WIDTH = 100_000
 
 
 class _DataConsole(Console):
@@ -20,8 +27,13 @@ class _DataConsole(Console):
 
 
 def data_console() -> Console:
-    """Standard output for tables of data: a `[word]` in a question or a description is text, not markup."""
-    return _DataConsole(markup=False, highlight=False, emoji=False)
+    """Standard output for tables of data: a `[word]` in a question or a description is text, not markup.
+
+    Returns:
+        A console as wide as its terminal, or as $COLUMNS says; without either, in a pipe or a file, so wide that no line is wrapped or cut.
+    """
+    unlimited = not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit()
+    return _DataConsole(markup=False, highlight=False, emoji=False, width=UNLIMITED_WIDTH if unlimited else None)
 
 
 def duration_text(seconds: float) -> str:
@@ -48,10 +60,25 @@ def bytes_text(number: int | None) -> str:
 
 
 def outcome_line(outcome: "StageOutcome") -> str:
-    """One line for the terminal: what a stage did, or that it was done, with its main figures."""
+    """One line for the terminal: what a stage did, or that it was done, with its main figures.
+
+    Args:
+        outcome: of the stage.
+
+    Returns:
+        The line.
+
+    Raises:
+        RecordError: the record lacks one of the figures.
+    """
     name = outcome.stage if outcome.seed is None else f"{outcome.stage} seed {outcome.seed}"
     spent = "found done" if outcome.reused else f"done in {duration_text(float(outcome.record.get('seconds', 0.0)))}"
-    return f"{name:<24} {spent:<21} {_figures(outcome)}".rstrip()
+    try:
+        return f"{name:<24} {spent:<21} {_figures(outcome)}".rstrip()
+    except KeyError as error:
+        raise RecordError(
+            f"runs/{outcome.stage}/{outcome.key}/COMMITTED.json in the root lacks {error}; remove that file, and the stage is run again"
+        ) from error
 
 
 def _figures(outcome: "StageOutcome") -> str:

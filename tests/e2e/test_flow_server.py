@@ -1,10 +1,13 @@
 """The flow's server: it serves on loopback, takes a flow run, and ends with its parent whatever ended the parent."""
 
+import http.server
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -61,6 +64,46 @@ def test_it_ends_with_a_parent_that_is_killed(folder: Path) -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert wait_for_end(int(pid))
+
+
+def waited(url: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What becomes of waiting for somebody else's server, and how long it takes."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", START + "import prefect"],
+        env={**environment(folder), "PREFECT_API_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, time.monotonic() - began
+
+
+def test_a_server_of_somebody_else_s_that_refuses_connections_is_not_waited_for_long(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound, not listening: refused, and nobody else can take the port
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
+        done, seconds = waited(url, tmp_path)
+    assert f"FlowServerError: the flow's server at {url} refuses connections; is PREFECT_API_URL right?" in done.stderr
+    assert seconds < 15
+    assert (tmp_path / "prefect").is_dir()  # Prefect warns where it is missing
+
+
+def test_a_server_of_somebody_else_s_that_is_slow_is_waited_for(tmp_path: Path) -> None:
+    class Slow(http.server.BaseHTTPRequestHandler):
+        began = time.monotonic()
+
+        def do_GET(self) -> None:
+            self.send_response(200 if time.monotonic() - self.began > 7 else 503)
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done, seconds = waited(f"http://127.0.0.1:{server.server_port}/api", tmp_path)
+        server.shutdown()
+    assert done.returncode == 0
+    assert seconds > 6
+    assert "UserWarning" not in done.stderr
 
 
 def test_a_flow_run_is_recorded_and_the_process_ends_soon(folder: Path) -> None:

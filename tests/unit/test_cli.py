@@ -6,14 +6,16 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from pipelines import cli
-from pipelines.ask import ask_export
 from pipelines.errors import PipelineError
+from pipelines.recipe import recipe_files
 from pipelines.serve import check_schedule
+from workers.errors import RecordError
+
+REPOSITORY = Path(__file__).parents[2]
 
 # A new option is a decision: it must set execution, never what is computed. Change this table when you have decided.
 FROZEN = {
@@ -74,9 +76,16 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "demo", "--set", "train_workers"], "no 'key=value'"),
         (["ask", "/nowhere", "/nowhere.png", "What?"], "found no image file /nowhere.png"),
         (["run", "demo", "--learning-rate", "2"], "--learning-rate"),
-        (["trian", "demo"], "trian"),
+        (["trian", "demo"], 'Did you mean "train"? Available commands:'),
+        (
+            ["run", "demo", "--set", "gr\udcfc\udcdf"],
+            r"word 4 of the command line is no UTF-8 text, found 'gr\udcfc\udcdf'; type or save it as UTF-8",
+        ),
+        (["ask", "/nowhere", "/nowhere.png", " "], "ask: found the question ' '; write one"),
         (["run", "x" * 300], "found no recipe named"),
         (["serve", "demo", "--cron", "@daily"], "serve --cron: found '@daily'; allowed: five fields"),
+        (["serve", "demo", "--cron", "99 3 * * *"], "found '99 3 * * *', where minute 99 is out of range; allowed: five fields, minute (0 to 59)"),
+        (["serve", "demo", "--cron", "0 3 * * mon,5-8"], "where weekday 8 is out of range"),
         (["serve", "demo", "--timezone", "Europe"], "serve --timezone: found 'Europe'"),
         (["serve", "demo", "--timezone", "Europe/Berlyn"], "did you mean 'Europe/Berlin'?"),
         (["serve", "demo", "--port", "70000"], "serve --port: found 70000; allowed: 1 to 65535"),
@@ -127,27 +136,6 @@ def test_the_user_s_own_flow_server_may_listen_where_ours_would(monkeypatch: pyt
         check_schedule("0 3 * * *", "UTC", taken.getsockname()[1])
 
 
-@pytest.mark.parametrize("as_url", [False, True])
-def test_an_image_may_be_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_url: bool) -> None:
-    image, asked = tmp_path / "a b.png", []
-    image.write_bytes(b"the image")
-
-    class Export:
-        def ask(self, data: bytes, question: str, mode: str) -> SimpleNamespace:
-            asked.append((data, question, mode))
-            return SimpleNamespace(text="seven")
-
-    monkeypatch.setattr("model.export.load_export", lambda folder: Export())
-    monkeypatch.chdir(tmp_path)
-    assert ask_export(str(tmp_path), image.as_uri() if as_url else "a b.png", "what?", "both").text == "seven"
-    assert asked == [(b"the image", "what?", "both")]
-
-
-def test_a_folder_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, err = run(["ask", str(tmp_path), str(tmp_path), "what?"], capsys)
-    assert (status, "found no image file" in err) == (2, True)
-
-
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], capsys)[1].strip() == version("loupe") != "0.0.0"
 
@@ -158,7 +146,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, unbuffered: s
     """Through a buffer the pipe is found closed only when the command is at its end."""
     command = f"(sleep 0.2; {sys.executable} -m pipelines.cli {words}; echo $? > {tmp_path}/status) | true; sleep 0.2"
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    done = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
     assert done.stderr == ""
     assert (tmp_path / "status").read_text().strip() == "141"
 
@@ -224,4 +212,89 @@ def test_light_commands_import_nothing_heavy() -> None:
 def test_the_printed_ask_command_can_be_pasted(tmp_path, monkeypatch, program, root, image, expected) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [program, "run"])
-    assert cli._ask_command(root, {"folder": "exports/x", "check_image": image, "check_question": "What is it?"}) == expected
+    record = {"folder": "exports/x", "check_image": image, "check_question": "What is it?"}
+    assert cli._ask_command(root, {"record": record}) == expected
+
+
+def test_a_record_that_lacks_what_is_printed_is_named() -> None:
+    with pytest.raises(RecordError, match=r"runs/export/abc/COMMITTED\.json in the root should have a text as 'folder', found None"):
+        cli._ask_command("data", {"stage": "export", "key": "abc", "record": {"seconds": 1}})
+
+
+def test_an_unknown_command_is_told_all_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(["nothing"], capsys)
+    assert all(name in err for name in FROZEN)
+
+
+def test_help_shows_no_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(["run", "--help"], capsys)
+    assert "()" not in out
+    assert "Recipe keys" in out
+
+
+@pytest.mark.parametrize("cron", ["0 3 * * *", "*/5,30 0-23/2 1,L 1-12 sun", "59 23 31 12 7", "0 0 * jan mon#2"])
+def test_schedules_that_cron_knows_are_not_refused(cron: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    check_schedule(cron, "UTC", 4200)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_any_text_can_be_printed_in_any_encoding(encoding: str) -> None:
+    program = "import sys\nfrom pipelines import cli\ncli._ready_streams()\nprint('\\u2026\\udcf6')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment, cwd=REPOSITORY)
+    assert done.stdout == "\u2026\\udcf6\n".encode(encoding, errors="backslashreplace")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["recipes"], ["--version"]])
+def test_output_that_cannot_be_written_is_one_line(words: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "pipelines.cli", *words]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert done.stderr == "loupe: standard output cannot be written (No space left on device); send it elsewhere and run again\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str) -> None:
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m pipelines.cli recipes {closed}"], check=False, capture_output=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_error_of_another_file_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise FileNotFoundError(2, "No such file", "/elsewhere")
+
+    monkeypatch.setattr(cli, "load_recipe", broken)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["run", "demo"])
+
+
+def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    status, _, err = run(["run", "demo", "--dry-run"], capsys)
+    assert (status, err) == (2, "loupe: the working folder was deleted; change into one that is there and run again\n")
+
+
+def test_tables_are_not_cut_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, out, _ = run(["recipes"], capsys)
+    assert len(out.splitlines()) == 1 + len(recipe_files())
+    assert all(str(path) in out for path in recipe_files().values())
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(["recipes"], capsys)
+    assert all(len(line) <= 60 for line in out.splitlines())
+    assert out.isascii()  # folded, not cut with an ellipsis
+
+
+def test_a_dry_run_plans_no_further_than_its_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    planned: list[str] = []
+    monkeypatch.setattr("pipelines.plan.print_plan", lambda experiment, until: planned.append(until))
+    for command in ("build-dataset", "train", "run"):
+        assert run([command, "demo", "--dry-run"], capsys)[0] == 0
+    assert planned == ["build-dataset", "train-connector", "report"]

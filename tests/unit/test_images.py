@@ -49,6 +49,23 @@ def test_what_is_no_image_is_refused_with_its_reason(data, reason):
     assert reason in REASONS
 
 
+@pytest.mark.parametrize(("width", "height"), [(9_000, 8_000), (20_000, 10_000)])
+def test_the_limit_of_pixels_that_is_named_is_ours(width, height):
+    """Pillow refuses the second by itself, and has another limit."""
+    with pytest.raises(ImageError, match=rf"has ({width}x{height}|{width * height}) pixels; at most {ImageLimits().max_pixels} are allowed"):
+        decode_image(png_header(width, height))
+
+
+def test_a_frame_that_is_larger_than_its_file_says_is_refused_by_our_limit(monkeypatch):
+    def load(image):
+        raise Image.DecompressionBombError("Image size (200000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack.")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(ImageError, match="has 200000000 pixels; at most 64000000") as caught:
+        decode_image(encoded(noise(8, 8)))
+    assert caught.value.reason == "too_many_pixels"
+
+
 def test_too_many_bytes_are_refused_before_anything_is_read():
     with pytest.raises(ImageError) as caught:
         decode_image(encoded(noise(8, 8)), ImageLimits(max_bytes=100))

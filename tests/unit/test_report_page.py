@@ -7,8 +7,10 @@ import pytest
 
 from pipelines.report import template_sha256
 from pipelines.report_page import TEMPLATE, TEMPLATES, AccuracyCell, Curve, PhaseCurves, plot_geometry, render_page, smoothed
-from pipelines.wording import bytes_text
+from pipelines.stages import StageOutcome
+from pipelines.wording import bytes_text, outcome_line
 from tests.page_data import page
+from workers.errors import RecordError
 
 
 def test_the_page_needs_nothing_else() -> None:
@@ -66,6 +68,12 @@ def test_bytes_read_well() -> None:
         "2.31 MB",
         "4 GB",
     ]
+
+
+def test_a_record_that_lacks_a_figure_is_named() -> None:
+    outcome = StageOutcome(stage="build-dataset", key="0123", seed=None, record={"seconds": 1.0}, reused=True)
+    with pytest.raises(RecordError, match=r"runs/build-dataset/0123/COMMITTED\.json in the root lacks 'num_samples'; remove that file"):
+        outcome_line(outcome)
 
 
 def test_smoothing_keeps_level_and_length() -> None:

@@ -48,11 +48,11 @@ def test_a_committed_stage_is_not_run(experiment: Experiment) -> None:
     def fail(progress: object) -> None:
         raise AssertionError("ran")
 
-    spec = experiment.dataset
-    experiment.store.write_json(f"runs/build-dataset/{fingerprint(spec)[:16]}/COMMITTED.json", {"num_train": 7})
+    spec, committed = experiment.dataset, {"num_train": 7, "num_held_out": 2, "num_samples": 9}
+    experiment.store.write_json(f"runs/build-dataset/{fingerprint(spec)[:16]}/COMMITTED.json", committed)
     outcome = run_stage(experiment, StageRun(stage="build-dataset", seed=None, spec=spec, run=fail), SilentProgress())
     assert outcome.reused
-    assert outcome.record == {"num_train": 7}
+    assert outcome.record == committed
 
 
 def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
@@ -225,10 +225,10 @@ def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment,
     assert experiment.store.list() == []
 
 
-@pytest.mark.parametrize("record", [[], {}, "done"])
+@pytest.mark.parametrize("record", [[], {}, "done", {"num_samples": 16, "num_held_out": 3}])
 def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) -> None:
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(experiment.dataset)[:16]}/COMMITTED.json", record)
-    with pytest.raises(RecordError, match=r"COMMITTED\.json should be a stage's record, found"):
+    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train)"):
         list(stage_runs(experiment))
 
 
