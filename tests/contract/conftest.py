@@ -1,3 +1,4 @@
+import os
 import uuid
 
 import pytest
@@ -6,15 +7,27 @@ from tests import s3_servers
 
 
 @pytest.fixture(scope="session")
-def moto_bucket():
+def moto_server():
     with s3_servers.moto() as bucket:
-        yield bucket
+        yield bucket, os.environ["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture(scope="session")
-def seaweedfs_bucket():
+def seaweedfs_server():
     with s3_servers.seaweedfs() as bucket:
-        yield bucket
+        yield bucket, os.environ["AWS_ENDPOINT_URL"]
+
+
+@pytest.fixture
+def bucket_of(request, monkeypatch):
+    """The bucket of a server by its name, which the environment points to during the test: several may be running."""
+
+    def choose(server):
+        bucket, endpoint = request.getfixturevalue(f"{server}_server")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        return bucket
+
+    return choose
 
 
 STORES = [
@@ -25,8 +38,8 @@ STORES = [
 
 
 @pytest.fixture(params=STORES)
-def store_root(request, tmp_path):
+def store_root(request, tmp_path, bucket_of):
     """A fresh root in each kind of store."""
     if request.param == "local":
         return (tmp_path / "root").as_uri()
-    return f"{request.getfixturevalue(request.param + '_bucket')}/{uuid.uuid4().hex}"
+    return f"{bucket_of(request.param)}/{uuid.uuid4().hex}"

@@ -1,6 +1,7 @@
 """What a real S3 server's refusals, and its absence, look like through each of the three clients that Loupe reads with."""
 
 import uuid
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
@@ -20,10 +21,10 @@ def table(store: Store) -> Table:
     return Table(store, "numbers", SCHEMA, ())
 
 
-@pytest.fixture(scope="module")
-def filled(seaweedfs_bucket: str) -> tuple[str, TableFile]:
+@pytest.fixture
+def filled(bucket_of: Callable[[str], str]) -> tuple[str, TableFile]:
     """A root with an object and a table, on a server that checks signatures."""
-    store = Store(f"{seaweedfs_bucket}/{uuid.uuid4().hex}")
+    store = Store(f"{bucket_of('seaweedfs')}/{uuid.uuid4().hex}")
     store.write_bytes("a.png", b"a")
     file = table(store).write_file({}, "numbers.parquet", [pa.table({"number": [1, 2]}, schema=SCHEMA)])
     table(store).commit([file])
@@ -62,8 +63,8 @@ def test_a_missing_object_is_its_own_fault(filled: tuple[str, TableFile]) -> Non
     assert store_reason(missing.value) == "missing_file"
 
 
-def test_a_large_object_is_read_whole(seaweedfs_bucket: str) -> None:
-    store = Store(f"{seaweedfs_bucket}/{uuid.uuid4().hex}")
+def test_a_large_object_is_read_whole(bucket_of: Callable[[str], str]) -> None:
+    store = Store(f"{bucket_of('seaweedfs')}/{uuid.uuid4().hex}")
     data = bytes(range(256)) * 2**16
     store.write_bytes("large", data)
     assert store.read_bytes("large") == data
