@@ -3,6 +3,7 @@
 The tests of this module are one story and run in order on one root.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -72,19 +73,29 @@ def test_a_dry_run_writes_nothing(story: Story) -> None:
     assert not story.root.exists()
 
 
-def test_ctrl_c_leaves_a_state_to_resume(story: Story) -> None:
-    command = story.command("run", str(story.recipe), "--root", str(story.root), "--set", "num_cpus=1", "--set", "images_per_build_unit=1")
+def ended_at(story: Story, number: signal.Signals, reached: str, *settings: str) -> tuple[subprocess.Popen[str], str]:
+    """Start the run and send its driver a signal as soon as a file is there; the driver, and what it said."""
+    words = [word for setting in settings for word in ("--set", setting)]
     with subprocess.Popen(
-        command, env=story.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        story.command("run", str(story.recipe), "--root", str(story.root), *words),
+        env=story.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
-        staged = story.root / "runs" / "build-dataset"
         deadline = time.monotonic() + 800
-        while not list(staged.rglob("staged/*.json")):
+        while not list(story.root.glob(reached)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        process.send_signal(number)
         _, said = process.communicate(timeout=120)
+    return process, said
+
+
+def test_ctrl_c_leaves_a_state_to_resume(story: Story) -> None:
+    process, said = ended_at(story, signal.SIGINT, "runs/build-dataset/*/staged/*.json", "num_cpus=1", "images_per_build_unit=1")
     assert process.returncode == 130, said
     assert said.endswith("loupe: interrupted; run the same command to resume\n")
     assert "Traceback" not in said
@@ -93,6 +104,17 @@ def test_ctrl_c_leaves_a_state_to_resume(story: Story) -> None:
         time.sleep(0.2)
     assert children(process.pid) == []
     assert story.records() == {}
+
+
+def test_so_does_kill_9(story: Story) -> None:
+    """While features are written; every other stage and process: tests/fault/test_killed_runs.py."""
+    process, said = ended_at(story, signal.SIGKILL, "features/*/branch=global/*.parquet", "num_cpus=2", "feature_unit_bytes=16000")
+    assert process.returncode == -signal.SIGKILL, said
+    for left in children(process.pid):  # Ray's agents notice after 40 to 70 s
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+    assert len(story.records()) == 1
+    assert not list(story.root.glob("runs/cache-features/*/COMMITTED.json"))
 
 
 def test_the_next_run_completes(story: Story) -> None:
@@ -123,6 +145,9 @@ def test_tables_hold_each_row_once(story: Story) -> None:
     samples = DeltaTable(str(story.root / "samples")).to_pyarrow_table()
     assert samples.num_rows == 16
     assert len(set(samples["sample_id"].to_pylist())) == 16
+    (features,) = (story.root / "features").iterdir()
+    views = DeltaTable(str(features)).to_pyarrow_table(columns=["image_sha256", "branch", "view_index"]).to_pylist()
+    assert len({tuple(view.values()) for view in views}) == len(views) == 16 * (1 + 6)
 
 
 def test_the_command_that_a_run_prints_answers(story: Story) -> None:

@@ -1,6 +1,7 @@
 """`loupe run` with one of its processes killed by -9, or with Ctrl-C, at each stage: the next run ends with what an undisturbed run ends with.
 
-One of these stories runs every day; all of them under `make test-all`.
+Under `make test-all`, a minute each. What runs every day: tests/e2e/test_run.py (Ctrl-C, a killed driver), test_training_under_ray.py (a killed
+training worker), test_flow_server.py (a killed flow server), tests/contract/test_clusters.py (killed workers of the other stages).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from deltalake import DeltaTable
 
 from tests.tiny import tiny_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = ("num_cpus=2", "images_per_build_unit=1", "feature_unit_bytes=16000", "checkpoint_every_steps=5", "train_threads=1", "encoder_threads=1")
@@ -99,12 +100,8 @@ def victim(process: "subprocess.Popen[str]", kind: str) -> psutil.Process | None
     return None
 
 
-def daily(stage: str, kind: str) -> bool:
-    return (stage, kind) == ("cache-features", "driver")  # a story takes a minute; killed training workers have a test of their own
-
-
 STORIES = [
-    pytest.param(stage, kind, marks=() if daily(stage, kind) else pytest.mark.heavy, id=f"{kind} in {stage}")
+    pytest.param(stage, kind, id=f"{kind} in {stage}")
     for stage in REACHED
     for kind in VICTIMS
     # Evaluation, export and the report start no work on Ray; what its processes do by then is nobody's concern.
