@@ -64,6 +64,11 @@ class ViewSpec:
     max_slices: int = 6
     """Cap on the number of slices that the area asks for; the rule tries one fewer and one more as well."""
 
+    @property
+    def max_local_views(self) -> int:
+        """Local views of an image at most."""
+        return self.max_slices + 1
+
     def __post_init__(self) -> None:
         if not 2 <= self.max_slices <= 48:
             raise SpecError(f"views.max_slices must lie in 2..48, found {self.max_slices}")

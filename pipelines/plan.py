@@ -36,7 +36,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    yield from _dataset_lines(experiment)
+    num_records = _num_records(experiment)
+    yield from _dataset_lines(experiment, num_records)
     yield PlanLine(
         topic="features",
         fact="encoder",
@@ -45,8 +46,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "" if _all_drawn(experiment) else "up to "
-    value = f"{up_to}{bytes_text(feature_bytes(experiment, _num_records(experiment)))} as {experiment.features.precision}"
+    up_to = "" if experiment.all_drawn else "up to "
+    value = f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {experiment.features.precision}"
     yield PlanLine(topic="features", fact="cache", value=value)
     yield from _connector_lines(experiment)
     for phase in recipe.schedule.phases:
@@ -66,10 +67,6 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _all_drawn(experiment: Experiment) -> bool:
-    return all(isinstance(source, RenderedSourceSpec) for source in experiment.dataset.sources)
-
-
 def _num_records(experiment: Experiment) -> int:
     """Records of the sources that have records."""
     from workers.dataset.sources import read_records
@@ -77,9 +74,8 @@ def _num_records(experiment: Experiment) -> int:
     return sum(len(read_records(source)) for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec))
 
 
-def _dataset_lines(experiment: Experiment) -> Iterator[PlanLine]:
-    recipe, num_records = experiment.file.recipe, _num_records(experiment)
-    num_drawn = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+def _dataset_lines(experiment: Experiment, num_records: int) -> Iterator[PlanLine]:
+    recipe, num_drawn = experiment.file.recipe, experiment.num_drawn
     parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
     yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
     held_out = round((num_drawn + num_records) * recipe.dataset.held_out_fraction)
@@ -89,7 +85,7 @@ def _dataset_lines(experiment: Experiment) -> Iterator[PlanLine]:
 
 
 def _views_text(experiment: Experiment) -> str:
-    if not _all_drawn(experiment):
+    if not experiment.all_drawn:
         return f"1 global + 2 to {experiment.most_local_views()} local, by its shape and size"
     views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, experiment.encoder.view_px, experiment.dataset.views)
     return f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)"
@@ -109,7 +105,7 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
     global_tokens = connector.tokens_per_global_view
     local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
-    up_to = "" if _all_drawn(experiment) else "up to "
+    up_to = "" if experiment.all_drawn else "up to "
     yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
 

@@ -127,12 +127,22 @@ class Experiment:
             raise RecordError(f"{place} lacks {', '.join(missing)}, with which later stages are planned; remove it, and the stage is run again")
         return record
 
+    @property
+    def num_drawn(self) -> int:
+        """Pictures that are drawn; other sources' images are not among them."""
+        return sum(source.num_images for source in self.dataset.sources if isinstance(source, RenderedSourceSpec))
+
+    @property
+    def all_drawn(self) -> bool:
+        """Whether there are no other images than drawn ones."""
+        return all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources)
+
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
         spec = self.dataset.views
-        if all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources):
+        if self.all_drawn:
             return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
-        return spec.max_slices + 1
+        return spec.max_local_views
 
     def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.
@@ -204,9 +214,8 @@ class Experiment:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
         from model.fusion import fused_tokens
         from workers.evaluation import MAX_NEW_TOKENS
-        from workers.language_models import check_usable
 
-        context = check_usable(self.language_model.model)
+        context = _context_tokens(self.language_model.model)
         num_global = fused_tokens(self.connector.global_branch.fusion, self.encoder.num_patches)
         local = self.connector.local_branch
         num_local = 0 if local is None else self.most_local_views() * local.compression.queries
@@ -219,10 +228,8 @@ class Experiment:
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
-        fraction = self.dataset.held_out_fraction
-        sources = [source for source in self.dataset.sources if isinstance(source, RenderedSourceSpec)]
-        num_images = sum(source.num_images for source in sources)
-        if len(sources) == len(self.dataset.sources) and not 1 <= num_images * fraction <= num_images - 1:
+        fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
+        if self.all_drawn and not 1 <= num_images * fraction <= num_images - 1:
             raise RecipeError(
                 f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
                 f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
@@ -257,6 +264,14 @@ def _describe_encoder(name: str) -> EncoderSpec:
     from model.encoder import describe_encoder
 
     return describe_encoder(name)
+
+
+@cache
+def _context_tokens(language_model: str) -> int:
+    """A run resolves its recipe in the command and again in the flow; loading a tokenizer takes longest of it all."""
+    from workers.language_models import check_usable
+
+    return check_usable(language_model)
 
 
 def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
@@ -419,10 +434,9 @@ def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
     Returns:
         Bytes.
     """
-    features = experiment.features
-    num_drawn = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
+    features, num_drawn = experiment.features, experiment.num_drawn
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
-    num_local_views = num_drawn * len(drawn.local_views) + num_records * (features.views.max_slices + 1)
+    num_local_views = num_drawn * len(drawn.local_views) + num_records * features.views.max_local_views
     per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
     return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
@@ -452,8 +466,7 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    num_images = sum(source.num_images for source in experiment.dataset.sources if isinstance(source, RenderedSourceSpec))
-    needed = feature_bytes(experiment) + num_images * _IMAGE_BYTES_GUESS
+    needed = feature_bytes(experiment) + experiment.num_drawn * _IMAGE_BYTES_GUESS
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -237,7 +237,9 @@ def check_convertible(name: str) -> None:
     packaged = PACKAGED.get(name)
     if packaged is None or (_folder(name, packaged) / "config.json").is_file():
         return
-    there = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
+    from workers.storage import nearest_there
+
+    there = nearest_there(cache_folder().absolute())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise LanguageModelPrepareError(f"the model cache {cache_folder()} cannot be written; set LOUPE_CACHE to a writable folder")
     # transformers needs both to read GGUF, and says so late

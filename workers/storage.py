@@ -25,7 +25,7 @@ import pyarrow.fs
 
 from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
 
-__all__ = ["Store", "open_url", "translate_storage_error", "translated"]
+__all__ = ["Store", "nearest_there", "open_url", "translate_storage_error", "translated"]
 
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
@@ -509,10 +509,7 @@ class Store:
         if self._local is None:
             return None
         with translated("measure", self.root):
-            existing = self._local
-            while not existing.exists():
-                existing = existing.parent
-            return shutil.disk_usage(existing).free
+            return shutil.disk_usage(nearest_there(self._local)).free
 
     def check_writable(self) -> None:
         """Prove that an object can be written, read and deleted here.
@@ -544,7 +541,7 @@ class Store:
         """
         if self._local is None:
             return
-        there = next(folder for folder in (self._local, *self._local.parents) if folder.exists())
+        there = nearest_there(self._local)
         if not there.is_dir():
             raise StorageError(f"the root {self.root} cannot be written: {there} is a file. Choose another place with --root.")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -616,6 +613,11 @@ class Store:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def nearest_there(path: Path) -> Path:
+    """A path, or the nearest one above it that exists: what a file that is still to come depends on."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def open_url(url: str) -> tuple[Store, str]:

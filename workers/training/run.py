@@ -356,10 +356,10 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         max_tokens=model.max_tokens,
     )
     builder.check()
-    if rank == 0:
-        check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
+        if rank == 0:
+            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
         global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
         model.connector.measure_inputs(
             {name: maps.to(device) for name, maps in global_maps.items()},
