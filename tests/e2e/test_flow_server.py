@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import environment
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 START = """
@@ -29,11 +31,6 @@ print(server.url, server.pid, flush=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One home for both tests: the first start of a database takes longest."""
     return tmp_path_factory.mktemp("cache")
-
-
-def environment(folder: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
-    return {**kept, "LOUPE_CACHE": str(folder)}
 
 
 def alive(pid: int) -> bool:

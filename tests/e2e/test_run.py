@@ -10,16 +10,24 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from tests.commands import settings, start
 from tests.tiny import tiny_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+
+
+class Ended(NamedTuple):
+    """What a command said on its two streams."""
+
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -28,18 +36,15 @@ class Story:
     recipe: Path
     root: Path
 
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "pipelines.cli", *words]
-
     @property
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME", "RAY_ADDRESS")}
-        return {**kept, "LOUPE_CACHE": str(self.folder / "cache")}
+    def cache(self) -> Path:
+        return self.folder / "cache"
 
-    def run(self, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(self.command(*words), env=self.environment, capture_output=True, text=True, check=False, timeout=900)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
+    def run(self, *words: str, status: int = 0) -> Ended:
+        with start(self.cache, *words) as process:
+            printed, complained = process.communicate(timeout=900)
+        assert process.returncode == status, printed + complained
+        return Ended(printed, complained)
 
     def records(self) -> dict[str, int]:
         """When each stage's record was written."""
@@ -73,17 +78,9 @@ def test_a_dry_run_writes_nothing(story: Story) -> None:
     assert not story.root.exists()
 
 
-def ended_at(story: Story, number: signal.Signals, reached: str, *settings: str) -> tuple[subprocess.Popen[str], str]:
+def ended_at(story: Story, number: signal.Signals, reached: str, *named: str) -> tuple[subprocess.Popen[str], str]:
     """Start the run and send its driver a signal as soon as a file is there; the driver, and what it said."""
-    words = [word for setting in settings for word in ("--set", setting)]
-    with subprocess.Popen(
-        story.command("run", str(story.recipe), "--root", str(story.root), *words),
-        env=story.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with start(story.cache, "run", str(story.recipe), "--root", str(story.root), *settings(*named)) as process:
         deadline = time.monotonic() + 800
         while not list(story.root.glob(reached)):
             assert process.poll() is None, process.communicate()

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from model.specs import fingerprint
 from tests import small_data
+from tests.commands import REPOSITORY
 from workers.caching.build import CacheRecord, cache_features
 from workers.caching.units import BRANCHES, features_table
 from workers.commits import Stage
@@ -22,7 +22,7 @@ from workers.storage import Store
 
 pytestmark = [pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(600)]
 
-REPOSITORY = Path(__file__).parents[2]
+
 NUM_IMAGES = 16
 UNDISTURBED = ExecutionSettings(feature_unit_bytes=16_000, encoder_threads=1)
 

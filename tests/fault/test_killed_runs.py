@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ import psutil
 import pytest
 from deltalake import DeltaTable
 
+from tests.commands import settings, start
 from tests.tiny import tiny_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(900)]
 
-REPOSITORY = Path(__file__).parents[2]
 SETTINGS = ("num_cpus=2", "images_per_build_unit=1", "feature_unit_bytes=16000", "checkpoint_every_steps=5", "train_threads=1", "encoder_threads=1")
 
 REACHED = {
@@ -53,11 +52,7 @@ class World:
     root: Path
 
     def start(self, root: Path) -> "subprocess.Popen[str]":
-        kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME", "RAY_ADDRESS")}
-        command = [sys.executable, "-m", "pipelines.cli", "run", str(self.recipe), "--root", str(root)]
-        command += [word for setting in SETTINGS for word in ("--set", setting)]
-        environment = {**kept, "LOUPE_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return start(self.folder / "cache", "run", str(self.recipe), "--root", str(root), *settings(*SETTINGS))
 
     def finish(self, root: Path) -> None:
         process = self.start(root)

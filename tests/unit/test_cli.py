@@ -1,6 +1,7 @@
 """The command line: its options are frozen, its errors are one paragraph with status 2, and it imports nothing heavy for nothing."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,9 +14,8 @@ from pipelines import cli
 from pipelines.errors import PipelineError
 from pipelines.recipe import recipe_files
 from pipelines.serve import check_schedule
+from tests.commands import LOUPE, REPOSITORY
 from workers.errors import RecordError
-
-REPOSITORY = Path(__file__).parents[2]
 
 # A new option is a decision: it must set execution, never what is computed. Change this table when you have decided.
 FROZEN = {
@@ -251,7 +251,7 @@ def test_any_text_can_be_printed_in_any_encoding(encoding: str) -> None:
 def test_output_that_cannot_be_written_is_one_line(words: list[str], unbuffered: str) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "pipelines.cli", *words]
+        command = [*LOUPE, *words]
         done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY)
     assert done.returncode == 2
     assert done.stderr == "loupe: standard output cannot be written (No space left on device); send it elsewhere and run again\n"
@@ -259,7 +259,7 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str], unbuffered:
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed: str) -> None:
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m pipelines.cli recipes {closed}"], check=False, capture_output=True, cwd=REPOSITORY)
+    done = subprocess.run(["bash", "-c", f"{shlex.join(LOUPE)} recipes {closed}"], check=False, capture_output=True, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
