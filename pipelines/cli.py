@@ -253,6 +253,7 @@ def _quiet_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",  # transformers shows one while it converts GGUF, in log files too
         "PYTHONWARNINGS": "ignore",
     }
     if not Path("/dev/nvidiactl").exists():

@@ -23,7 +23,7 @@ from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress
 from pipelines.recipe import load_recipe
 from pipelines.settings import execution_settings
-from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_ready, open_experiment, run_stage, stage_runs
+from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_ready, fetches_language_model, open_experiment, run_stage, stage_runs
 from pipelines.wording import duration_text, outcome_line
 from workers.commits import StageName, to_json
 from workers.errors import WorkerError
@@ -174,8 +174,20 @@ def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] |
     """
     experiment = open_experiment(load_recipe(recipe), Store(root), execution_settings(settings or {}))
     check_ready(experiment)
-    outcomes = run_experiment(experiment, STAGES[STAGES.index(until)])
+    last = STAGES[STAGES.index(until)]
+    if fetches_language_model(experiment, last):
+        _fetch_language_model(experiment.language_model.model)
+    outcomes = run_experiment(experiment, last)
     return [to_json(outcome) for outcome in outcomes]
+
+
+def _fetch_language_model(name: str) -> None:
+    from workers.language_models import language_model_folder
+
+    print(f"language model {name}: being fetched and converted, once", flush=True)
+    began_s = time.monotonic()
+    folder = language_model_folder(name)
+    print(f"language model {name}: in {folder} after {duration_text(time.monotonic() - began_s)}", flush=True)
 
 
 def run_experiment(experiment: Experiment, until: StageName) -> list[StageOutcome]:

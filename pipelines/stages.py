@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from model.errors import ModelError
+from model.errors import ModelError, SpecError
 from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
@@ -37,6 +37,7 @@ __all__ = [
     "StageRun",
     "check_ready",
     "feature_bytes",
+    "fetches_language_model",
     "open_experiment",
     "run_stage",
     "shown_path",
@@ -472,6 +473,27 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "
             "Free some space, choose another --root, or lower dataset.sources[].num_images."
         )
+
+
+def fetches_language_model(experiment: Experiment, until: StageName) -> bool:
+    """Whether a run will come to need a language model that has to be fetched and converted first.
+
+    Args:
+        experiment: about to run.
+        until: its last stage.
+
+    Returns:
+        Whether to do it now: a registry that is away should end a run in its first seconds, not when images are built and features cached.
+    """
+    from workers.language_models import is_prepared
+
+    if is_prepared(experiment.language_model.model) or STAGES.index(until) < STAGES.index("train-connector"):
+        return False
+    try:
+        runs = [run for run in stage_runs(experiment, until) if run.stage in ("train-connector", "evaluate", "export")]
+    except SpecError:  # a schedule in epochs, and no dataset yet
+        return True
+    return any(experiment.record(run.stage, run.spec) is None for run in runs)
 
 
 def _check_device(execution: ExecutionSettings) -> None:

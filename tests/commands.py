@@ -1,12 +1,15 @@
 """The console command as tests start it: a process of its own, a session of its own, and nothing of the developer's own Prefect or Ray."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 LOUPE = (sys.executable, "-m", "pipelines.cli")
+PLAIN_LINE = re.compile(r"[a-z ]+: ")
+"""A line of progress or of Loupe's own on standard error; what Ray's threads say begins otherwise."""
 
 
 def environment(cache: Path) -> dict[str, str]:

