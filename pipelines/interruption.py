@@ -1,12 +1,14 @@
 """Ctrl-C that cannot get lost.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be; inside a callback or a destructor of a library it is printed and
-forgotten, and the run goes on. Ray Train replaces the handler and ends the process with status 0. So the handler here also remembers, and the
-work asks at every step that it reports.
+forgotten, and the run goes on. Ray Train puts a handler of its own in place, which ends the process with status 0, or does nothing at all where its
+run has just ended. So every signal is also written down by Python's wakeup descriptor, whoever handles it, and the work asks at every step that it
+reports.
 """
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -17,24 +19,23 @@ __all__ = ["InterruptibleProgress", "Interruption", "catching_interruptions"]
 
 
 class Interruption:
-    """Whether Ctrl-C was pressed."""
+    """Whether Ctrl-C was pressed.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Args:
+        signals: gets one byte per signal that the process receives, its number; not blocking. None hears of no signal.
+    """
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember, and raise where the main thread is now.
+    def __init__(self, signals: socket.socket | None = None) -> None:
+        self._signals = signals
+        self._asked = False
 
-        Args:
-            number: of the signal.
-            frame: where the main thread is.
-
-        Raises:
-            KeyboardInterrupt: always.
-        """
-        del number, frame
-        self.asked = True
-        raise KeyboardInterrupt
+    @property
+    def asked(self) -> bool:
+        """Whether it was pressed by now."""
+        with contextlib.suppress(BlockingIOError):
+            while self._signals is not None and (numbers := self._signals.recv(4096)):
+                self._asked |= signal.SIGINT in numbers
+        return self._asked
 
     def check(self) -> None:
         """Raise if it was pressed and forgotten. Other threads than the main one cannot stop the run, and are left alone.
@@ -76,16 +77,32 @@ def catching_interruptions() -> Iterator[Interruption]:
         What tells whether it was pressed.
 
     Raises:
-        KeyboardInterrupt: for a SystemExit of a library's own handler as well.
+        KeyboardInterrupt: it was; also for a SystemExit of a library's own handler, and for errors of what was interrupted.
     """
-    interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield Interruption()
         return
-    before = signal.signal(signal.SIGINT, interruption.handle)
-    try:
-        yield interruption
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGINT, _interrupt)
+    signals, written = socket.socketpair()
+    with signals, written:
+        signals.setblocking(False)
+        written.setblocking(False)
+        told_before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        interruption = Interruption(signals)
+        try:
+            yield interruption
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            if interruption.asked:  # what was under way failed because it was interrupted; it is not to be tried again
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            signal.set_wakeup_fd(told_before)
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise where the main thread is now; the handler from before may be one that ignores."""
+    del number, frame
+    raise KeyboardInterrupt

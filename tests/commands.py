@@ -8,7 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 LOUPE = (sys.executable, "-m", "pipelines.cli")
-PLAIN_LINE = re.compile(r"[a-z ]+: ")
+PLAIN_LINE = re.compile(r"[a-z -]+: ")
 """A line of progress or of Loupe's own on standard error; what Ray's threads say begins otherwise."""
 
 

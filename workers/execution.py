@@ -102,10 +102,10 @@ class Progress(Protocol):
         """
 
     def advance(self, count: int = 1, **facts: float | str) -> None:
-        """More is done.
+        """More is done. May raise KeyboardInterrupt, to end the work.
 
         Args:
-            count: how much more.
+            count: how much more; 0 only asks whether to go on.
             **facts: numbers worth showing now, e.g. loss=1.2.
         """
 

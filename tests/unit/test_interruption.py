@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,11 +32,44 @@ def test_a_swallowed_interruption_comes_back_at_the_next_step() -> None:
             interruption.check()
 
 
-def test_the_handler_from_before_is_put_back() -> None:
+def test_what_a_library_s_own_handler_ignores_comes_back_at_the_next_step() -> None:
+    with catching_interruptions() as interruption:
+        interruption.check()
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        press_ctrl_c()
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            interruption.check()
+
+
+def test_other_signals_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with catching_interruptions() as interruption:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            interruption.check()
+            assert not interruption.asked
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_fails_because_of_it_is_no_error_to_try_again() -> None:
+    def work() -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        press_ctrl_c()
+        raise ConnectionError("the cluster went away")
+
+    with pytest.raises(KeyboardInterrupt), catching_interruptions():
+        work()
+
+
+def test_what_was_there_before_is_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with catching_interruptions():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a library might
     assert signal.getsignal(signal.SIGINT) is before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_library_that_exits_instead_counts_as_interrupted() -> None:
@@ -49,8 +83,11 @@ def test_other_errors_pass() -> None:
 
 
 def test_other_threads_are_left_alone() -> None:
-    interruption = Interruption()
-    interruption.asked = True
+    signals, written = socket.socketpair()
+    signals.setblocking(False)
+    written.send(bytes([signal.SIGINT]))
+    interruption = Interruption(signals)
+    assert interruption.asked
     seen: list[BaseException] = []
 
     def work() -> None:
@@ -65,3 +102,5 @@ def test_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == []
+    signals.close()
+    written.close()

@@ -1,12 +1,14 @@
 """Which failures of training workers are tried again, and what is said of the others. With real clusters: tests/e2e/test_training_under_ray.py."""
 
+import signal
+
 import pytest
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from model.errors import FrozenBlockChangedError
 from tests.tiny_training import tiny_training_spec
 from workers.errors import ClusterError, StaleCacheError, StoreUnavailableError, WorkFailedError
-from workers.execution import ExecutionSettings
+from workers.execution import ExecutionSettings, SilentProgress
 from workers.training import run
 
 
@@ -37,7 +39,7 @@ def fitting(monkeypatch, *answers):
 def test_lost_workers_are_replaced_as_often_as_allowed(monkeypatch, job):
     tries = fitting(monkeypatch, ClusterError("one"), ClusterError("two"), None)
     losses = []
-    run._fit(job(max_failures=2), losses)
+    run._fit(job(max_failures=2), losses, SilentProgress())
     assert len(tries) == 3
     assert [str(loss) for loss in losses] == ["one", "two"]
 
@@ -45,7 +47,7 @@ def test_lost_workers_are_replaced_as_often_as_allowed(monkeypatch, job):
 def test_one_loss_too_many_is_an_error(monkeypatch, job):
     tries = fitting(monkeypatch, ClusterError("one"), ClusterError("two"))
     with pytest.raises(ClusterError, match="two"):
-        run._fit(job(max_failures=1), [])
+        run._fit(job(max_failures=1), [], SilentProgress())
     assert len(tries) == 2
 
 
@@ -56,14 +58,38 @@ def test_what_would_fail_again_is_not_tried_again(monkeypatch, job, error):
     """A store that is away is the flow's to try again, after a pause."""
     tries = fitting(monkeypatch, error)
     with pytest.raises(type(error)):
-        run._fit(job(max_failures=2), [])
+        run._fit(job(max_failures=2), [], SilentProgress())
     assert len(tries) == 1
 
 
 def test_a_peer_s_death_may_look_like_a_bug_of_another_rank(monkeypatch, job):
     tries = fitting(monkeypatch, WorkFailedError("connection closed by peer"), None)
-    run._fit(job(max_failures=2, train_workers=2), [])
+    run._fit(job(max_failures=2, train_workers=2), [], SilentProgress())
     assert len(tries) == 2
+
+
+def test_whoever_is_interrupted_tries_no_more(monkeypatch, job):
+    class Interrupted(SilentProgress):
+        def advance(self, count=1, **facts):
+            if tries:
+                raise KeyboardInterrupt
+
+    tries = fitting(monkeypatch, ClusterError("the controller was aborted"), None)
+    with pytest.raises(KeyboardInterrupt):
+        run._fit(job(max_failures=2), [], Interrupted())
+    assert len(tries) == 1
+
+
+def test_the_handler_of_ctrl_c_is_put_back(monkeypatch, job):
+    """Ray Train's own does nothing once its run has ended: Ctrl-C between two stages of training was lost."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def fit_once(stage_job):
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+
+    monkeypatch.setattr(run, "_fit_once", fit_once)
+    run._fit(job(), [], SilentProgress())
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def death():

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -73,7 +74,8 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             for name in _STAGES:
                 phases = _phases(spec, name)
                 if phases and _done_records(spec, store, name) is None:
-                    _fit(_StageJob(spec=spec, root=store.root, execution=execution, stage=name, threads=_threads(execution)), losses)
+                    job = _StageJob(spec=spec, root=store.root, execution=execution, stage=name, threads=_threads(execution))
+                    _fit(job, losses, progress)
         records = [record for name in _STAGES if _phases(spec, name) for record in _finished(spec, store, name)]
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
@@ -203,7 +205,7 @@ def _following(store: Store, stage: Stage, total: int, progress: Progress) -> It
         progress.finish()
 
 
-def _fit(job: _StageJob, losses: list[ClusterError]) -> None:
+def _fit(job: _StageJob, losses: list[ClusterError], progress: Progress) -> None:
     """Run one stage, again as often as `max_failures` allows when its workers were lost.
 
     Ray's own counting is not used: it tries errors of the code again as well (a stale cache, a loss that is not finite), and workers that cannot
@@ -212,6 +214,7 @@ def _fit(job: _StageJob, losses: list[ClusterError]) -> None:
     Args:
         job: the stage.
         losses: gets an entry per loss.
+        progress: asked before every try whether to go on at all.
 
     Raises:
         ClusterError: workers were lost more often than that.
@@ -220,8 +223,10 @@ def _fit(job: _StageJob, losses: list[ClusterError]) -> None:
     """
     num_losses = 0
     while True:
+        progress.advance(0)
         try:
-            return _fit_once(job)
+            with _sigint_handler_kept():
+                return _fit_once(job)
         except ClusterError as error:
             # From another rank, a worker's death looks like an error of the code: a connection that its peer has closed.
             lost = error.retryable or job.execution.train_workers > 1
@@ -229,6 +234,17 @@ def _fit(job: _StageJob, losses: list[ClusterError]) -> None:
             if not lost or num_losses > job.execution.max_failures:
                 raise
             losses.append(error)
+
+
+@contextlib.contextmanager
+def _sigint_handler_kept() -> Iterator[None]:
+    """Put the handler of Ctrl-C back: Ray Train leaves its own there, and once its run has ended that one does nothing."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _fit_once(job: _StageJob) -> None:
