@@ -159,7 +159,8 @@ def _summary(experiment: Experiment, outcomes: list[StageOutcome]) -> str:
     return "\n".join(lines)
 
 
-@flow(name="loupe", flow_run_name="{recipe}", persist_result=False, validate_parameters=True)
+# Prefect keeps the error of a failed flow run, as a pickle unless told otherwise.
+@flow(name="loupe", flow_run_name="{recipe}", persist_result=False, result_serializer="json", validate_parameters=True)
 def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] | None = None, until: str = "report") -> list[dict[str, Any]]:
     """Run a recipe from its sources to its report; stages that are done are found done.
 
