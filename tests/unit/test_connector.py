@@ -62,6 +62,18 @@ def test_standardisation_folds_into_the_first_layer():
     torch.testing.assert_close(folded(tokens), connector.global_tokens(features(2, seed=7)), atol=1e-6, rtol=1e-4)
 
 
+def test_each_branch_is_standardised_by_its_own_features():
+    connector = build()
+    global_maps, local_maps = features(50), {name: 5 * value - 7 for name, value in features(90, seed=2).items()}
+    connector.measure_inputs(global_maps, local_maps)
+    for standardised in (connector.global_input(connector.fuse_global(global_maps)), connector.local_input(connector.fuse_local(local_maps))):
+        flat = standardised.reshape(-1, standardised.shape[-1])
+        torch.testing.assert_close(flat.mean(dim=0), torch.zeros(24), atol=1e-5, rtol=0)
+        torch.testing.assert_close(flat.std(dim=0, correction=0), torch.ones(24), atol=1e-5, rtol=0)
+    with pytest.raises(MissingMapError, match="local branch needs local maps"):
+        connector.measure_inputs(global_maps, None)
+
+
 def test_a_channel_that_never_varies_does_not_explode():
     connector = build()
     constant = {name: torch.ones_like(value) for name, value in features(4).items()}
