@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from workers import runtime
+from workers.errors import ClusterError, StaleCacheError
+from workers.execution import ExecutionSettings
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -45,3 +47,36 @@ def test_native_code_is_silenced_and_heard_again(capfd):
 def test_silence_where_there_is_no_standard_error():
     program = "import os\nos.close(2)\nfrom workers.runtime import _stderr_silenced\nwith _stderr_silenced():\n    print('worked')"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "worked\n"
+
+
+def test_a_folder_that_the_user_chose_is_used_and_one_of_our_own_says_whose_it_is(tmp_path, monkeypatch):
+    assert runtime._temp_dir(ExecutionSettings(ray_temp_dir=str(tmp_path / "a" / "b"))) == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+    monkeypatch.setattr(runtime.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(runtime, "_MAX_TEMP_DIR_CHARS", 1000)
+    own = runtime._temp_dir(ExecutionSettings())
+    assert own.parent == tmp_path
+    assert (own / runtime._PID_FILE).read_text() == f"{runtime._process_space()} {os.getpid()}"
+
+
+@pytest.mark.parametrize(
+    ("error", "address", "stopped"),
+    [
+        (ClusterError("a node was lost"), None, True),  # nothing comes back to a local Ray whose node is gone: who tries again gets a new one
+        (ClusterError("a node was lost"), "auto", False),  # somebody else's cluster mends itself
+        (StaleCacheError("another encoder"), None, False),
+    ],
+)
+def test_a_local_ray_that_was_lost_is_stopped_and_nothing_else(monkeypatch, error, address, stopped):
+    import ray
+
+    shutdowns = []
+    monkeypatch.setattr(runtime, "_start_ray", lambda execution: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: shutdowns.append(1))
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(type(error)), runtime.ray_runtime(ExecutionSettings()):
+        raise error
+    assert bool(shutdowns) == stopped
