@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tiny_training import build_small_store, tiny_schedule
 from workers.execution import ExecutionSettings, SilentProgress
@@ -72,7 +73,11 @@ def test_a_run_leaves_weights_records_and_events(trained):
     assert sum(trained["progress"].seen[1:]) == 15
     key = record.training_fingerprint[:16]
     assert len(losses(store, key)) == 15
-    assert any("tfevents" in path for path in store.list(f"runs/train-connector/{key}/tensorboard"))
+    drawn = {}
+    for folder in store.local_path(f"runs/train-connector/{key}/tensorboard").iterdir():
+        events = EventAccumulator(str(folder)).Reload()
+        drawn |= {event.step: event.value for event in events.Scalars("train/loss")}
+    assert [drawn[step] for step in range(15)] == pytest.approx(losses(store, key), rel=1e-6)
     load_trained(trained["spec"], store)
 
 

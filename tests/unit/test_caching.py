@@ -209,7 +209,14 @@ def test_bad_images_are_rows_and_the_rest_is_cached(built):
     store, spec, samples = built
     store.delete(samples[1].image_path)
     store.write_bytes(samples[6].image_path, small_data.png(999))
-    record = cache(store, spec)
+    counted = []
+
+    class Counting(SilentProgress):
+        def advance(self, count=1, **facts):
+            counted.append(count)
+
+    record = cache(store, spec, progress=Counting())
+    assert sum(counted) == 16
     assert (record.num_cached, record.num_quarantined) == (14, 2)
     assert record.quarantined_by_reason == {"content_changed": 1, "missing_file": 1}
     rows = read_quarantine(store, "cache-features", fingerprint(spec)[:16])
@@ -350,6 +357,16 @@ def test_damaged_files_follow_the_policy(built, damage):
     assert lenient.num_encoded_live == (1 if damage == "flipped bit" else 5)
     for ours, theirs in zip(found, good, strict=True):
         torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
+
+
+def test_a_row_group_of_another_image_is_never_taken(built):
+    store, spec, samples = built
+    cache(store, spec)
+    source = CachedFeatures(store, spec)
+    places = source._index["global"]
+    places[samples[0].image_sha256] = places[samples[1].image_sha256]
+    with pytest.raises(MissingFeaturesError, match=rf"expected 1 views of image {samples[0].image_sha256[:12]}; the file is damaged"):
+        source.fetch(samples[:1], want_global=True, want_local=False)
 
 
 AWAY = OSError("When reading information for key 'k' in bucket 'b': AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7")
