@@ -120,7 +120,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = upright.convert("RGBA")
         base = Image.new("RGBA", layer.size, (0, 0, 0, 255))
         upright = Image.alpha_composite(base, layer).convert("RGB")
-    elif profile and upright.mode in ("RGB", "CMYK", "L"):
+    elif upright.mode == "P":
+        upright = upright.convert("RGB")
+    if profile and upright.mode in ("RGB", "CMYK", "L"):
         upright = _to_srgb(upright, profile)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
 

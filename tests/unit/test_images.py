@@ -111,6 +111,18 @@ def test_a_colour_profile_is_converted_and_a_broken_one_ignored():
     assert np.array_equal(np.asarray(decode_image(encoded(source, icc_profile=b"no profile"))), np.asarray(source))
 
 
+def test_a_picture_in_other_primaries_is_converted_and_not_just_relabelled():
+    """A profile whose red and blue primaries have changed places: red in the file is blue to the eye."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")  # names in the tag table
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    red_square = Image.new("RGB", (8, 8), (250, 20, 20))
+    for mode in ("RGB", "RGBA", "P"):
+        taken = np.asarray(decode_image(encoded(red_square.convert(mode), icc_profile=bytes(profile))), dtype=int)
+        as_stored = np.asarray(red_square.convert(mode).convert("RGB"), dtype=int)
+        assert np.abs(taken - as_stored[..., ::-1]).max() <= 2, mode
+
+
 def test_views_are_the_squash_and_the_tiles_of_the_padded_canvas():
     image = noise(300, 200)
     plan = plan_views(300, 200, 56, ViewSpec())
