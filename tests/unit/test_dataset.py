@@ -13,7 +13,7 @@ from workers.dataset.build import build_dataset, merge_duplicates, samples_table
 from workers.dataset.samples import Sample, Turn, read_samples, samples_from_table, samples_to_table
 from workers.dataset.sources import describe_llava_json, normalise_conversation, split_of
 from workers.dataset.spec import LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
-from workers.errors import ErrorBudgetError, SourceError, StorageError, TableError, WorkerError
+from workers.errors import ErrorBudgetError, IncompleteError, SourceError, StorageError, TableError, WorkerError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
@@ -117,6 +117,15 @@ def test_a_kill_between_commits_leaves_each_row_once(store, monkeypatch, tmp_pat
     assert (record.num_samples, record.num_quarantined) == (6, 2)
     assert len(read_samples(store, fingerprint(spec))) == 6
     assert [row.index for row in quarantine_of(store, spec)] == [6, 7]
+
+
+def test_rows_that_the_table_does_not_hold_are_no_complete_dataset(store, monkeypatch):
+    spec = small_data.dataset_spec()
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "commit", lambda self, files: None)
+        with pytest.raises(IncompleteError, match=r"samples of dataset \w+ were written, the table holds 0"):
+            small_data.build(store, spec)
+    assert small_data.build(store, spec).num_samples == 16
 
 
 def test_two_runs_at_once_that_see_different_images_agree(store, monkeypatch, tmp_path):

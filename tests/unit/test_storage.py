@@ -99,6 +99,11 @@ def test_every_foreign_error_becomes_one_of_ours(error, kind, retryable):
     assert translate_storage_error(translated, "write", "x") is translated
 
 
+@pytest.mark.parametrize(("error", "said"), [(ReadTimeoutError("slow answer"), "slow answer"), (ConnectionResetError(), "ConnectionResetError")])
+def test_a_failure_is_told_in_its_own_words_or_by_its_name(error, said):
+    assert said in str(translate_storage_error(error, "read", "s3://b/k"))
+
+
 def test_every_number_of_the_operating_system_has_a_translation():
     for number in errno.errorcode:
         assert isinstance(translate_storage_error(OSError(number, "x"), "read", "u"), StorageError)
