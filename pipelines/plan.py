@@ -53,9 +53,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     for phase in recipe.schedule.phases:
         length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
-        yield PlanLine(
-            topic="training", fact=phase.name or "+".join(phase.train), value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}"
-        )
+        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
@@ -104,7 +102,7 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
         counts[block] = counts.get(block, 0) + parameter.numel()
     yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
     global_tokens = connector.tokens_per_global_view
-    local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
+    local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
     yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
