@@ -57,14 +57,14 @@ def unpadded_cells(plan: ViewPlan, grid: int) -> tuple[int, int, int, int]:
         First line, one past the last, first column, one past the last.
 
     Source: LLaVA-NeXT's unpadding as transformers has it, roundings included: what is cut off is the same on both sides, so a line that shows
-    padding in part may stay.
+    padding in part may stay. Differs: at least one line and column stay, where theirs leaves nothing of a picture that is as thin as 72 to 1.
     """
     lines, columns = plan.rows * grid, plan.columns * grid
     width, height = plan.image_width_px, plan.image_height_px
     if width / height > columns / lines:
-        padding = (lines - int(round(height * (columns / width), 7))) // 2
+        padding = (lines - max(1, int(round(height * (columns / width), 7)))) // 2
         return padding, lines - padding, 0, columns
-    padding = (columns - int(round(width * (lines / height), 7))) // 2
+    padding = (columns - max(1, int(round(width * (lines / height), 7)))) // 2
     return 0, lines, padding, columns - padding
 
 
