@@ -97,7 +97,7 @@ def slow_resampler(resampler, tokens, heads):
     return torch.stack(expected)
 
 
-# (queries, patches, width, heads): CLIP-L's 24 x 24 and 12 x 12 of 1024 in 8 heads, at a sixth of the grid and a quarter of the width; SigLIP's ratios;
+# (queries, patches, width, heads): CLIP-L's 24 x 24 and 12 x 12 of 1024 in 8 heads, at a sixth of the grid and a quarter of the width; SigLIP's;
 # three maps side by side.
 SHAPES = [(16, 16, 256, 2), (4, 16, 256, 2), (9, 36, 288, 2), (4, 16, 768, 6)]
 
