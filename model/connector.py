@@ -23,7 +23,7 @@ from model.errors import MissingMapError
 from model.fusion import fuse
 from model.merging import merged_order
 from model.selector import LearnableSelector
-from model.specs import ConnectorSpec, EncoderSpec, GatedMixtureSpec, LearnableSelectorSpec, MLPSpec
+from model.specs import ConnectorSpec, EncoderSpec, FusionSpec, GatedMixtureSpec, LearnableSelectorSpec, MLPSpec
 from model.views import ViewPlan
 
 __all__ = ["Connector", "Experts", "Standardiser", "build_connector"]
@@ -85,7 +85,7 @@ class Connector(nn.Module):
             generator: where the initial numbers come from.
         """
         super().__init__()
-        self.spec, self.num_patches, self.hidden = spec, num_patches, hidden
+        self.spec, self.num_patches, self.hidden, self._encoder_width = spec, num_patches, hidden, encoder_width
         global_width = encoder_width * spec.global_branch.fusion.num_wide
         self.global_input = Standardiser(global_width)
         self.global_mlp = Projector(global_width, hidden, generator)
@@ -153,6 +153,17 @@ class Connector(nn.Module):
     def newline_token(self) -> Float[Tensor, "1 hidden"]:
         """What ends a picture's lines, in the embeddings' scale; zeros without one."""
         return self.token_scale.new_zeros(1, self.hidden) if self.newline is None else self.newline() * self.token_scale
+
+    def blank_maps(self, fusion: FusionSpec) -> dict[str, Float[Tensor, "1 patches width"]]:
+        """Maps of one view that shows nothing.
+
+        Args:
+            fusion: of the branch that is to read them.
+
+        Returns:
+            Zeros by map name.
+        """
+        return {map_spec.name: self.token_scale.new_zeros(1, self.num_patches, self._encoder_width) for map_spec in fusion.maps}
 
     def fuse_global(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens wide"]:
         """Fused, not yet standardised tokens of global views."""

@@ -23,6 +23,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelSpec",
     "check_folder",
+    "checkpoint_layers",
     "context_tokens",
     "decoder",
     "describe_folder",
@@ -237,6 +238,41 @@ def _check_head(model: LanguageModel, folder: Path) -> None:
             f"language model {folder}: a {type(network).__name__} changes its logits behind the head (a soft cap or a scale), which Loupe's loss "
             "does not "
             "follow; use a model without"
+        )
+
+
+def checkpoint_layers(network: nn.Module) -> None:
+    """Let the layers of a model forget their activations and compute them again for the backward pass: less memory, one more forward pass.
+
+    Only the layers' own switch is set to training, without which transformers checkpoints nothing; dropout inside of them stays off.
+
+    Args:
+        network: a causal language model, in its evaluation mode.
+
+    Raises:
+        LanguageModelError: the model has no layers that can, or computes something else in training.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not getattr(network, "supports_gradient_checkpointing", False):
+        raise LanguageModelError(
+            f"a {type(network).__name__} cannot compute its layers again; set gradient_checkpointing=false"
+        )
+    config: Any = network.config
+    ids = torch.arange(3, device=next(network.parameters()).device)[None] % config.vocab_size
+    with torch.no_grad():
+        expected = decoder(network)(input_ids=ids, use_cache=False).last_hidden_state
+    # Not reentrant, so that no input needs a gradient; its check of shapes does not know of parameters that ZeRO-3 has put away meanwhile.
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"})  # type: ignore[operator]
+    for layer in layers:
+        layer.training = True
+    with torch.no_grad():
+        found = decoder(network)(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.equal(expected, found):
+        raise LanguageModelError(
+            f"gradient_checkpointing: the layers of a {type(network).__name__} compute something else in training (dropout, most likely), and results "
+            "must not depend on this setting; set gradient_checkpointing=false"
         )
 
 

@@ -9,23 +9,35 @@ state.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.errors import FrozenBlockChangedError
+from model.lora import base_name, is_adapter
 from model.specs import BLOCKS, Block, PhaseSpec
 
 __all__ = [
+    "LANGUAGE_MODEL_BASE",
+    "Whole",
     "assert_frozen",
     "block_hashes",
     "learning_rates",
     "parameters_by_block",
+    "proven_parameters",
     "schedule_factor",
     "set_active_blocks",
     "steps_before",
 ]
+
+LANGUAGE_MODEL_BASE = "language_model_base"
+"""What the proofs call the language model below adapters. It is no block: no phase may train it."""
+
+Whole = Callable[[Any], AbstractContextManager[Any]]
+"""Inside of what it gives, a parameter that is shared out among ranks is all there. `nullcontext` where none is."""
 
 
 def steps_before(phases: Sequence[PhaseSpec], index: int) -> int:
@@ -71,13 +83,33 @@ def parameters_by_block(model: nn.Module) -> dict[Block, dict[str, nn.Parameter]
         model: has children `connector` (whose children are named after blocks) and `language_model`.
 
     Returns:
-        In the order of BLOCKS; blocks without parameters are left out.
+        In the order of BLOCKS; blocks without parameters are left out. A language model with adapters means these alone.
     """
     found: dict[Block, dict[str, nn.Parameter]] = {}
     for block in BLOCKS:
         prefix = "language_model." if block == "language_model" else f"connector.{block}."
         if named := {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefix)}:
-            found[block] = named
+            found[block] = {name: parameter for name, parameter in named.items() if is_adapter(name)} or named
+    return found
+
+
+def proven_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """What a phase's proof covers: every block, and the language model below adapters where there are any.
+
+    Args:
+        model: as for `parameters_by_block`.
+
+    Returns:
+        By block; the base as LANGUAGE_MODEL_BASE, under the names that its parameters have without adapters, so that its hash is the one that the
+        language model had when it was frozen as a whole.
+    """
+    blocks = parameters_by_block(model)
+    found: dict[str, dict[str, nn.Parameter]] = {block: parameters for block, parameters in blocks.items()}
+    if any(is_adapter(name) for name in blocks.get("language_model", {})):
+        named = model.named_parameters()
+        found[LANGUAGE_MODEL_BASE] = {
+            base_name(name): parameter for name, parameter in named if name.startswith("language_model.") and not is_adapter(name)
+        }
     return found
 
 
@@ -102,11 +134,15 @@ def set_active_blocks(blocks: Mapping[Block, Mapping[str, nn.Parameter]], active
                 parameter.grad = None
 
 
-def block_hashes(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> dict[str, str]:
+def block_hashes(
+    blocks: Mapping[str, Mapping[str, Tensor]] | Mapping[Block, Mapping[str, nn.Parameter]],
+    whole: Whole = nullcontext,
+) -> dict[str, str]:
     """sha256 (hex) over the names, types, shapes and bytes of every block's parameters.
 
     Args:
-        blocks: what `parameters_by_block` gave.
+        blocks: what `parameters_by_block` or `proven_parameters` gave.
+        whole: inside of it a parameter that is shared out among ranks is all there; then all ranks must call this.
 
     Returns:
         Digest by block.
@@ -115,8 +151,9 @@ def block_hashes(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> dict[str
     for block, parameters in blocks.items():
         digest = hashlib.sha256()
         for name, parameter in sorted(parameters.items()):
-            digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            with whole(parameter):
+                digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
+                digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         hashes[block] = digest.hexdigest()
     return hashes
 

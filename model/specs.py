@@ -578,6 +578,34 @@ class LanguageModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """Low-rank adapters that fine-tuning trains in place of the language model: W x becomes W x + (alpha / rank) B A x, with W left as it is.
+
+    Source: LoRA (arXiv 2106.09685); LLaVA's recipe has rank 128, alpha 256, dropout 0.05 on every linear layer but the head.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is zeroed in training. Which ones is a function of (seed, position in the run, layer), so a resumed run and
+    one on other workers drop the same."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """The linear layers that get one: every one but the head, or those that end in these names (`q_proj`)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SpecError(f"language_model.lora.rank must be at least 1, found {self.rank}; leave lora out to fine-tune every weight")
+        if not 0 < self.alpha < float("inf") or not 0 <= self.dropout < 1:
+            raise SpecError(
+                f"language_model.lora: found alpha {self.alpha:g} and dropout {self.dropout:g}; allowed: a finite alpha above 0, a dropout from 0 up "
+                "and below 1"
+            )
+        names = () if isinstance(self.targets, str) else self.targets
+        if self.targets != "all-linear" and (not names or len(set(names)) != len(names) or not all(names)):
+            raise SpecError(f"language_model.lora.targets: found {self.targets!r}; allowed: 'all-linear', or names of layers, each once")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BranchMix:
     """Which share of a phase's samples sees which visual input. Shares sum to 1."""
 

@@ -24,10 +24,12 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.adapters import NUM_EXPERTS
 from model.chat import Conversation
 from model.connector import Connector, Experts
 from model.errors import MissingMapError
 from model.language_model import LanguageModel, decoder, embed, first_token
+from model.lora import sequence_keys
 from model.losses import evidence_loss, supervised_loss
 from model.merging import NEWLINE
 from model.selector import keep_probabilities, kept_tokens, straight_through, text_direction, token_scores
@@ -140,6 +142,8 @@ class Batch:
     evidence_scale: float = 0.0
     """What the summed evidence loss is multiplied with before it joins the summed cross entropy."""
     experts: Experts = "mixture"
+    dropout_keys: tuple[int, ...] | None = None
+    """What the adapters' dropout of each sequence draws from, in training with it."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -169,6 +173,7 @@ class Batch:
             evidence_words=move(self.evidence_words),
             evidence_scale=self.evidence_scale,
             experts=self.experts,
+            dropout_keys=self.dropout_keys,
         )
 
 
@@ -178,6 +183,8 @@ class VisualTokens:
 
     global_tokens: Float[Tensor, "images tokens hidden"] | None
     local_tokens: Float[Tensor, "views queries hidden"] | None
+    idle: tuple[Float[Tensor, "_ _ hidden"], ...] = ()
+    """Tokens of a blank view, which no sequence shows, for every branch that the batch has no maps of; only where every block has to run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,7 +299,11 @@ def plan_sequences(
 class VisionLanguageModel(nn.Module):
     """A connector in front of a language model.
 
-    Dropout stays off, so a step is a pure function of weights and batch.
+    The models' own dropout stays off and that of adapters draws from keys in the batch, so a step is a pure function of weights and batch.
+
+    Attributes:
+        runs_every_block: let a blank view go through a branch of which a training batch shows nothing. Nothing changes but that every parameter has
+            a gradient, of zeros if need be: ranks that share parameters or gradients out must all do the same, whatever their samples show.
     """
 
     def __init__(self, connector: Connector, language_model: LanguageModel, *, precision: Literal["fp32", "bf16"] = "fp32") -> None:
@@ -312,6 +323,8 @@ class VisionLanguageModel(nn.Module):
         separator = connector.spec.separator
         self.separator_id = None if separator is None else first_token(language_model.tokenizer, separator)
         self.language_model.train(mode=False)
+        self.runs_every_block = False
+        self._dropout = sequence_keys(self.language_model)
 
     @property
     def device(self) -> torch.device:
@@ -327,13 +340,27 @@ class VisionLanguageModel(nn.Module):
         Returns:
             Their visual tokens; None for a branch that the batch has no maps of.
         """
+        return self._visual_tokens(batch, blank=False)
+
+    def _visual_tokens(self, batch: Batch, *, blank: bool) -> VisualTokens:
+        """The same; with `blank`, a branch that the batch has no maps of reads a blank view, in its turn and not behind the others.
+
+        Ranks that share parameters or gradients out pair them by that order, forward and backward.
+        """
+        connector, local, idle = self.connector, self.connector.spec.local_branch, []
+        global_tokens = local_tokens = None
         with self._autocast():
-            return VisualTokens(
-                global_tokens=None
-                if batch.global_maps is None
-                else self.connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise),
-                local_tokens=None if batch.local_maps is None else self.connector.local_tokens(batch.local_maps),
-            )
+            if batch.global_maps is not None:
+                global_tokens = connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise)
+            elif blank:
+                noise = torch.zeros(1, connector.num_patches, NUM_EXPERTS, device=self.device)  # the gate's noise matrix is to take part as well
+                maps = connector.blank_maps(connector.spec.global_branch.fusion)
+                idle.append(connector.global_tokens(maps, experts=batch.experts, noise=noise))
+            if batch.local_maps is not None:
+                local_tokens = connector.local_tokens(batch.local_maps)
+            elif blank and local is not None:
+                idle.append(connector.local_tokens(connector.blank_maps(local.fusion)))
+        return VisualTokens(global_tokens=global_tokens, local_tokens=local_tokens, idle=tuple(idle))
 
     @torch.no_grad()
     def visual_tokens_without_gradient(self, batch: Batch) -> VisualTokens:
@@ -360,7 +387,8 @@ class VisionLanguageModel(nn.Module):
         separator = torch.tensor([self.separator_id or 0], device=batch.text_ids.device)  # without one, no position asks for its row
         text = embed(self.language_model, torch.cat([separator, batch.text_ids]))
         parts = [text.new_zeros(1, text.shape[1]), text[:1], self.connector.newline_token().to(text.dtype), text[1:]]
-        parts += [tokens.flatten(0, 1).to(text.dtype) for tokens in (visual.global_tokens, visual.local_tokens) if tokens is not None]
+        shown = [tokens for tokens in (visual.global_tokens, visual.local_tokens) if tokens is not None]
+        parts += [tokens.flatten(0, 1).to(text.dtype) for tokens in (*shown, *visual.idle)]  # no row asks for the idle ones
         return torch.cat(parts).index_select(0, batch.gather.flatten()).reshape(*batch.gather.shape, -1)
 
     def sequences(self, batch: Batch, visual: VisualTokens, *, pad_left: bool = False) -> "Sequences":
@@ -380,7 +408,7 @@ class VisionLanguageModel(nn.Module):
         embedded = self.embed_sequences(batch, visual)
         whole = Sequences(embedded=embedded, lengths=batch.lengths, label_positions=batch.label_positions)
         local = batch.gather >= batch.first_local_row
-        if not batch.selects or visual.local_tokens is None:
+        if not batch.selects or (visual.local_tokens is None and not self.runs_every_block):
             return whole
         spec = self.connector.spec.selector
         if spec is None:
@@ -426,18 +454,32 @@ class VisionLanguageModel(nn.Module):
             The objective to descend; the summed cross entropy over the supervised tokens, which it equals but for the evidence loss; and how many
             of them were predicted right.
         """
-        visual = self.visual_tokens(batch)
+        visual = self._visual_tokens(batch, blank=self.runs_every_block)
         with self._autocast():
             sequences = self.sequences(batch, visual)
+            self._tell_dropout(batch.dropout_keys, sequences.lengths)
             hidden: Tensor = decoder(self.language_model)(inputs_embeds=sequences.embedded, use_cache=False).last_hidden_state
             selected = hidden.flatten(0, 1).index_select(0, sequences.label_positions)
             loss = supervised_loss(selected, batch.label_ids, self.language_model.get_output_embeddings())  # type: ignore[operator]
         objective = loss.total
-        if batch.evidence_places is not None and batch.evidence_words is not None and visual.local_tokens is not None:
+        # The scale is that of the whole step: where parameters are shared out, all ranks or none ask for the words.
+        words = self._words() if batch.evidence_scale > 0 and (self.runs_every_block or batch.evidence_places is not None) else None
+        if words is not None and batch.evidence_places is not None and batch.evidence_words is not None and visual.local_tokens is not None:
             places = visual.local_tokens.flatten(0, 1).index_select(0, batch.evidence_places)
-            words: Tensor = self.language_model.get_input_embeddings().weight  # type: ignore[operator]
             objective = objective + batch.evidence_scale * evidence_loss(places, batch.evidence_words, words)
         return objective, loss.total.detach(), loss.correct
+
+    @torch.no_grad()
+    def _words(self) -> Float[Tensor, "vocabulary hidden"]:
+        """Every input embedding, asked of its module and not read behind its back: where its table is shared out, asking gathers it."""
+        if not self.runs_every_block:
+            table: Tensor = self.language_model.get_input_embeddings().weight  # type: ignore[operator]
+            return table
+        return embed(self.language_model, torch.arange(self.language_model.get_input_embeddings().num_embeddings, device=self.device))  # type: ignore[operator]
+
+    def _tell_dropout(self, keys: tuple[int, ...] | None, lengths: Int[Tensor, "batch"]) -> None:
+        if self._dropout is not None:
+            self._dropout.tell(keys, [] if keys is None else lengths.tolist())
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, visual: VisualTokens | None = None) -> list[list[int]]:
@@ -454,6 +496,7 @@ class VisionLanguageModel(nn.Module):
         network = decoder(self.language_model)
         head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
         ends = torch.tensor(self._end_ids(), device=batch.gather.device)
+        self._tell_dropout(None, batch.lengths)
         with self._autocast():
             sequences = self.sequences(batch, self.visual_tokens(batch) if visual is None else visual, pad_left=True)
             embedded, lengths = sequences.embedded, sequences.lengths

@@ -48,8 +48,10 @@ class ExecutionSettings:
     micro_batch_size: int | None = None
     """Samples in one forward and backward pass; None is the whole share of a rank."""
     checkpoint_every_steps: int = 200
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed's stage in fine-tuning: 1 and 2 share optimizer state (and gradients) among the workers. Alignment always runs on 0."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's stage in fine-tuning: 1, 2 and 3 share optimizer state, gradients and weights out among the workers. Alignment always runs on 0."""
+    gradient_checkpointing: bool = False
+    """Whether the language model's layers are computed again for the backward pass instead of being kept: less memory, about a third more time."""
     max_failures: int = 2
     """Worker deaths that a training run survives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,8 +84,8 @@ class ExecutionSettings:
             raise ValueError(f"max_failures must be at least 0, found {self.max_failures}")
         if not 0 <= self.max_quarantined_fraction <= 1:
             raise ValueError(f"max_quarantined_fraction must lie in 0..1, found {self.max_quarantined_fraction}")
-        if self.zero_stage not in (0, 1, 2):
-            raise ValueError(f"zero_stage must be 0, 1 or 2, found {self.zero_stage}")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, found {self.device!r}")
 

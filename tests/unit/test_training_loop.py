@@ -159,6 +159,7 @@ def test_fine_tuning_on_every_stage_of_zero(straight, spec, tmp_path):
         "zero-0": DeepSpeedEngine,
         "zero-1": lambda model, blocks: DeepSpeedEngine(model, blocks, zero_stage=1),
         "zero-2": lambda model, blocks: DeepSpeedEngine(model, blocks, zero_stage=2),
+        "zero-3": lambda model, blocks: DeepSpeedEngine(model, blocks, zero_stage=3),
     }.items():
         solo_process_group()
         store = Store(str(tmp_path / name))
@@ -174,6 +175,7 @@ def test_fine_tuning_on_every_stage_of_zero(straight, spec, tmp_path):
     assert losses["zero-0"] == losses["torch"]
     assert losses["zero-1"] == pytest.approx(losses["torch"], rel=1e-6)
     assert losses["zero-2"] == pytest.approx(losses["torch"], rel=1e-6)
+    assert losses["zero-3"] == pytest.approx(losses["torch"], rel=1e-6)
 
 
 @pytest.mark.slow

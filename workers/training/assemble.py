@@ -14,6 +14,7 @@ import torch
 
 from model.connector import build_connector
 from model.language_model import embedding_rms, load_language_model
+from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
@@ -61,7 +62,8 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
 
     Args:
         spec: of the run.
-        freeze_language_model: hold it in the run's precision, without gradients; fp32 else.
+        freeze_language_model: hold it in the run's precision, without gradients; else in fp32 and whole, or in the run's precision below the
+            spec's adapters, which are fp32.
         device: where it goes.
 
     Returns:
@@ -78,12 +80,14 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
         embedding_rms=embedding_rms(language_model.network),
         seed=spec.schedule.seed,
     )
-    model = VisionLanguageModel(connector, language_model, precision=spec.precision)
+    network = language_model.network
+    if (freeze_language_model or spec.lora is not None) and spec.precision == "bf16":
+        network.to(torch.bfloat16)
     if freeze_language_model:
-        model.language_model.requires_grad_(requires_grad=False)
-        if spec.precision == "bf16":
-            model.language_model.to(torch.bfloat16)
-    return model.to(device)
+        network.requires_grad_(requires_grad=False)
+    elif spec.lora is not None:
+        add_adapters(network, spec.lora, seed=spec.schedule.seed)
+    return VisionLanguageModel(connector, language_model, precision=spec.precision).to(device)
 
 
 def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> FeatureSource:

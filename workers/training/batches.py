@@ -34,7 +34,7 @@ from workers.errors import MissingFeaturesError, TrainingError
 
 __all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
 
-_ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE = 1, 2, 3, 4
+_ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE, _DROPOUT = 1, 2, 3, 4, 5
 """Streams of random numbers that must not meet."""
 
 
@@ -332,6 +332,9 @@ class BatchBuilder:
             evidence_words=torch.tensor([word for _, word in pairs]) if pairs else None,
             evidence_scale=evidence_scale,
             experts=phase.experts,
+            dropout_keys=tuple(int(_generator(seed, _DROPOUT, phase_index, position).integers(2**62)) for position in positions)
+            if "language_model" in phase.train
+            else None,
         )
 
     def _selector_noise(self, phase_index: int, positions: Sequence[int], layout: VisualLayout) -> Tensor | None:

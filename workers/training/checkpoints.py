@@ -12,6 +12,7 @@ Nothing is unpickled.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from model.schedule import Whole, parameters_by_block
 from workers.errors import TrainingError
 from workers.storage import Store
 
@@ -40,20 +42,41 @@ class Saved:
     state: dict[str, Any]
 
 
-def weights_of(model: nn.Module, *, with_language_model: bool) -> dict[str, Tensor]:
+def _weights(model: nn.Module, *, with_language_model: bool) -> dict[str, Tensor]:
+    """Where what training may change lies: the connector's parameters and measured buffers, the language model's block.
+
+    Of a language model with adapters that is these alone.
+    """
+    parameters = dict(model.named_parameters())
+    places: dict[str, Tensor] = {name: parameters.get(name, tensor) for name, tensor in model.state_dict().items() if name.startswith("connector.")}
+    if with_language_model:
+        places |= parameters_by_block(model).get("language_model", {})
+    return places
+
+
+def weights_of(model: nn.Module, *, with_language_model: bool, whole: Whole = nullcontext, keep: bool = True) -> dict[str, Tensor]:
     """What training may have changed: parameters (tied ones once) and the connector's measured buffers.
 
     Args:
         model: a VisionLanguageModel.
-        with_language_model: whether the language model's parameters are among them.
+        with_language_model: whether the language model's parameters (with adapters: theirs alone) are among them.
+        whole: inside of it a tensor that is shared out among ranks is all there; then all ranks must call this.
+        keep: False where the tensors are not wanted, and only the other ranks need this one's part in it.
 
     Returns:
         Tensors on the CPU by parameter or buffer name.
+
+    Raises:
+        TrainingError: a tensor is empty: it is not all there, and must not be saved as if it were.
     """
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("connector.")}
-    if with_language_model:
-        tensors |= {name: parameter for name, parameter in model.named_parameters() if name.startswith("language_model.")}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {}
+    for name, tensor in _weights(model, with_language_model=with_language_model).items():
+        with whole(tensor):
+            if not tensor.numel():
+                raise TrainingError(f"{name} is empty on this rank, so it cannot be saved; nothing was written. Report it with the zero_stage")
+            if keep:
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -66,11 +89,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         TrainingError: they are of another model.
     """
-    places = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("connector.")} | dict(model.named_parameters())
-    needed = {name for name in places if name.startswith("connector.")}
-    if any(name.startswith("language_model.") for name in tensors):
-        needed |= {name for name, _ in model.named_parameters() if name.startswith("language_model.")}
-    if difference := sorted(needed ^ tensors.keys()):
+    places = _weights(model, with_language_model=any(name.startswith("language_model.") for name in tensors))
+    if difference := sorted(places.keys() ^ tensors.keys()):
         raise TrainingError(
             f"saved weights are of another model: {difference[:4]} stand on one side only; remove the checkpoint or restore the recipe"
         )

@@ -4,14 +4,19 @@ Input: micro-batches of one rank. Output: loss sums and the gradient's norm. Eve
 which of them train is switched by `requires_grad` between steps, so a block keeps its optimizer state while others train.
 
 Invariant: a block that is not active is bit-identical after a step, state included. That holds on ZeRO-0, where a parameter without a gradient is
-skipped; ZeRO-1 and 2 fill missing gradients with zeros and let Adam's momentum move "frozen" weights (32 % of their norm in 10 steps, measured), so
-those stages take blocks that all train and nothing else.
+skipped; ZeRO-1 and 2 fill missing gradients with zeros and let Adam's momentum move "frozen" weights (32 % of their norm in 10 steps, measured), and
+ZeRO-3 uses the gradient of the step before once more, so those stages take blocks that all train and nothing else.
 
-Optimizer state leaves and enters as named fp32 tensors, free of ranks and of pickles.
+On those stages every block runs in every micro-batch (see `VisionLanguageModel.runs_every_block`): ranks that share gradients or parameters out have
+to meet in the same order, and a block that a rank's samples do not show would be missed by the others.
+
+Weights and optimizer state leave and enter whole, as named tensors, free of ranks and of pickles.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,10 +28,11 @@ from model.schedule import parameters_by_block, set_active_blocks
 from model.specs import Block
 from model.vision_language import Batch, VisionLanguageModel
 from workers.errors import TrainingError
+from workers.training.checkpoints import load_weights
 
 __all__ = ["DeepSpeedEngine", "Engine", "StepSums", "TorchEngine", "solo_process_group"]
 
-ZeroStage = Literal[0, 1, 2]
+ZeroStage = Literal[0, 1, 2, 3]
 
 _STATE_NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -65,8 +71,14 @@ class Engine(Protocol):
             Sums over all ranks.
         """
 
+    def whole(self, parameter: Any) -> AbstractContextManager[Any]:
+        """Inside of it a parameter is all there on every rank. All ranks must enter it, in the same order."""
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from saved weights, as `checkpoints.weights_of` gave them; the same ones on all ranks. Call it before the first step."""
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """State of the optimizer by parameter name and kind. All ranks must call it."""
+        """State of the optimizer by parameter name and kind. All ranks must call it; where it is shared out, rank 0 alone gets it whole."""
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from saved state. Call it before the first step."""
@@ -169,6 +181,14 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return _step_sums(torch.stack(totals).sum(), torch.stack(rights).sum(), supervised, norm)
 
+    def whole(self, parameter: Any) -> AbstractContextManager[Any]:
+        """As Engine.whole."""
+        return nullcontext(parameter)
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """As Engine.load_weights."""
+        load_weights(self.model, tensors)
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """As Engine.optimizer_tensors."""
         return _named_state(self._optimizer, self._blocks)
@@ -187,9 +207,9 @@ class DeepSpeedEngine:
 
     Args:
         model: to train, on its device.
-        trainable: blocks that get optimizer state. On ZeRO-1 and 2 all of them must train in every step.
-        zero_stage: 0 for alternating phases; 1 or 2 shard optimizer state (and gradients) of fine-tuning over ranks.
-        max_grad_norm: needed by ZeRO-1 and 2, which clip by a norm fixed at the start.
+        trainable: blocks that get optimizer state. On ZeRO-1, 2 and 3 all of them must train in every step.
+        zero_stage: 0 for alternating phases; 1, 2 and 3 share optimizer state (gradients, weights) of fine-tuning out over ranks.
+        max_grad_norm: needed by ZeRO-1, 2 and 3, which clip by a norm fixed at the start.
         largest_micro_batch: samples in a micro-batch; DeepSpeed wants to know, nothing follows from it.
 
     Raises:
@@ -214,10 +234,14 @@ class DeepSpeedEngine:
         self._blocks = {block: self._all[block] for block in self._all if block in trainable}
         self._parameters = [parameter for parameters in self._blocks.values() for parameter in parameters.values()]
         set_active_blocks(self._all, list(self._blocks))
+        model.runs_every_block = zero_stage > 0
+        self._shapes = {parameter: parameter.shape for parameter in model.parameters()}
+        # Vectors (norms, biases) stay whole: gathering each would cost more than it saves.
+        sharding = {"stage3_param_persistence_threshold": model.connector.hidden} if zero_stage == 3 else {}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": largest_micro_batch,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: phases differ in batch size
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {"stage": zero_stage, **sharding},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
@@ -225,6 +249,7 @@ class DeepSpeedEngine:
         }
         self._engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=_adamw(self._blocks), config=config, dist_init_required=False)
         self._optimizer = optimizer
+        self._gathered = deepspeed.zero.GatheredParameters
 
     def set_active(self, active: Sequence[Block]) -> None:
         """As Engine.set_active.
@@ -265,10 +290,46 @@ class DeepSpeedEngine:
             norm = self._engine.get_global_grad_norm()
         return _step_sums(torch.stack(totals).sum(), torch.stack(rights).sum(), supervised, norm)
 
+    @contextlib.contextmanager
+    def whole(self, parameter: Any) -> Iterator[None]:
+        """As Engine.whole.
+
+        Args:
+            parameter: of the model; what is none is left as it is.
+
+        Yields:
+            Nothing; the parameter is there meanwhile.
+
+        Raises:
+            TrainingError: it was gathered in another shape than it had.
+        """
+        if self._zero_stage < 3 or not isinstance(parameter, nn.Parameter):
+            yield
+            return
+        with self._gathered([parameter]):
+            if parameter.shape != self._shapes[parameter]:
+                raise TrainingError(
+                    f"ZeRO-3 gathered a parameter of shape {tuple(self._shapes[parameter])} as {tuple(parameter.shape)}; nothing of it is used. "
+                    "Report it with the version of deepspeed"
+                )
+            yield
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """As Engine.load_weights."""
+        if self._zero_stage < 3:
+            load_weights(self.model, tensors)
+            return
+        changed = [parameter for name, parameter in self.model.named_parameters() if name in tensors]
+        with self._gathered(changed, modifier_rank=0):
+            load_weights(self.model, tensors)  # rank 0's are the ones that are shared out again
+        self._optimizer.refresh_fp32_params()
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """As Engine.optimizer_tensors."""
         if self._zero_stage == 0:
             return _named_state(self._optimizer, self._blocks)
+        if self._zero_stage == 3:
+            return self._gathered_state()
         tensors: dict[str, Tensor] = {}
         for names, parameters, state in self._shards():
             for kind in _STATE_NAMES:
@@ -288,6 +349,11 @@ class DeepSpeedEngine:
             _restore_state(self._optimizer, self._blocks, tensors)
             return
         rank = dist.get_rank()
+        if self._zero_stage == 3:
+            for flat, group in zip(self._optimizer.fp32_partitioned_groups_flat, self._named_groups(), strict=True):
+                if f"{group[0][0]}:step" in tensors:
+                    self._optimizer.optimizer.state[flat] = self._part_of_state(flat, group, tensors, rank)
+            return
         for (names, _, state), partition in zip(self._shards(), self._optimizer.single_partition_of_fp32_groups, strict=True):
             for kind in _STATE_NAMES:
                 flat = torch.cat([tensors[f"{name}:{kind}"].flatten() for name in names])
@@ -298,6 +364,43 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """As Engine.close."""
         self._engine.destroy()
+
+    def _named_groups(self) -> list[list[tuple[str, Any]]]:
+        """The parameters of every group that ZeRO-3 steps at once, in the order in which a rank's parts of them lie end to end."""
+        names = {parameter: name for parameters in self._blocks.values() for name, parameter in parameters.items()}
+        return [[(names[parameter], parameter) for parameter in group] for group in self._optimizer.fp16_groups]
+
+    def _gathered_state(self) -> dict[str, Tensor]:
+        """ZeRO-3's state, put together one parameter at a time: the device holds one of them whole at most."""
+        tensors: dict[str, Tensor] = {}
+        for flat, group in zip(self._optimizer.fp32_partitioned_groups_flat, self._named_groups(), strict=True):
+            state = self._optimizer.optimizer.state.get(flat, {})
+            start = 0
+            for name, parameter in group:
+                size = parameter.partition_numel()
+                for kind in _STATE_NAMES if state else ():
+                    parts = [flat.new_empty(size) for _ in range(_world())]
+                    dist.all_gather(parts, state[kind].narrow(0, start, size).contiguous())
+                    if dist.get_rank() == 0:
+                        shape = self._shapes[parameter]
+                        tensors[f"{name}:{kind}"] = torch.cat(parts)[: shape.numel()].reshape(shape).cpu()
+                if state and dist.get_rank() == 0:
+                    tensors[f"{name}:step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu().clone()
+                start += size
+        return tensors
+
+    def _part_of_state(self, flat: Tensor, group: Sequence[tuple[str, Any]], tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """One rank's part of a group's state, padded as ZeRO-3 pads it: every parameter by itself."""
+        state: dict[str, Tensor] = {"step": tensors[f"{group[0][0]}:step"].clone()}
+        for kind in _STATE_NAMES:
+            state[kind], start = torch.zeros_like(flat), 0
+            for name, parameter in group:
+                size = parameter.partition_numel()
+                whole = tensors[f"{name}:{kind}"].flatten()
+                padded = nn.functional.pad(whole, (0, size * _world() - whole.numel()))
+                state[kind].narrow(0, start, size).copy_(padded[rank * size : (rank + 1) * size])
+                start += size
+        return state
 
     def _shards(self) -> list[tuple[list[str], list[nn.Parameter], dict[str, Any]]]:
         """For every group of ZeRO-1 or 2: its parameters in the order in which they lie end to end, and this rank's slice of their state."""

@@ -6,20 +6,21 @@ was interrupted anywhere ends in the same bytes as one that was not (same number
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from model.schedule import assert_frozen, block_hashes, learning_rates, parameters_by_block, steps_before
+from model.schedule import assert_frozen, block_hashes, learning_rates, proven_parameters, steps_before
 from model.specs import PhaseSpec, ScheduleSpec
 from workers.commits import from_json, to_json
 from workers.errors import TrainingError
 from workers.training.batches import BatchBuilder, Prefetcher, StepBatches
-from workers.training.checkpoints import CheckpointFolder, Saved, load_weights, weights_of
+from workers.training.checkpoints import CheckpointFolder, Saved, weights_of
 from workers.training.engine import Engine
 from workers.training.progress_log import MetricsLog
 from workers.training.spec import PhaseRecord
@@ -129,20 +130,21 @@ def run_stage(
     saved = checkpoints.latest()
     if saved is not None:
         state = _state_from(saved, context)
-        load_weights(engine.model, saved.model)
+        engine.load_weights(saved.model)
         engine.load_optimizer_tensors(saved.optimizer)
         del saved
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    blocks = parameters_by_block(engine.model)
+    blocks = proven_parameters(engine.model)
     with_language_model = any("language_model" in schedule.phases[index].train for index in phases)
 
-    def save() -> None:
-        optimizer = engine.optimizer_tensors()  # all ranks: sharded state is gathered
+    def save(hashes: Mapping[str, str]) -> None:
+        optimizer = engine.optimizer_tensors()  # all ranks: what is shared out is gathered
+        weights = weights_of(engine.model, with_language_model=with_language_model, whole=engine.whole, keep=rank == 0)
         if rank == 0:
+            _check_saved(weights, blocks, hashes)
             if metrics is not None:
                 metrics.flush()
             step = steps_before(schedule.phases, state.phase) + state.step
-            weights = weights_of(engine.model, with_language_model=with_language_model)
             checkpoints.save(Saved(step=step, model=weights, optimizer=optimizer, state=_state_json(state, context)))
 
     if metrics is not None:
@@ -154,23 +156,33 @@ def run_stage(
             phase = schedule.phases[state.phase]
             engine.set_active(phase.train)
             if not state.hashes:
-                state.hashes = block_hashes(blocks)
+                state.hashes = block_hashes(blocks, engine.whole)
             started = time.monotonic()
             while state.step < phase.steps:
                 _step(engine, steps, phase, state, metrics, schedule, device)
                 if state.step % checkpoint_every_steps == 0 and state.step < phase.steps:
                     state.seconds += time.monotonic() - started
-                    save()
+                    save({})
                     started = time.monotonic()
             state.seconds += time.monotonic() - started
-            after = block_hashes(blocks)
+            after = block_hashes(blocks, engine.whole)
             assert_frozen(state.hashes, after, phase)
             state.records.append(_record(phase, state, after))
             state.phase, state.step, state.hashes, state.losses, state.seconds = state.phase + 1, 0, {}, [], 0.0
-            save()
+            save(after)
     finally:
         prefetcher.close()
     return state
+
+
+def _check_saved(weights: Mapping[str, Tensor], blocks: Mapping[str, Mapping[str, Tensor]], hashes: Mapping[str, str]) -> None:
+    """What is about to be saved as a phase's result is what its proof was made of, byte for byte."""
+    saved = {block: {name: weights[name] for name in parameters} for block, parameters in blocks.items() if parameters.keys() <= weights.keys()}
+    if differing := [block for block, found in block_hashes(saved).items() if hashes.get(block, found) != found]:
+        raise TrainingError(
+            f"the weights of {differing} that were to be saved are not those that were trained; nothing was written, the last checkpoint is from "
+            "before"
+        )
 
 
 def _upcoming(

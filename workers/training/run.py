@@ -96,9 +96,14 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             workers=execution.train_workers,
             threads=_threads(execution),
             device=facts["device"],
-            versions={name: version(name) for name in ("torch", "transformers", "deepspeed", "ray")} | {"python": platform.python_version()},
+            versions={name: version(name) for name in _versioned(spec)} | {"python": platform.python_version()},
         )
     return stage.commit(record)
+
+
+def _versioned(spec: TrainingSpec) -> tuple[str, ...]:
+    """The libraries on which the numbers rest."""
+    return ("torch", "transformers", "deepspeed", "ray", *(() if spec.lora is None else ("peft",)))
 
 
 def _phases(spec: TrainingSpec, stage: str) -> range:
@@ -343,6 +348,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     import torch
     import torch.distributed as dist
 
+    from model.language_model import checkpoint_layers
     from workers.dataset.samples import read_samples
     from workers.evaluation import check_questions
     from workers.training.assemble import choose_device, training_data
@@ -382,6 +388,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
             None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
         )
     zero_stage = execution.zero_stage if name == "sft" else 0
+    if execution.gradient_checkpointing:
+        checkpoint_layers(model.language_model)
     engine = DeepSpeedEngine(
         model,
         trainable,

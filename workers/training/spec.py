@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import SpecError
-from model.specs import ConnectorSpec, FeatureSpec, LanguageModelSpec, MapSpec, ScheduleSpec
+from model.specs import ConnectorSpec, FeatureSpec, LanguageModelSpec, LoraSpec, MapSpec, ScheduleSpec
 
 __all__ = ["LanguageModelSpec", "PhaseRecord", "TrainingRecord", "TrainingSpec"]
 
@@ -25,9 +25,13 @@ class TrainingSpec:
     connector: ConnectorSpec
     schedule: ScheduleSpec
     language_model: LanguageModelSpec
+    lora: LoraSpec | None = None
+    """What fine-tuning trains of the language model: adapters, or every weight when None. Not part of LanguageModelSpec, which names bytes on a disk:
+    those stay the same, and verifiable, with adapters and without."""
     feature_source: Literal["cached", "live"] = "cached"
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type."""
+    """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type, also below
+    adapters."""
 
     def __post_init__(self) -> None:
         local = self.connector.local_branch
@@ -44,6 +48,12 @@ class TrainingSpec:
                 )
         if self.dataset_fingerprint != self.features.dataset_fingerprint:
             raise SpecError("training and its features name different datasets; cache the features of the dataset that is trained on")
+        if self.lora is not None and (self.schedule.sft is None or "language_model" not in self.schedule.sft.train):
+            trained = "there is no schedule.sft" if self.schedule.sft is None else f"schedule.sft trains {list(self.schedule.sft.train)}"
+            raise SpecError(
+                f"language_model.lora asks for adapters, but {trained}, so nothing would train them; add language_model to schedule.sft.train, or "
+                "leave lora out"
+            )
         for phase in self.schedule.phases:
             known = (*self.connector.blocks, "language_model")
             if missing_blocks := [block for block in phase.train if block not in known]:
