@@ -2,7 +2,8 @@
 
     loupe_config.json         connector, encoder, view rule, precision: everything that turns an image into visual tokens
     connector.safetensors     trained connector
-    language_model/           transformers folder with tokenizer and chat template
+    language_model/           transformers folder with tokenizer and chat template; with adapters, the base model's own files
+    adapter/                  trained adapters in peft's layout, where there are any that are not merged
     encoder/                  transformers folder of the vision tower
     preprocessor_config.json  size, mean and deviation, for people and other tools
     README.md                 model card
@@ -30,18 +31,30 @@ from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
-from model.language_model import load_language_model
-from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
+from model.language_model import describe_folder, load_language_model
+from model.lora import load_adapters
+from model.specs import ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
 from model.vision_language import Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
 
-__all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
+__all__ = ["CONFIG", "MANIFEST", "AdapterConfig", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
 
 CONFIG = "loupe_config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
 
 _MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Adapters and the model that they were trained on."""
+
+    lora: LoraSpec
+    base_model: str
+    """As the recipe calls it."""
+    base_sha256: str
+    """Digest of language_model/, as `describe_folder` makes it: adapters on another base answer something, and wrongly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +70,8 @@ class ExportConfig:
     """Of matrix products."""
     language_model_precision: Literal["fp32", "bf16"]
     """Of the language model's weights: bf16 where training held it frozen, so that answers come from the same numbers."""
+    adapter: AdapterConfig | None = None
+    """What adapter/ holds; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +159,9 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     language_model = load_language_model(folder / "language_model")
     if config.language_model_precision == "bf16":
         language_model.network.to(torch.bfloat16)
+    if config.adapter is not None:
+        _check_base(folder, config.adapter)
+        load_adapters(language_model.network, config.adapter.lora, folder / "adapter")
     connector = Connector(
         config.connector,
         encoder_width=config.encoder.width,
@@ -162,6 +180,15 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     local_maps = () if config.connector.local_branch is None else config.connector.local_branch.fusion.maps
     encoder = load_encoder(encoder_spec, max(layer for map_spec in (*global_maps, *local_maps) for layer in map_spec.layers), device)
     return ExportedModel(config=config, model=model, encoder=encoder)
+
+
+def _check_base(folder: Path, adapter: AdapterConfig) -> None:
+    found = describe_folder(folder / "language_model", adapter.base_model).weights_sha256
+    if found != adapter.base_sha256:
+        raise ExportError(
+            f"{folder / 'language_model'} has the digest {found[:16]}, but the adapters of this export were trained on {adapter.base_model}, digest "
+            f"{adapter.base_sha256[:16]}; put that model's files there, or export again"
+        )
 
 
 class ExportedModel:

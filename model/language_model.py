@@ -6,6 +6,7 @@ tokenizer and chat template.
 """
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ __all__ = [
     "check_folder",
     "checkpoint_layers",
     "context_tokens",
+    "copy_model",
     "decoder",
     "describe_folder",
     "embed",
     "embedding_rms",
+    "empty_network",
     "first_token",
     "load_language_model",
     "load_tokenizer",
@@ -196,6 +199,20 @@ def describe_folder(folder: Path, name: str) -> LanguageModelSpec:
     return LanguageModelSpec(model=name, weights_sha256=digest.hexdigest())
 
 
+def copy_model(source: Path, target: Path) -> None:
+    """A model's files as they are: those that its digest covers, so that the copy has the same, and the index of weights in several files.
+
+    Args:
+        source: in transformers' layout.
+        target: a folder that is not there yet.
+    """
+    target.mkdir(parents=True)
+    names = [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json"), *(source / name for name in _IDENTITY_FILES)]
+    for file in names:
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+
+
 def load_language_model(folder: Path) -> LanguageModel:
     """Load a model with its tokenizer, in fp32 on the CPU, dropout off.
 
@@ -256,9 +273,7 @@ def checkpoint_layers(network: nn.Module) -> None:
 
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not getattr(network, "supports_gradient_checkpointing", False):
-        raise LanguageModelError(
-            f"a {type(network).__name__} cannot compute its layers again; set gradient_checkpointing=false"
-        )
+        raise LanguageModelError(f"a {type(network).__name__} cannot compute its layers again; set gradient_checkpointing=false")
     config: Any = network.config
     ids = torch.arange(3, device=next(network.parameters()).device)[None] % config.vocab_size
     with torch.no_grad():
@@ -271,9 +286,26 @@ def checkpoint_layers(network: nn.Module) -> None:
         found = decoder(network)(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.equal(expected, found):
         raise LanguageModelError(
-            f"gradient_checkpointing: the layers of a {type(network).__name__} compute something else in training (dropout, most likely), and results "
-            "must not depend on this setting; set gradient_checkpointing=false"
+            f"gradient_checkpointing: the layers of a {type(network).__name__} compute something else in training (dropout, most likely), and "
+            "results must not depend on this setting; set gradient_checkpointing=false"
         )
+
+
+def empty_network(folder: Path) -> nn.Module:
+    """A model's layers without their numbers, on the meta device: milliseconds and no memory, whatever the size.
+
+    Args:
+        folder: in transformers' layout.
+
+    Returns:
+        The network.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return network
 
 
 def decoder(network: nn.Module) -> Any:

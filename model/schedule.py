@@ -104,7 +104,7 @@ def proven_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         language model had when it was frozen as a whole.
     """
     blocks = parameters_by_block(model)
-    found: dict[str, dict[str, nn.Parameter]] = {block: parameters for block, parameters in blocks.items()}
+    found: dict[str, dict[str, nn.Parameter]] = dict(blocks.items())
     if any(is_adapter(name) for name in blocks.get("language_model", {})):
         named = model.named_parameters()
         found[LANGUAGE_MODEL_BASE] = {

@@ -55,19 +55,19 @@ DryRun = Annotated[bool, Parameter(name="--dry-run", help="Check everything, pri
 DEFAULT_ROOT = "loupe-data"
 
 
-def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool) -> list[dict[str, Any]]:
+def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool, merge: bool = False) -> list[dict[str, Any]]:
     """Check the recipe, then run its flow up to a stage."""
     from pipelines.flow_server import start_flow_server
 
     file = load_recipe(recipe)
     by_name = settings_from_words(settings)
-    execution = execution_settings(by_name)
+    execution = execution_settings(by_name, file.recipe)
     server = None if dry_run else start_flow_server()
     from pipelines.stages import check_ready, open_experiment
     from workers.storage import Store
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
-    experiment = open_experiment(file, Store(root), execution)
+    experiment = open_experiment(file, Store(root), execution, merge_export=merge)
     if dry_run:
         from pipelines.plan import print_plan
 
@@ -82,7 +82,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
 
     flow_recipe = _flow_recipe(file, recipe)
     try:
-        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until)
+        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until, merge=merge)
     except httpx.HTTPError as error:
         raise FlowServerError(
             f"the flow's server at {server.url} went away ({first_line(error)}). What is done is kept: run the same command to go on."
@@ -161,9 +161,17 @@ def evaluate(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Sett
 
 
 @app.command
-def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def export(
+    recipe: RecipeWord,
+    /,
+    *,
+    root: Root = DEFAULT_ROOT,
+    settings: Settings = (),
+    merge: Annotated[bool, Parameter(name="--merge", help="Add trained adapters to the language model's weights.", negative=())] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
-    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
+    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run, merge=merge)
     if outcomes:
         print(_shown(root, _recorded(outcomes[-1], "folder")))
 
@@ -205,7 +213,8 @@ def show(
     from pipelines.stages import open_experiment
     from workers.storage import Store
 
-    show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})), root)
+    file = load_recipe(recipe)
+    show_recipe(what, open_experiment(file, Store(root), execution_settings({}, file.recipe)), root)
 
 
 @app.command
@@ -239,7 +248,7 @@ def serve(
     check_schedule(cron, timezone, port)
     file = load_recipe(recipe)
     by_name = settings_from_words(settings)
-    check_ready(open_experiment(file, Store(root), execution_settings(by_name)))
+    check_ready(open_experiment(file, Store(root), execution_settings(by_name, file.recipe)))
     serve_recipe(_flow_recipe(file, recipe), root, by_name, cron=cron, timezone=timezone, port=port)
 
 

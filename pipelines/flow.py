@@ -161,7 +161,13 @@ def _summary(experiment: Experiment, outcomes: list[StageOutcome]) -> str:
 
 # Prefect keeps the error of a failed flow run, as a pickle unless told otherwise.
 @flow(name="loupe", flow_run_name="{recipe}", persist_result=False, result_serializer="json", validate_parameters=True)
-def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] | None = None, until: str = "report") -> list[dict[str, Any]]:
+def loupe_flow(
+    recipe: str,
+    root: str = "loupe-data",
+    settings: dict[str, str] | None = None,
+    until: str = "report",
+    merge: bool = False,
+) -> list[dict[str, Any]]:
     """Run a recipe from its sources to its report; stages that are done are found done.
 
     Args:
@@ -169,11 +175,13 @@ def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] |
         root: where everything durable lies, as a URL or a path.
         settings: execution settings by name, as text.
         until: the last stage to run.
+        merge: export adapters merged into the language model.
 
     Returns:
         The outcomes of the stages, as JSON.
     """
-    experiment = open_experiment(load_recipe(recipe), Store(root), execution_settings(settings or {}))
+    file = load_recipe(recipe)
+    experiment = open_experiment(file, Store(root), execution_settings(settings or {}, file.recipe), merge_export=merge)
     check_ready(experiment)
     last = STAGES[STAGES.index(until)]
     if fetches_language_model(experiment, last):

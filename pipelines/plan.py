@@ -1,7 +1,7 @@
 """What a run would do, before it does anything: sizes, tokens, parameters, bytes, steps. `--dry-run` prints it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from rich.table import Table
 
@@ -55,6 +55,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
         yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
+    yield from _execution_lines(experiment)
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
     try:
@@ -63,6 +64,18 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
             yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
+
+
+def _execution_lines(experiment: Experiment) -> Iterator[PlanLine]:
+    """Settings that are not the default, and who set them."""
+    suggested = experiment.file.recipe.suggested_settings
+    for field in fields(experiment.execution):
+        value = getattr(experiment.execution, field.name)
+        if value != field.default:
+            by = "the recipe suggests it" if field.name in suggested and suggested[field.name] == value else "--set"
+            yield PlanLine(topic="execution", fact=field.name, value=f"{value}  ({by})")
+        elif suggested.get(field.name, value) != value:
+            yield PlanLine(topic="execution", fact=field.name, value=f"{value}  (--set; the recipe suggests {suggested[field.name]})")
 
 
 def _num_records(experiment: Experiment) -> int:
@@ -91,7 +104,7 @@ def _views_text(experiment: Experiment) -> str:
 
 def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     from model.connector import build_connector
-    from workers.language_models import language_model_hidden
+    from workers.language_models import count_adapters, language_model_hidden
 
     connector = build_connector(
         experiment.connector, experiment.encoder, hidden=language_model_hidden(experiment.language_model.model), embedding_rms=1.0, seed=0
@@ -106,6 +119,11 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     up_to = "" if experiment.all_drawn else "up to "
     yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
+    if (lora := experiment.file.recipe.language_model.lora_spec()) is not None:
+        count = count_adapters(experiment.language_model.model, lora)
+        size = "parameters are counted once the model is converted" if count is None else f"{count:,} parameters"
+        targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+        yield PlanLine(topic="connector", fact="adapters", value=f"rank {lora.rank}, alpha {lora.alpha:g}, on {targets}: {size}")
 
 
 def print_plan(experiment: Experiment, until: StageName = "report") -> None:

@@ -1,8 +1,8 @@
 """A recipe: the whole experiment as one TOML file, checked before anything starts and turned into the specs that bear identity.
 
 Input: a TOML file. Output: frozen specs (`DatasetSpec`, `FeatureSpec`, `ConnectorSpec`, `ScheduleSpec`). Invariant: everything in a recipe is
-identity, nothing in it says how fast or where a run happens; that is `--set`. Unknown keys are refused, since a misspelt one would train
-something else than what was asked for.
+identity but its `[execution]` table, which suggests settings for `--set` to override and enters no spec. Unknown keys are refused, since a misspelt
+one would train something else than what was asked for.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import itertools
 import json
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, Literal, assert_never, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from model.errors import SpecError
@@ -36,6 +36,7 @@ from model.specs import (
     GlobalBranchSpec,
     LearnableSelectorSpec,
     LocalBranchSpec,
+    LoraSpec,
     MLPSpec,
     PhaseSpec,
     ScheduleSpec,
@@ -48,8 +49,9 @@ from model.specs import (
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions
+from workers.execution import ExecutionSettings
 
-__all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
+__all__ = ["Execution", "Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -417,10 +419,33 @@ class Connector(Table):
     """Whether fused tokens are centred and scaled per channel before the projectors."""
 
 
+class Lora(Table):
+    """Low-rank adapters, trained in place of the language model's weights."""
+
+    rank: Count
+    alpha: Positive
+    dropout: Fraction = 0.0
+    targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[Word, ...], Field(min_length=1)],
+        _allowed('"all-linear", or a list of layers, such as ["q_proj", "v_proj"]'),
+    ] = "all-linear"
+
+    def spec(self) -> LoraSpec:
+        """The adapters' spec."""
+        return LoraSpec(rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=self.targets)
+
+
 class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    lora: Lora | None = None
+    """Absent, fine-tuning that trains the language model trains every weight of it."""
+
+    def lora_spec(self) -> LoraSpec | None:
+        """The adapters; None without."""
+        with _at("language_model.lora"):
+            return None if self.lora is None else self.lora.spec()
 
 
 class Shares(Table):
@@ -598,6 +623,32 @@ class Evaluation(Table):
     """All questions when absent."""
 
 
+def _setting(hint: Any) -> Any:
+    """What a recipe may say of a setting of this type."""
+    options = [option for option in get_args(hint) if option is not type(None)] if get_origin(hint) is not Literal and get_args(hint) else [hint]
+    if get_origin(options[0]) is Literal:
+        return options[0]
+    return {
+        int: Annotated[int, Field(ge=0), _allowed("a whole number from 0 up")],
+        float: Share,
+        bool: Switch,
+        str: Word,
+    }[options[0]]
+
+
+if TYPE_CHECKING:
+
+    class Execution(Table):
+        """Suggested settings, with the names and types of `ExecutionSettings`."""
+else:
+    Execution = create_model(
+        "Execution",
+        __base__=Table,
+        __doc__="Suggested settings, with the names and types of `ExecutionSettings`.",
+        **{field.name: (_setting(get_type_hints(ExecutionSettings)[field.name]) | None, None) for field in fields(ExecutionSettings)},
+    )
+
+
 class Recipe(Table):
     """One experiment."""
 
@@ -613,6 +664,22 @@ class Recipe(Table):
     language_model: LanguageModel
     schedule: Schedule
     evaluation: Evaluation = Evaluation()
+    execution: Execution = Execution()
+    """Settings that suit this experiment; no part of its identity."""
+
+    @field_validator("execution")
+    @classmethod
+    def _have_possible_settings(cls, execution: Execution) -> Execution:
+        try:
+            ExecutionSettings(**execution.model_dump(exclude_unset=True))
+        except ValueError as error:
+            raise PydanticCustomError("told", "{error}", {"error": str(error)}) from error
+        return execution
+
+    @property
+    def suggested_settings(self) -> dict[str, Any]:
+        """What the recipe's `[execution]` says, by setting."""
+        return self.execution.model_dump(exclude_unset=True)
 
     @field_validator("seeds")
     @classmethod

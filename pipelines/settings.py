@@ -1,6 +1,7 @@
-"""Execution settings from the command line: `--set key=value`, checked against the fields of `ExecutionSettings`.
+"""Execution settings: `--set key=value` of the command line before what the recipe's `[execution]` suggests before the defaults.
 
-Identity is refused here on purpose: what changes a result stands in the recipe, where it enters the fingerprints.
+All are checked against the fields of `ExecutionSettings`. Identity is refused here on purpose: what changes a result stands elsewhere in the recipe,
+where it enters the fingerprints.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipelines.errors import SettingError
-from pipelines.recipe import Recipe, Table
+from pipelines.recipe import Execution, Recipe, Table
 from workers.execution import ExecutionSettings
 
 __all__ = ["execution_settings", "settings_from_words"]
@@ -40,11 +41,12 @@ def settings_from_words(words: Iterable[str]) -> dict[str, str]:
     return settings
 
 
-def execution_settings(settings: Mapping[str, str]) -> ExecutionSettings:
+def execution_settings(settings: Mapping[str, str], recipe: Recipe | None = None) -> ExecutionSettings:
     """Settings by name, as text, turned into the type.
 
     Args:
-        settings: names and texts; absent ones keep their default.
+        settings: names and texts.
+        recipe: what it suggests stands for the absent ones; without one, they keep their default.
 
     Returns:
         The settings.
@@ -54,7 +56,7 @@ def execution_settings(settings: Mapping[str, str]) -> ExecutionSettings:
     """
     hints = get_type_hints(ExecutionSettings)
     names = [field.name for field in fields(ExecutionSettings)]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if recipe is None else dict(recipe.suggested_settings)
     for key, text in settings.items():
         if key not in names:
             raise SettingError(_unknown(key, names))
@@ -80,7 +82,7 @@ def _recipe_keys(model: type[Table]) -> set[str]:
     waiting: list[Any] = [model]
     while waiting:
         annotation = waiting.pop()
-        if isinstance(annotation, type) and issubclass(annotation, Table) and annotation not in seen:
+        if isinstance(annotation, type) and issubclass(annotation, Table) and annotation not in (*seen, Execution):
             seen.add(annotation)
             for name, field in annotation.model_fields.items():
                 keys.add(field.alias or name)

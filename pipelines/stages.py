@@ -114,6 +114,8 @@ class Experiment:
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    merge_export: bool = False
+    """Whether the export holds adapters merged into the language model."""
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
         """The committed record of a stage as JSON; None when it is not done."""
@@ -179,6 +181,7 @@ class Experiment:
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
             language_model=self.language_model,
+            lora=self.file.recipe.language_model.lora_spec(),
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -206,6 +209,7 @@ class Experiment:
         recipe, path = self.file.recipe, self.file.path
         self._check_room()
         self._check_split()
+        self._check_adapters()
         for seed in recipe.seeds:
             training = self._training(seed, num_train=1)
             self._evaluation(training)
@@ -235,6 +239,19 @@ class Experiment:
                 "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
             )
 
+    def _check_adapters(self) -> None:
+        """Adapters need layers to sit on, and an export that merges them needs adapters."""
+        from workers.language_models import count_adapters
+
+        lora = self.file.recipe.language_model.lora_spec()
+        if lora is not None:
+            count_adapters(self.language_model.model, lora)
+        elif self.merge_export:
+            raise RecipeError(
+                f"recipe {self.file.path}: --merge adds trained adapters to the language model's weights, but the recipe has no language_model.lora; "
+                "leave --merge out: the export holds whole weights as it is"
+            )
+
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
         fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
@@ -249,7 +266,11 @@ class Experiment:
         from workers.exporting import ExportSpec
 
         seed = self.file.recipe.seeds[0]
-        return ExportSpec(training_fingerprint=fingerprint(self.training(seed)), evaluation_fingerprint=fingerprint(self.evaluation(seed)))
+        return ExportSpec(
+            training_fingerprint=fingerprint(self.training(seed)),
+            evaluation_fingerprint=fingerprint(self.evaluation(seed)),
+            merge=self.merge_export,
+        )
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
@@ -283,13 +304,14 @@ def _context_tokens(language_model: str) -> int:
     return check_usable(language_model)
 
 
-def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
+def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings, *, merge_export: bool = False) -> Experiment:
     """Resolve a recipe: find and fingerprint its models, make all specs, check them against each other.
 
     Args:
         file: the checked recipe.
         store: where its results are or will be.
         execution: settings of the run.
+        merge_export: whether its export holds adapters merged into the language model.
 
     Returns:
         The experiment. Nothing was started and nothing was written.
@@ -314,6 +336,7 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             connector=connector,
             dataset=dataset,
             features=features,
+            merge_export=merge_export,
         )
         experiment.check()
     except (ModelError, SourceError, StorageError) as error:

@@ -1,6 +1,8 @@
-"""One rank of a fine-tuning run on DeepSpeed, as a process of its own: `python -m tests.rank_driver JSON`. Ranks meet in a file; nothing listens.
+"""One rank of fine-tuning runs on DeepSpeed, as a process of its own: `python -m tests.rank_driver RANK WORLD MEETING`, one job a line on
+standard input.
 
-Writes what the tests compare into `out/rank-<n>.json`. With `die_after`, every rank ends after so many batches as a killed process would.
+Jobs are JSON, see `JOB`; the answer to each is a line of JSON on standard output. Ranks meet in the file MEETING. With `die_before` a process
+ends in mid-run, as a killed one would.
 """
 
 import json
@@ -9,16 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+JOB = {"zero_stage": 3, "lora": False, "precision": "fp32", "micro_batch_size": 1, "gradient_checkpointing": False, "die_before": None}
+"""What a job is unless it says otherwise; it has to say `store` and `language_model`. No `zero_stage` is the twin."""
 
-def main(job: dict[str, Any]) -> None:
-    os.environ.update({"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"})
-    import torch
-    import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    rank, world = job["rank"], job["world"]
-    dist.init_process_group("gloo", store=dist.FileStore(job["meeting"], world), rank=rank, world_size=world)
-
+def fine_tune(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job, and tell what tests compare."""
     from model.language_model import checkpoint_layers
     from model.specs import LoraSpec
     from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
@@ -34,16 +32,7 @@ def main(job: dict[str, Any]) -> None:
     model = assemble_model(spec, freeze_language_model=False)
     if job["gradient_checkpointing"]:
         checkpoint_layers(model.language_model)
-
-    class Dying(BatchBuilder):
-        """Ends its process at its n-th batch, in the thread that prefetches."""
-
-        def build(self, *args: Any, **kwargs: Any) -> Any:
-            if args[1] == job["die_after"]:
-                os._exit(9)
-            return super().build(*args, **kwargs)
-
-    builder = Dying(
+    builder = BatchBuilder(
         samples=fake_samples(),
         source=FakeFeatures(spec),
         features=spec.features,
@@ -52,12 +41,14 @@ def main(job: dict[str, Any]) -> None:
         tokenizer=model.tokenizer,
         max_tokens=model.max_tokens,
     )
-    stage = job["zero_stage"]
-    engine: Any = TorchEngine(model, spec.schedule.sft.train) if stage is None else DeepSpeedEngine(model, spec.schedule.sft.train, zero_stage=stage)
+    stage, trained = job["zero_stage"], spec.schedule.sft.train
+    engine: Any = TorchEngine(model, trained) if stage is None else DeepSpeedEngine(model, trained, zero_stage=stage)
     losses: list[float] = []
     step = engine.step
 
     def noting(*args: Any, **kwargs: Any) -> Any:
+        if len(losses) == job["die_before"]:
+            os._exit(9)
         sums = step(*args, **kwargs)
         losses.append(sums.loss)
         return sums
@@ -74,16 +65,34 @@ def main(job: dict[str, Any]) -> None:
         micro_batch_size=job["micro_batch_size"],
     )
     shapes = {name: list(tensor.shape) for name, tensor in weights_of(model, with_language_model=True, whole=engine.whole).items()}
-    out = Path(job["store"]) / "out"
-    out.mkdir(parents=True, exist_ok=True)
+    parameters = list(model.language_model.parameters())
+    shared = [parameter for parameter in parameters if len(getattr(parameter, "ds_shape", ())) == 2]
     record = state.records[0]
-    matrices = [parameter for parameter in model.language_model.parameters() if parameter.ndim == 2 or hasattr(parameter, "ds_shape")]
-    held = sum(parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel() for parameter in matrices)
-    facts = {"losses": losses, "before": record.hashes_before, "after": record.hashes_after, "shapes": shapes, "held": held, "left": sum(p.numel() for p in matrices if len(getattr(p, "ds_shape", ())) == 2)}
-    (out / f"rank-{rank}.json").write_text(json.dumps(facts))
     engine.close()
-    dist.destroy_process_group()
+    return {
+        "losses": losses,
+        "before": record.hashes_before,
+        "after": record.hashes_after,
+        "shapes": shapes,
+        "held": sum(parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel() for parameter in parameters),
+        "left": sum(parameter.numel() for parameter in shared),
+    }
+
+
+def main() -> None:
+    """Work until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what DeepSpeed prints is no answer
+    os.environ.update({"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"})
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
+    for line in sys.stdin:
+        print(json.dumps(fine_tune(JOB | json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

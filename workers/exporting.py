@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from model.specs import LocalBranchSpec, fingerprint
+from model.specs import LocalBranchSpec, LoraSpec, fingerprint
 from workers.commits import Stage, from_json
 from workers.dataset.samples import read_samples
 from workers.errors import ExportingError
 from workers.evaluation import MAX_NEW_TOKENS, EvaluationRecord
 from workers.execution import ExecutionSettings, Progress
-from workers.language_models import PACKAGED
+from workers.language_models import PACKAGED, verified_folder
 from workers.storage import Store
 from workers.training.spec import TrainingRecord, TrainingSpec
 
 if TYPE_CHECKING:
-    from model.export import ExportedModel
+    from torch import nn
+
+    from model.export import AdapterConfig, ExportedModel
     from workers.dataset.samples import Sample, Turn
 
 Decoded = TypeVar("Decoded")
@@ -37,6 +39,8 @@ class ExportSpec:
 
     training_fingerprint: str
     evaluation_fingerprint: str
+    merge: bool = False
+    """Whether trained adapters are added to the language model's weights; else they lie beside their base."""
     format_version: int = 3
 
 
@@ -94,7 +98,7 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
         folder = Path(temporary)
         progress.start("exporting", 4)
         try:
-            files = _write(folder, training, trained, evaluated, store)
+            files = _write(folder, training, trained, evaluated, store, merge=spec.merge)
             progress.advance()
             started = time.monotonic()
             exported = load_export(folder)
@@ -131,16 +135,21 @@ def _record(store: Store, stage: str, full: str, kind: type[Decoded]) -> Decoded
     return from_json(kind, store.read_json(path), where=store.url(path))
 
 
-def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, store: Store) -> dict[str, str]:
+def _write(
+    folder: Path, training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, store: Store, *, merge: bool
+) -> dict[str, str]:
     """Everything that an export holds; file digests by path."""
     import torch
 
     from model.encoder import encoder_folder
     from model.export import ExportConfig, write_config, write_manifest
+    from model.lora import merge_adapters
     from workers.training.assemble import load_trained
 
     model = load_trained(training, store)
-    trains_language_model = "language_model.safetensors" in trained.files
+    lora = training.lora
+    trains_language_model = "language_model.safetensors" in trained.files and lora is None
+    adapter = None if lora is None or merge else _write_adapter(folder, model.language_model, lora, training)
     write_config(
         folder,
         ExportConfig(
@@ -150,18 +159,34 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
             feature_precision=training.features.precision,
             precision=training.precision,
             language_model_precision="fp32" if trains_language_model else training.precision,
+            adapter=adapter,
         ),
     )
     (folder / "connector.safetensors").write_bytes(store.read_bytes(f"{trained.folder}/connector.safetensors"))
-    network = model.language_model
-    if not trains_language_model:
-        network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
-    network.save_pretrained(folder / "language_model")  # type: ignore[operator]
-    model.tokenizer.save_pretrained(folder / "language_model")
+    if adapter is None:
+        network = model.language_model
+        if lora is not None:
+            merge_adapters(network)
+        if not trains_language_model:
+            network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        network.save_pretrained(folder / "language_model")  # type: ignore[operator]
+        model.tokenizer.save_pretrained(folder / "language_model")
     _copy_encoder(encoder_folder(training.features.encoder.model), folder / "encoder")
     licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
     (folder / "README.md").write_text(model_card(training, trained, evaluated, licences))
     return write_manifest(folder)
+
+
+def _write_adapter(folder: Path, network: "nn.Module", lora: LoraSpec, training: TrainingSpec) -> "AdapterConfig":
+    """The base model's own files, as they were trained on, and the adapters beside them."""
+    from model.export import AdapterConfig
+    from model.language_model import copy_model, describe_folder
+    from model.lora import save_adapters
+
+    base = training.language_model
+    copy_model(verified_folder(base), folder / "language_model")
+    save_adapters(network, lora, folder / "adapter", base.model)
+    return AdapterConfig(lora=lora, base_model=base.model, base_sha256=describe_folder(folder / "language_model", base.model).weights_sha256)
 
 
 _ENCODER_FILES = ("config.json", "preprocessor_config.json", "README.md", "LICENSE")
@@ -200,7 +225,7 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         Markdown.
     """
     features, connector = training.features, training.connector
-    local = connector.local_branch
+    local, lora = connector.local_branch, training.lora
     lines = [
         "# A Loupe vision-language connector",
         "",
@@ -239,14 +264,16 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
             for record, phase in zip(trained.phases, training.schedule.phases, strict=True)
         ),
         "",
-        "Every block that a phase does not train was proven unchanged by it, byte for byte.",
+        "Every block that a phase does not train was proven unchanged by it, byte for byte."
+        + ("" if training.lora is None else " So was the language model below its adapters."),
         "",
         "## Made of",
         "",
         f"- dataset `{training.dataset_fingerprint[:16]}`; licences of its images: {', '.join(licences)}",
         f"- encoder `{features.encoder.model}`, weights sha256 `{features.encoder.weights_sha256[:16]}`",
         f"- language model `{training.language_model.model}`, sha256 `{training.language_model.weights_sha256[:16]}`"
-        + (f", {PACKAGED[training.language_model.model].licence}" if training.language_model.model in PACKAGED else ""),
+        + (f", {PACKAGED[training.language_model.model].licence}" if training.language_model.model in PACKAGED else "")
+        + ("" if lora is None else f"; fine-tuned by adapters of rank {lora.rank}, alpha {lora.alpha:g}, in `adapter/` unless they are merged"),
         f"- training run `{trained.training_fingerprint[:16]}`",
         "- " + ", ".join(f"{name} {number}" for name, number in sorted(trained.versions.items())),
         "",

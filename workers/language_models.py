@@ -7,6 +7,7 @@ Invariant: a folder in the cache is whole or absent: it is written beside its pl
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import LanguageModelError
-from model.specs import LanguageModelSpec
+from model.specs import LanguageModelSpec, LoraSpec
 from workers.errors import LanguageModelPrepareError
 from workers.execution import cache_folder
 
@@ -30,6 +31,7 @@ __all__ = [
     "PackagedModel",
     "check_convertible",
     "check_usable",
+    "count_adapters",
     "describe_language_model",
     "is_prepared",
     "language_model_folder",
@@ -133,6 +135,28 @@ def check_usable(name: str) -> int:
     folder = resolve_folder(name)
     load_tokenizer(folder)
     return context_tokens(folder)
+
+
+@functools.cache
+def count_adapters(name: str, lora: LoraSpec) -> int | None:
+    """How many parameters a language model's adapters would have, found out from its config alone, before any work is spent.
+
+    Args:
+        name: as for `describe_language_model`.
+        lora: the adapters.
+
+    Returns:
+        Their number; None for a packaged model that is not converted yet, of which nothing can be looked at.
+
+    Raises:
+        LanguageModelError: a target matches no linear layer.
+    """
+    if not is_prepared(name):
+        return None
+    from model.language_model import empty_network
+    from model.lora import num_adapter_parameters
+
+    return num_adapter_parameters(empty_network(language_model_folder(name)), lora)
 
 
 def is_prepared(name: str) -> bool:

@@ -24,7 +24,7 @@ FROZEN = {
     "cache-features": ["RECIPE", "--root", "--set", "--dry-run"],
     "train": ["RECIPE", "--root", "--set", "--dry-run"],
     "evaluate": ["RECIPE", "--root", "--set", "--dry-run"],
-    "export": ["RECIPE", "--root", "--set", "--dry-run"],
+    "export": ["RECIPE", "--root", "--set", "--merge", "--dry-run"],
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
@@ -290,6 +290,12 @@ def test_tables_are_not_cut_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch
     _, out, _ = run(["recipes"], capsys)
     assert all(len(line) <= 60 for line in out.splitlines())
     assert out.isascii()  # folded, not cut with an ellipsis
+
+
+def test_merging_without_adapters_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(["export", "demo", "--merge", "--dry-run"], capsys)
+    assert status == 2
+    assert "--merge adds trained adapters to the language model's weights, but the recipe has no language_model.lora; leave --merge out" in err
 
 
 def test_a_dry_run_plans_no_further_than_its_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters: against W x + (alpha / rank) B A x written out, their fresh start, their dropout, their files, their merging, and a run that trains them."""
+"""Adapters against W x + (alpha / rank) B A x written out: their fresh start, dropout, files and merging, and runs that train them."""
 
 import json
 import math
@@ -364,10 +364,9 @@ def test_a_bf16_run_holds_the_base_in_bf16_and_the_adapters_in_fp32(tiny_languag
 @pytest.mark.parametrize("lora", [None, LoraSpec(rank=4, alpha=8.0, dropout=0.3)])
 def test_layers_that_are_computed_again_change_no_number(tiny_language_model_folder, tmp_path, lora):
     spec = tiny_training_spec(tiny_language_model_folder, lora=lora)
-    losses = {}
+    losses, calls = {}, []
     for name in ("kept", "again"):
         model = assemble_model(spec, freeze_language_model=False)
-        calls = []
         if name == "again":
             checkpoint_layers(model.language_model)
             model.language_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from model.errors import SpecError
-from model.specs import BranchMix, EncoderSpec, MapSpec, fingerprint
+from model.specs import BranchMix, EncoderSpec, LoraSpec, MapSpec, fingerprint
 from pipelines.errors import RecipeError
-from pipelines.recipe import _LIST_EXAMPLES, Recipe, RenderedSource, Table, load_recipe, recipe_files
+from pipelines.recipe import _LIST_EXAMPLES, Execution, Recipe, RenderedSource, Table, load_recipe, recipe_files
 from workers.execution import ExecutionSettings
 
 MINIMAL = """
@@ -136,11 +136,33 @@ def test_equal_groups_include_the_base_layer_for_clip_and_stop_before_it_for_sig
     assert siglip == (MapSpec(layers=(26,)), MapSpec(layers=tuple(range(13))), MapSpec(layers=tuple(range(13, 26))))
 
 
-def test_a_recipe_says_nothing_about_execution() -> None:
-    def keys(model: Any) -> set[str]:
-        return {field.alias or name for name, field in model.model_fields.items()}
+def test_a_recipe_says_nothing_about_execution_but_in_its_own_table() -> None:
+    settings = {field.name for field in fields(ExecutionSettings)}
+    for table in tables():
+        keys = {field.alias or name for name, field in table.model_fields.items()}
+        assert keys == settings if table is Execution else not keys & settings
 
-    assert not keys(Recipe) & {field.name for field in fields(ExecutionSettings)}
+
+def test_suggested_settings_are_no_identity(tmp_path: Path) -> None:
+    plain, suggesting = load(tmp_path, MINIMAL), load(tmp_path, MINIMAL + '[execution]\nzero_stage = 3\ntrain_workers = 8\ndevice = "cuda"\n')
+    assert plain.suggested_settings == {}
+    assert suggesting.suggested_settings == {"zero_stage": 3, "train_workers": 8, "device": "cuda"}
+    encoder = encoder_spec()
+    connector = plain.connector_spec(encoder)
+    assert suggesting.connector_spec(encoder) == connector
+    assert fingerprint(suggesting.schedule_spec(connector, 0, 9)) == fingerprint(plain.schedule_spec(connector, 0, 9))
+    assert fingerprint(suggesting.dataset_spec(encoder, {})) == fingerprint(plain.dataset_spec(encoder, {}))
+
+
+def test_adapters_come_out_as_written(tmp_path: Path) -> None:
+    model = 'model = "some/language-model"'
+    assert load(tmp_path, MINIMAL).language_model.lora_spec() is None
+    words = 'lora = { rank = 128, alpha = 256, dropout = 0.05, targets = "all-linear" }'
+    assert load(tmp_path, MINIMAL.replace(model, f"{model}\n{words}")).language_model.lora_spec() == LoraSpec(rank=128, alpha=256.0, dropout=0.05)
+    words = 'lora = { rank = 2, alpha = 2, targets = ["q_proj", "v_proj"] }'
+    assert load(tmp_path, MINIMAL.replace(model, f"{model}\n{words}")).language_model.lora_spec() == LoraSpec(
+        rank=2, alpha=2.0, targets=("q_proj", "v_proj")
+    )
 
 
 MISTAKES = [
@@ -211,6 +233,26 @@ MISTAKES = [
     ),
     ('kind = "dci", groups = 2', 'kind = "sci", layers = [1, "2"]', r'fusion\.layers\[1\]: found "2"; allowed: a layer'),
     ('kind = "dci", groups = 2', 'kind = "sci", layers = 1', r"fusion\.layers: found 1; allowed: a list, such as \[2, 5\]$"),
+    *(
+        ('model = "some/language-model"', f'model = "some/language-model"\nlora = {{ {lora} }}', rf"language_model\.lora\.{message}")
+        for lora, message in (
+            ("rank = 0, alpha = 2", "rank: found 0; allowed: a whole number from 1 up$"),
+            ("rank = 2, alpha = 0", "alpha: found 0; allowed: a finite number greater than 0$"),
+            ("rank = 2", "alpha: found nothing; this key is required$"),
+            ("rank = 2, alpha = 2, dropout = 1.0", "dropout: found 1.0; allowed: a finite number from 0 up and less than 1$"),
+            ('rank = 2, alpha = 2, targets = "q_proj"', 'targets: found "q_proj"; allowed: "all-linear", or a list of layers, such as '),
+            ("rank = 2, alpha = 2, targets = []", r'targets: found \[\]; allowed: "all-linear", or a list of layers'),
+        )
+    ),
+    ("[schedule.sft]", "[execution]\nzero_stage = 4\n[schedule.sft]", r"execution\.zero_stage: found 4; allowed: 0, 1, 2, 3$"),
+    ("[schedule.sft]", "[execution]\nzero_stag = 2\n[schedule.sft]", r"execution: found the unknown key 'zero_stag'; did you mean 'zero_stage'\?"),
+    ("[schedule.sft]", "[execution]\ntrain_workers = 0\n[schedule.sft]", r"execution: train_workers must be at least 1, found 0$"),
+    (
+        "[schedule.sft]",
+        '[execution]\nmicro_batch_size = "4"\n[schedule.sft]',
+        r'micro_batch_size: found "4"; allowed: a whole number from 0',
+    ),
+    ("[schedule.sft]", "[execution]\ngradient_checkpointing = 1\n[schedule.sft]", r"gradient_checkpointing: found 1; allowed: true or false$"),
     ('family = "charts"', 'family = "chart"', r"dataset\.sources\[0\]\.family: found 'chart'; did you mean 'charts'\?"),
 ]
 
@@ -247,7 +289,8 @@ def test_every_list_has_an_example() -> None:
         field.alias or name
         for table in tables()
         for name, field in table.model_fields.items()
-        if any(get_origin(part) is tuple for part in parts(field.annotation)) and name not in ("align", "pool", "groups")  # which may be numbers
+        if any(get_origin(part) is tuple for part in parts(field.annotation))
+        and name not in ("align", "pool", "groups", "targets")  # which may be numbers or a word
     }
     assert lists == set(_LIST_EXAMPLES)
 

@@ -1,11 +1,14 @@
 """--set takes execution settings alone."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import SettingError
+from pipelines.recipe import load_recipe
 from pipelines.settings import execution_settings, settings_from_words
+from tests.unit.test_recipe import MINIMAL
 from workers.execution import ExecutionSettings
 
 
@@ -17,8 +20,24 @@ def test_words_become_settings() -> None:
 
 def test_numbers_that_are_choices() -> None:
     assert execution_settings({"zero_stage": "2"}).zero_stage == 2
-    with pytest.raises(SettingError, match="found '3'; allowed: 0, 1, 2"):
-        execution_settings({"zero_stage": "3"})
+    assert execution_settings({"zero_stage": "3"}).zero_stage == 3
+    with pytest.raises(SettingError, match="found '4'; allowed: 0, 1, 2, 3"):
+        execution_settings({"zero_stage": "4"})
+
+
+def test_the_command_line_stands_before_the_recipe_and_the_recipe_before_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(MINIMAL + "[execution]\nzero_stage = 2\ntrain_workers = 4\ngradient_checkpointing = true\n")
+    recipe = load_recipe(str(path)).recipe
+    suggested = execution_settings({}, recipe)
+    assert suggested == ExecutionSettings(zero_stage=2, train_workers=4, gradient_checkpointing=True)
+    assert execution_settings({"train_workers": "1", "gradient_checkpointing": "false"}, recipe) == ExecutionSettings(zero_stage=2)
+    assert execution_settings({}, load_recipe("demo").recipe) == ExecutionSettings()
+
+
+def test_a_setting_of_the_recipe_s_table_is_no_part_of_the_experiment() -> None:
+    with pytest.raises(SettingError, match=r"no such setting; did you mean 'zero_stage'\?"):
+        execution_settings({"execution.zero_stage": "1"})
 
 
 def test_nothing_given_is_the_default() -> None:

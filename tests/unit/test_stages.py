@@ -13,6 +13,7 @@ from model.specs import fingerprint
 from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines, print_plan
 from pipelines.recipe import load_recipe
+from pipelines.settings import execution_settings
 from pipelines.show import show_recipe
 from pipelines.stages import (
     STAGES,
@@ -275,3 +276,60 @@ def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) 
 def test_paths_are_shown_as_people_type_them() -> None:
     assert shown_path("file:///a%20b/c") == "/a b/c"
     assert shown_path("s3://bucket/x") == "s3://bucket/x"
+
+
+def with_lora(text: str, lora: str) -> str:
+    return re.sub(r"(?m)^(\[language_model\]\nmodel = .*)$", rf"\1\nlora = {{ {lora} }}", text)
+
+
+def test_adapters_are_planned_and_change_training_alone(experiment: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "lora.toml"
+    path.write_text(with_lora(experiment.file.text, "rank = 4, alpha = 8"))
+    adapted = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+    assert adapted.features == experiment.features
+    assert fingerprint(adapted.training(0)) != fingerprint(experiment.training(0))
+    planned = {line.fact: line.value for line in plan_lines(adapted)}
+    count = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert planned["adapters"] == f"rank 4, alpha 8, on all-linear: {count:,} parameters"
+    assert fingerprint(replace(adapted, merge_export=True).export()) != fingerprint(adapted.export())
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes", "message"),
+    [
+        (
+            'rank = 4, alpha = 8, targets = ["qproj"]',
+            {},
+            r"language_model\.lora\.targets: found 'qproj', but in a LlamaForCausalLM no layer has that name",
+        ),
+        ("rank = 4, alpha = 8", {'"connector", "language_model"': '"connector"'}, r"schedule\.sft trains \['global_mlp', .*; add language_model to"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_any_work(
+    experiment: Experiment, tmp_path: Path, lora: str, changes: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "lora.toml"
+    text = with_lora(experiment.file.text, lora)
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+
+
+def test_settings_that_are_not_the_default_are_planned_with_who_set_them(experiment: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "suggesting.toml"
+    path.write_text(experiment.file.text + "\n[execution]\nzero_stage = 2\ntrain_workers = 2\nmicro_batch_size = 2\n")
+    file = load_recipe(str(path))
+    settings = {"train_workers": "1", "gradient_checkpointing": "true"}
+    suggesting = open_experiment(file, experiment.store, execution_settings(settings, file.recipe))
+    planned = [(line.fact, line.value) for line in plan_lines(suggesting) if line.topic == "execution"]
+    assert planned == [
+        ("train_workers", "1  (--set; the recipe suggests 2)"),
+        ("micro_batch_size", "2  (the recipe suggests it)"),
+        ("zero_stage", "2  (the recipe suggests it)"),
+        ("gradient_checkpointing", "True  (--set)"),
+    ]
+    assert not [line for line in plan_lines(experiment) if line.topic == "execution"]
+    assert fingerprint(suggesting.training(0)) == fingerprint(experiment.training(0))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,37 +14,66 @@ from tests.commands import REPOSITORY
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+class Ranks:
+    """Processes that fine-tune together, job after job."""
+
+    def __init__(self, world, folder, language_model, log):
+        self.world, self.folder, self.language_model, self.log, self.jobs = world, folder, language_model, log, {}
+        self.processes = []
+
+    def start(self):
+        command, meeting = [sys.executable, "-m", "tests.rank_driver"], str(self.folder / f"meeting-{time.time_ns()}")
+        self.processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(self.world), meeting],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+            )
+            for rank in range(self.world)
+        ]
+
+    def run(self, *, store=None, **changes):
+        """What each rank answers, and the store. Finished jobs are kept; of one that dies, the ranks' answers are empty."""
+        key = json.dumps([str(store), changes], sort_keys=True)
+        if key in self.jobs:
+            return self.jobs[key]
+        if not self.processes:
+            self.start()
+        store = store or self.folder / f"job-{len(self.jobs)}"
+        job = changes | {"store": str(store), "language_model": self.language_model}
+        for process in self.processes:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        if "die_before" in changes:
+            for process in self.processes:
+                assert process.wait(120)
+            self.processes = []
+            return [], store
+        lines = [process.stdout.readline() for process in self.processes]
+        assert all(lines), Path(self.log.name).read_text()[-3000:]
+        self.jobs[key] = [json.loads(line) for line in lines], store
+        return self.jobs[key]
+
+    def close(self):
+        for process in self.processes:
+            process.stdin.close()
+            process.wait(60)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_language_model_folder):
-    """Runs a job on some ranks; finished jobs are kept. Gives what the ranks wrote, and the store."""
-    done = {}
-
-    def run(*, world=1, name=None, expect=0, **changes):
-        usual = {"zero_stage": 3, "lora": False, "precision": "fp32", "micro_batch_size": 1, "gradient_checkpointing": False, "die_after": None}
-        job = usual | changes
-        key = json.dumps([world, name, job], sort_keys=True)
-        if key not in done:
-            store = tmp_path_factory.mktemp("ranks") if name is None else tmp_path_factory.getbasetemp() / name
-            meeting = store / f"meeting-{time.time_ns()}"
-            store.mkdir(exist_ok=True)
-            told = job | {"world": world, "meeting": str(meeting), "store": str(store), "language_model": str(tiny_language_model_folder)}
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.rank_driver", json.dumps(told | {"rank": rank})],
-                    cwd=REPOSITORY,
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                )
-                for rank in range(world)
-            ]
-            ended = [(process.communicate(timeout=250)[1], process.returncode) for process in processes]
-            assert [code for _, code in ended] == [expect] * world, ended[0][0][-3000:]
-            written = [] if expect else [json.loads((store / "out" / f"rank-{rank}.json").read_text()) for rank in range(world)]
-            done[key] = (written, store)
-        return done[key]
-
-    return run
+    """Runs a job on one rank or two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with (folder / "log").open("w") as log:
+        groups = {world: Ranks(world, folder / str(world), str(tiny_language_model_folder), log) for world in (1, 2)}
+        for group in groups.values():
+            group.folder.mkdir()
+        yield lambda *, world=1, **changes: groups[world].run(**changes)
+        for group in groups.values():
+            group.close()
 
 
 def test_two_ranks_hold_half_of_the_language_model_each(ranks):
@@ -77,13 +107,11 @@ def test_two_ranks_whose_samples_show_different_views_meet_on_every_stage(ranks,
 
 
 @pytest.mark.parametrize(("world", "lora"), [(1, True), (2, False)])
-def test_a_killed_run_resumes_in_the_same_bytes(ranks, world, lora):
+def test_a_killed_run_resumes_in_the_same_bytes(ranks, tmp_path, world, lora):
     straight, whole = ranks(world=world, lora=lora)
-    name = f"killed-{world}"
-    ranks(world=world, lora=lora, name=name, die_after=3, expect=9)
-    resumed, store = ranks(world=world, lora=lora, name=name)
-    assert resumed[0]["losses"] == straight[0]["losses"][4 - len(resumed[0]["losses"]) :]
-    assert 0 < len(resumed[0]["losses"]) < 4
+    _, store = ranks(world=world, lora=lora, store=tmp_path / "killed", die_before=2)
+    resumed, _ = ranks(world=world, lora=lora, store=store)
+    assert resumed[0]["losses"] == straight[0]["losses"][2:]
     assert resumed[0]["after"] == straight[0]["after"]
     last = "checkpoints/k/sft/step-00000016"
     for file in ("model.safetensors", "optimizer.safetensors"):
