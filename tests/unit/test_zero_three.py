@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_in_the_same_bytes(ranks, tmp_path, world, lora):
     resumed, _ = ranks(world=world, lora=lora, store=store)
     assert resumed[0]["losses"] == straight[0]["losses"][2:]
     assert resumed[0]["after"] == straight[0]["after"]
-    last = "checkpoints/k/sft/step-00000016"
+    last = "checkpoints/k/sft/step-00000020"
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (store / last / file).read_bytes() == (whole / last / file).read_bytes()
 
@@ -122,7 +122,7 @@ def test_what_is_saved_is_whole(ranks):
     (plain,), _ = ranks(zero_stage=0)
     found, store = ranks(world=2)
     assert found[0]["shapes"] == found[1]["shapes"] == plain["shapes"]
-    last = store / "checkpoints/k/sft/step-00000016"
+    last = store / "checkpoints/k/sft/step-00000020"
     saved = safetensors.torch.load_file(last / "model.safetensors")
     assert {name: list(tensor.shape) for name, tensor in saved.items()} == plain["shapes"]
     state = safetensors.torch.load_file(last / "optimizer.safetensors")
