@@ -49,7 +49,8 @@ class ExecutionSettings:
     """Samples in one forward and backward pass; None is the whole share of a rank."""
     checkpoint_every_steps: int = 200
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's stage in fine-tuning: 1, 2 and 3 share optimizer state, gradients and weights out among the workers. Alignment always runs on 0."""
+    """DeepSpeed's stage in fine-tuning: 1, 2 and 3 share optimizer state, gradients and weights out among the workers. Alignment runs on 0,
+    and on 3 where that is asked for, which shares out the frozen language model."""
     gradient_checkpointing: bool = False
     """Whether the language model's layers are computed again for the backward pass instead of being kept: less memory, about a third more time."""
     max_failures: int = 2

@@ -50,6 +50,7 @@ class Ranks:
         if "die_before" in changes:
             for process in self.processes:
                 assert process.wait(120)
+                process.stdout.close()
             self.processes = []
             return [], store
         lines = [process.stdout.readline() for process in self.processes]
@@ -61,6 +62,7 @@ class Ranks:
         for process in self.processes:
             process.stdin.close()
             process.wait(60)
+            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,14 @@ def test_a_killed_run_resumes_in_the_same_bytes(ranks, tmp_path, world, lora):
     last = "checkpoints/k/sft/step-00000020"
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (store / last / file).read_bytes() == (whole / last / file).read_bytes()
+
+
+def test_a_run_that_two_ranks_began_is_ended_by_one(ranks, tmp_path):
+    """What is saved is whole, so no number of ranks is in it."""
+    straight, _ = ranks(world=2, lora=True)
+    _, store = ranks(world=2, lora=True, store=tmp_path / "killed", die_before=2)
+    resumed, _ = ranks(world=1, lora=True, store=store)
+    assert resumed[0]["losses"] == pytest.approx(straight[0]["losses"][2:], rel=1e-5)
 
 
 def test_what_is_saved_is_whole(ranks):

@@ -4,8 +4,9 @@ Input: micro-batches of one rank. Output: loss sums and the gradient's norm. Eve
 which of them train is switched by `requires_grad` between steps, so a block keeps its optimizer state while others train.
 
 Invariant: a block that is not active is bit-identical after a step, state included. That holds on ZeRO-0, where a parameter without a gradient is
-skipped; ZeRO-1 and 2 fill missing gradients with zeros and let Adam's momentum move "frozen" weights (32 % of their norm in 10 steps, measured), and
-ZeRO-3 uses the gradient of the step before once more, so those stages take blocks that all train and nothing else.
+skipped. ZeRO-1, 2 and 3 fill missing gradients with zeros and let Adam's momentum move "frozen" weights (32 % of their norm in 10 steps, measured),
+so 1 and 2 take blocks that all train and nothing else, and on 3, which alone shares a frozen language model out, the optimizer does not see the
+groups of resting blocks.
 
 On those stages every block runs in every micro-batch (see `VisionLanguageModel.runs_every_block`): ranks that share gradients or parameters out have
 to meet in the same order, and a block that a rank's samples do not show would be missed by the others.
@@ -87,10 +88,27 @@ class Engine(Protocol):
         """Give back memory and hooks."""
 
 
-def _adamw(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> torch.optim.AdamW:
+class _PhasedAdamW(torch.optim.AdamW):
+    """AdamW that steps the groups of active blocks alone: weights, moments and clocks of the others stand still, whatever gradients they get."""
+
+    active: frozenset[str] = frozenset()
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of the active groups."""
+        every = self.param_groups
+        self.param_groups = [group for group in every if group["name"] in self.active]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = every
+
+
+def _adamw(blocks: Mapping[Block, Mapping[str, nn.Parameter]]) -> _PhasedAdamW:
     """AdamW without weight decay, one group per block. torch's own: nothing is compiled at run time."""
     groups = [{"params": list(parameters.values()), "name": block, "lr": 0.0} for block, parameters in blocks.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = _PhasedAdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer.active = frozenset(blocks)
+    return optimizer
 
 
 def _set_rates(optimizer: Any, blocks: Mapping[Block, Any], rates: Mapping[Block, float]) -> None:
@@ -161,6 +179,7 @@ class TorchEngine:
     def set_active(self, active: Sequence[Block]) -> None:
         """As Engine.set_active."""
         set_active_blocks(self._all, active)
+        self._optimizer.active = frozenset(active)
 
     def step(self, micro_batches: Sequence[Batch], *, supervised: int, rates: Mapping[Block, float], max_grad_norm: float) -> StepSums:
         """As Engine.step."""
@@ -207,9 +226,9 @@ class DeepSpeedEngine:
 
     Args:
         model: to train, on its device.
-        trainable: blocks that get optimizer state. On ZeRO-1, 2 and 3 all of them must train in every step.
-        zero_stage: 0 for alternating phases; 1, 2 and 3 share optimizer state (gradients, weights) of fine-tuning out over ranks.
-        max_grad_norm: needed by ZeRO-1, 2 and 3, which clip by a norm fixed at the start.
+        trainable: blocks that get optimizer state. On ZeRO-1 and 2 all of them must train in every step.
+        zero_stage: 0 or 3 for alternating phases; 1, 2 and 3 share optimizer state, gradients, weights out over ranks.
+        max_grad_norm: needed by ZeRO-1 and 2, which clip by a norm fixed at the start.
         largest_micro_batch: samples in a micro-batch; DeepSpeed wants to know, nothing follows from it.
 
     Raises:
@@ -247,7 +266,8 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
             "gradient_clipping": max_grad_norm if zero_stage else 0.0,
         }
-        self._engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=_adamw(self._blocks), config=config, dist_init_required=False)
+        self._adamw = _adamw(self._blocks)
+        self._engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._adamw, config=config, dist_init_required=False)
         self._optimizer = optimizer
         self._gathered = deepspeed.zero.GatheredParameters
 
@@ -260,12 +280,13 @@ class DeepSpeedEngine:
         Raises:
             TrainingError: some blocks would rest on a stage that moves resting blocks.
         """
-        if self._zero_stage and set(active) != set(self._blocks):
+        if self._zero_stage in (1, 2) and set(active) != set(self._blocks):
             raise TrainingError(
                 f"on ZeRO-{self._zero_stage} all of {list(self._blocks)} must train in every step, found {list(active)}: resting blocks would be "
-                "moved by their momentum; use zero_stage=0"
+                "moved by their momentum; use zero_stage=0 or 3"
             )
         set_active_blocks(self._all, active)
+        self._adamw.active = frozenset(active)
 
     def step(self, micro_batches: Sequence[Batch], *, supervised: int, rates: Mapping[Block, float], max_grad_norm: float) -> StepSums:
         """As Engine.step."""
@@ -286,6 +307,7 @@ class DeepSpeedEngine:
             norm = nn.utils.clip_grad_norm_(active, max_grad_norm)
             self._engine.step()
         else:
+            self._optimizer.clip_grad = max_grad_norm  # of this phase
             self._engine.step()
             norm = self._engine.get_global_grad_norm()
         return _step_sums(torch.stack(totals).sum(), torch.stack(rights).sum(), supervised, norm)

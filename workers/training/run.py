@@ -387,7 +387,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
             {name: maps.to(device) for name, maps in global_maps.items()},
             None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
         )
-    zero_stage = execution.zero_stage if name == "sft" else 0
+    # Optimizer state and gradients of the connector alone are not worth sharing out, a frozen language model is.
+    zero_stage = execution.zero_stage if name == "sft" or execution.zero_stage == 3 else 0
     if execution.gradient_checkpointing:
         checkpoint_layers(model.language_model)
     engine = DeepSpeedEngine(
