@@ -5,10 +5,13 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.lora import is_adapter
+from model.specs import LoraSpec
 from tests.tiny_training import build_small_store, tiny_schedule
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.storage import Store
@@ -118,6 +121,21 @@ def test_two_workers_give_the_same_losses(trained, tmp_path):
     # Sums in another order: 3e-6 relative was the most seen on this machine type.
     assert losses(store, key) == pytest.approx(losses(trained["store"], key), rel=1e-4)
     assert record.workers == 2
+
+
+def test_two_workers_train_adapters_with_everything_shared_out(trained, tmp_path):
+    store, spec = elsewhere(trained["store"], tmp_path), replace(trained["spec"], lora=LoraSpec(rank=4, alpha=8.0, dropout=0.05))
+    execution = settings(train_workers=2, zero_stage=3, gradient_checkpointing=True, micro_batch_size=1)
+    record = train_connector(spec, store, execution, SilentProgress())
+    # Alignment does not know of adapters, and shares out the frozen language model alone.
+    aligned = losses(trained["store"], trained["record"].training_fingerprint[:16])[:12]
+    assert losses(store, record.training_fingerprint[:16])[:12] == pytest.approx(aligned, rel=1e-4)
+    tuned = record.phases[-1]
+    base = {tuned.hashes_before["language_model_base"], tuned.hashes_after["language_model_base"], record.phases[0].hashes_before["language_model"]}
+    assert len(base) == 1
+    assert tuned.hashes_before["language_model"] != tuned.hashes_after["language_model"]
+    model = load_trained(spec, store)
+    assert record.parameters["language_model"] == sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
 
 
 def test_an_error_of_ours_comes_out_as_itself_at_the_first_try(small, ray_session, tmp_path):
