@@ -308,7 +308,7 @@ def test_merged_or_not_an_export_answers_alike(with_adapters):
     with torch.no_grad():
         logits = [model.language_model(ids).logits.float() for model in (ours, beside.model, merged.model)]
     assert torch.equal(logits[0], logits[1])
-    # Weights of bf16, rounded once more after the adapters are added: 4e-3 was the most seen of logits up to 0.6.
+    # Weights of bf16 are rounded once more after the adapters are added: 8e-3 was seen of logits up to 1.1, see test_lora.
     assert float((logits[1] - logits[2]).abs().max()) < 2e-2
     for sample in read_samples(store, spec.dataset_fingerprint, "held_out")[:4]:
         image = store.read_bytes(sample.image_path)

@@ -75,7 +75,7 @@ def test_forward_and_backward_are_those_of_the_written_out_weights(tiny_language
     plain.load_state_dict(written_out(network, LORA), strict=False)
     ids = torch.arange(40).reshape(2, 20)
     found, expected = network(ids).logits, plain(ids).logits
-    # 1.5e-6 was the most seen on a CPU, logits up to 1.
+    # 6e-7 was seen on a CPU, of logits up to 0.65.
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, load_language_model(tiny_language_model_folder).network(ids).logits, atol=1e-2)
     found.square().sum().backward()
@@ -90,7 +90,7 @@ def test_forward_and_backward_are_those_of_the_written_out_weights(tiny_language
         down, up = (network.get_parameter(f"{stem}.lora_{side}.default.weight") for side in "AB")
         whole = gradients[f"{stem}.weight"]
         chain = scale * (up.T @ whole if ".lora_A." in name else whole @ down.T)  # of W + scale B A
-        assert torch.allclose(parameter.grad, chain, atol=1e-4 * float(chain.abs().max()) + 1e-7), name
+        assert torch.allclose(parameter.grad, chain, atol=1e-4 * float(chain.detach().abs().max()) + 1e-7), name
 
 
 def test_fresh_adapters_change_nothing_and_come_from_the_seed_alone(tiny_language_model_folder, base):
@@ -260,7 +260,7 @@ def test_merged_weights_give_the_same_logits(tiny_language_model_folder, dtype, 
     plain = load_language_model(tiny_language_model_folder).network
     assert [name for name, _ in network.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert {parameter.dtype for parameter in network.parameters()} == {dtype}
-    # Logits up to 1 in size: 6e-7 in fp32, 1e-2 in bf16 was the most seen on a CPU.
+    # Of logits up to 1.1, 4e-7 in fp32 and 8e-3 in bf16 was seen on a CPU.
     assert float((found - expected).abs().max()) < tolerance
     assert not torch.allclose(found, plain(ids).logits, atol=2 * tolerance)
 

@@ -91,7 +91,7 @@ def test_losses_are_those_of_zero_0_and_of_plain_torch(ranks, world, lora):
     (twin,), _ = ranks(zero_stage=None, lora=lora)
     found, _ = ranks(world=world, lora=lora)
     plain, _ = ranks(world=world, zero_stage=0, lora=lora)
-    # The most seen was 2e-6 relative on one rank and on two, sums in another order and a norm of slices.
+    # 1e-7 relative was seen: sums in another order, and a norm of slices.
     assert found[0]["losses"] == pytest.approx(twin["losses"], rel=1e-5)
     assert found[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)
     assert found[0]["losses"] == found[-1]["losses"]
@@ -152,6 +152,6 @@ def test_layers_that_are_computed_again_change_no_number(ranks):
 def test_a_bf16_base_below_adapters_is_shared_out_too(ranks):
     (plain,), _ = ranks(zero_stage=0, lora=True, precision="bf16")
     found, _ = ranks(world=2, lora=True, precision="bf16")
-    # bf16 products; 3e-4 relative was the most seen.
+    # bf16 products; 5e-5 relative was seen.
     assert found[0]["losses"] == pytest.approx(plain["losses"], rel=2e-3)
     assert found[0]["before"]["language_model_base"] == plain["after"]["language_model_base"] == found[0]["after"]["language_model_base"]
