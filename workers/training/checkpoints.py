@@ -1,6 +1,6 @@
 """Saved training state: safetensors and JSON, files first, a manifest with their digests last.
 
-    checkpoints/<key>/<stage>/step-00000200/model.safetensors       what may have changed: connector, and the language model (or its adapters) where it trains
+    checkpoints/<key>/<stage>/step-00000200/model.safetensors       what may have changed: connector; language model or its adapters
     checkpoints/<key>/<stage>/step-00000200/optimizer.safetensors   AdamW's state by parameter name, fp32
     checkpoints/<key>/<stage>/step-00000200/state.json              phase, step, hashes of the blocks, records of finished phases
     checkpoints/<key>/<stage>/step-00000200/MANIFEST.json           sha256 of the others; a folder without it does not exist
