@@ -6,7 +6,7 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
-_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+_PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
 
 _IMAGE_BYTES_GUESS = 300_000
@@ -167,17 +167,17 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train = None
+        num_train_images = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train = int(built["num_train"])
-        return self._training(seed, num_train)
+            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, num_train_images)
 
-    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
         )
 
@@ -207,7 +207,7 @@ class Experiment:
         self._check_room()
         self._check_split()
         for seed in recipe.seeds:
-            training = self._training(seed, num_train=1)
+            training = self._training(seed, dict.fromkeys(recipe.source_labels, 1))
             self._evaluation(training)
         if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
             raise RecipeError(
