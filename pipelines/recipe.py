@@ -422,6 +422,8 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    max_tokens: Count | None = None
+    """Longest sequence in training; the model's own limit when absent."""
 
 
 class Shares(Table):

@@ -179,6 +179,7 @@ class Experiment:
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
+            max_tokens=self.file.recipe.language_model.max_tokens,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -226,13 +227,21 @@ class Experiment:
         from workers.evaluation import MAX_NEW_TOKENS
 
         context = _context_tokens(self.language_model.model)
+        asked = self.file.recipe.language_model.max_tokens
+        if asked is not None and asked > context:
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
+                "allowed: at most that many"
+            )
+        context = context if asked is None else asked
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
+            holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
+                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
+                "take a language model with a longer context"
             )
 
     def _check_split(self) -> None:

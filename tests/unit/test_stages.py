@@ -281,3 +281,18 @@ def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) 
 def test_paths_are_shown_as_people_type_them() -> None:
     assert shown_path("file:///a%20b/c") == "/a b/c"
     assert shown_path("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_the_longest_sequence_can_be_set_and_no_longer_than_the_model(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    model = f'model = "{tiny_language_model_folder}"'
+
+    def opened(max_tokens: int) -> Experiment:
+        return with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, model, f"{model}\nmax_tokens = {max_tokens}")
+
+    assert opened(300).training(0).max_tokens == 300
+    with pytest.raises(RecipeError, match=r"language_model\.max_tokens: found 5000, but .* holds 2048 tokens"):
+        opened(5000)
+    with pytest.raises(RecipeError, match=r"but language_model\.max_tokens allows 30 tokens in all"):
+        opened(30)
