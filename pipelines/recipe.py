@@ -47,6 +47,7 @@ from model.specs import (
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
+from pipelines.inheritance import read_recipe
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions, source_label
 
 __all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
@@ -820,6 +821,7 @@ class RecipeFile:
 
     path: Path
     text: str
+    """Its own text, and behind it that of what it extends."""
     recipe: Recipe
 
 
@@ -1003,19 +1005,12 @@ def load_recipe(name_or_path: str) -> RecipeFile:
         The recipe with its file.
 
     Raises:
-        RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
+        RecipeError: no such file, no TOML, or something in it, or in what it extends, that is not allowed. The message names file, field, what was
+            found and what is allowed.
     """
     path = _recipe_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check its permissions") from error
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
+    read = read_recipe(path, _recipe_path)
+    text, data = read.text, read.data
     try:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:
