@@ -23,6 +23,7 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "ChatTemplate",
     "CompressionSpec",
     "ConnectorSpec",
     "DCISpec",
@@ -52,6 +53,10 @@ BLOCKS: tuple[Block, ...] = ("global_mlp", "local_mlp", "resampler", "gate", "co
 """Everything that a phase can train, in the order in which parameter groups and records list it."""
 
 CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block != "language_model")
+
+
+ChatTemplate = Literal["own", "vicuna_v1", "llama3", "plain", "chatml"]
+"""How questions and answers become text: `own` is the tokenizer's, the others are the files in model/templates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +324,8 @@ class LanguageModelSpec:
     """Folder, hub id or name: where it is loaded from. Part of the identity too."""
     weights_sha256: str
     """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+    template: ChatTemplate = "own"
+    """In which questions are asked of it: in evaluation, of the export, and in every phase that names no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -375,6 +382,8 @@ class PhaseSpec:
     Differs: neither paper has it. Answers alone do not ground a small language model within minutes; this does (see README, Measured)."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
+    template: ChatTemplate = "own"
+    """In which the phase's conversations are written: the authors align on `plain` captions and fine-tune on `vicuna_v1` or `llama3`."""
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -413,6 +422,11 @@ class PhaseSpec:
             raise SpecError(
                 f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
                 "allowed: 0. Leave it out, or give local or both a share of branch"
+            )
+        if self.template == "plain" and self.branch.blind > 0:
+            raise SpecError(
+                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would hold "
+                "nothing to answer from; allowed: no share of blind, or another template"
             )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")

@@ -26,6 +26,7 @@ from model.specs import (
     AdapterSpec,
     Block,
     BranchMix,
+    ChatTemplate,
     CompressionSpec,
     ConnectorSpec,
     DCISpec,
@@ -314,6 +315,8 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    template: ChatTemplate = "own"
+    """How questions and answers become text, wherever a phase names no other."""
 
 
 class Shares(Table):
@@ -345,6 +348,8 @@ class Phase(Table):
     """Weight of the loss that draws local tokens to the words that a question's evidence shows."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count in this phase."""
+    template: ChatTemplate | None = None
+    """How questions and answers become text in this phase; the language model's when absent."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -447,6 +452,7 @@ class Phase(Table):
             max_grad_norm=self.max_grad_norm,
             evidence_weight=self.evidence_weight,
             experts=self.experts,
+            template=self.template or "own",
         )
 
 
@@ -497,6 +503,12 @@ class Recipe(Table):
     def uses_epochs(self) -> bool:
         """Whether a phase's length depends on the number of training images."""
         return any(phase.epochs is not None for phase in self.schedule.phases)
+
+    @property
+    def templates(self) -> frozenset[ChatTemplate]:
+        """All in which conversations are written."""
+        default = self.language_model.template
+        return frozenset((default, *(phase.template or default for phase in self.schedule.phases)))
 
     def view_spec(self) -> ViewSpec:
         """How views are cut."""
@@ -588,7 +600,7 @@ class Recipe(Table):
 
         def build(path: str, phase: Phase) -> PhaseSpec:
             with _at(path):
-                return phase.spec(connector, num_train_samples)
+                return phase.model_copy(update={"template": phase.template or self.language_model.template}).spec(connector, num_train_samples)
 
         align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
         sft = (
