@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 ConversationReason = Literal["conversation_empty", "conversation_marks", "conversation_template", "conversation_too_long", "conversation_unmasked"]
-"""Why a conversation is refused: nothing is said; a text of the prompt stands in a turn; the template refuses or rewrites it; even its first turn does
-not fit; an answer has no tokens of its own, or borders that lie inside of tokens."""
+"""Why a conversation is refused: nothing is said; a mark of the prompt stands in a turn; the template refuses or rewrites it; even its first turn
+does not fit; an answer has no tokens of its own, or a border that lies inside a token."""
 
 
 def first_line(error: BaseException) -> str:

@@ -425,8 +425,8 @@ class PhaseSpec:
             )
         if self.template == "plain" and self.branch.blind > 0:
             raise SpecError(
-                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would hold "
-                "nothing to answer from; allowed: no share of blind, or another template"
+                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would "
+                "hold nothing to answer from; allowed: no share of blind, or another template"
             )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")

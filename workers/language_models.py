@@ -119,7 +119,7 @@ def language_model_hidden(name: str) -> int:
     return int(config["hidden_size"])
 
 
-def check_usable(name: str, templates: Collection[ChatTemplate] = ("own",)) -> int:
+def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
     """Find out before any work is spent whether a language model can hold conversations, as far as can be told without its weights.
 
     Args:
@@ -135,7 +135,9 @@ def check_usable(name: str, templates: Collection[ChatTemplate] = ("own",)) -> i
     if name in PACKAGED:
         known = PACKAGED[name].templates
         if missing := [template for template in templates if template not in known]:
-            raise LanguageModelError(f"language model {name!r} does not know the tokens of the template {missing[0]}; choose out of {', '.join(known)}")
+            raise LanguageModelError(
+                f"language model {name!r} does not know the tokens of the template {missing[0]}; choose out of {', '.join(known)}"
+            )
         return PACKAGED[name].max_tokens
     from model.chat import with_template
     from model.language_model import context_tokens, load_tokenizer, resolve_folder

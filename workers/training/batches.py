@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.adapters import NUM_EXPERTS
-from model.chat import Conversation, tokenise_conversation
+from model.chat import Conversation, tokenise_conversation, with_template
 from model.connector import Connector
 from model.errors import ConversationError
-from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
+from model.specs import BranchMix, ChatTemplate, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
 from model.views import Box, plan_views
 from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
-__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
+__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_conversation", "sample_index", "stack_maps"]
 
 _ORDER, _BRANCH, _NOISE = 1, 2, 3
 """Streams of random numbers that must not meet."""
@@ -130,6 +130,27 @@ def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[Ma
     return tuple(dict.fromkeys(connector.global_branch.fusion.maps)), tuple(dict.fromkeys(local))
 
 
+def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, connector: Connector, max_tokens: int) -> Conversation:
+    """A sample's conversation, beside all of its image's visual tokens.
+
+    Args:
+        sample: whose turns and image.
+        tokenizer: with the template of the phase.
+        features: tell how many local views the image has.
+        connector: tells how many tokens a view makes.
+        max_tokens: the language model's longest sequence.
+
+    Returns:
+        Its tokens.
+
+    Raises:
+        ConversationError: it cannot be trained on.
+    """
+    views = plan_views(sample.width_px, sample.height_px, features.encoder.view_px, features.views)
+    room = room_for_text(max_tokens, connector, len(views.local_views))
+    return tokenise_conversation(tokenizer, [(turn.question, turn.answer) for turn in sample.turns], room)
+
+
 class BatchBuilder:
     """Makes the batches of any step, in any order.
 
@@ -139,7 +160,7 @@ class BatchBuilder:
         features: what the source's features are.
         connector: tells how many tokens a view makes and which maps it needs.
         schedule: phases and seed.
-        tokenizer: with a chat template.
+        tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
 
     Raises:
@@ -162,33 +183,20 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
-        self._conversations: dict[int, Conversation] = {}
+        self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
+        self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
-    def num_local_views(self, sample: Sample) -> int:
-        """Local views of an image, by the view rule alone."""
-        return len(plan_views(sample.width_px, sample.height_px, self.features.encoder.view_px, self.features.views).local_views)
-
-    def conversation(self, index: int) -> Conversation:
-        """Tokens of a sample's conversation; kept, since every pass needs them again."""
-        if index not in self._conversations:
+    def conversation(self, index: int, template: ChatTemplate) -> Conversation:
+        """Tokens of a sample's conversation in a phase's template; kept, since every pass needs them again."""
+        if (index, template) not in self._conversations:
             sample = self.samples[index]
-            room = room_for_text(self._max_tokens, self.connector, self.num_local_views(sample))
-            turns = [(turn.question, turn.answer) for turn in sample.turns]
             try:
-                self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
-            except ConversationError as error:
+                made = sample_conversation(sample, self._tokenizers[template], self.features, self.connector, self._max_tokens)
+            except ConversationError as error:  # screening leaves such samples out
                 raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
-        return self._conversations[index]
-
-    def check(self) -> None:
-        """Tokenise every conversation, so that one that cannot be trained on stops the run before its first step and not at some later one.
-
-        Raises:
-            TrainingError: names the sample and what is wrong with it.
-        """
-        for index in range(len(self.samples)):
-            self.conversation(index)
+            self._conversations[index, template] = made
+        return self._conversations[index, template]
 
     def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
         """The batches of one step for one rank.
@@ -216,7 +224,7 @@ class BatchBuilder:
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
         indices = [sample_index(seed, position, len(self.samples)) for position in positions]
-        supervised = sum(self.conversation(index).num_supervised for index in indices)
+        supervised = sum(self.conversation(index, phase.template).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
             shown = [branch_mode(phase.branch, seed, phase_index, position) in ("local", "both") for position in positions]
@@ -318,7 +326,7 @@ class BatchBuilder:
                     start = int(first_views[place]) * local.compression.queries
                     pairs += [(start + token, word) for token, word in self.evidence(index)]
         return plan_sequences(
-            [self.conversation(index) for index in indices],
+            [self.conversation(index, phase.template) for index in indices],
             modes,
             range(len(indices)),
             lay_out_images(self.connector, wants_global, num_views),

@@ -87,6 +87,10 @@ class TrainingRecord:
     steps: int
     samples: int
     num_images: int
+    """That it trained on."""
+    num_quarantined: int
+    """Samples of the train split that no phase saw, since their conversation cannot be trained on."""
+    quarantined_by_reason: dict[str, int]
     parameters: dict[str, int]
     """Number of parameters by block."""
     seconds: float
