@@ -16,7 +16,7 @@ error that names the conversation. Their `plain` cuts long captions; here nothin
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,9 +67,9 @@ class _Answer:
     start: int
     """Where its cue ends."""
     stop: int
-    """Behind its end token; where the template writes none, at the turn's end."""
-    turn_stop: int
-    """Behind what the template adds to it."""
+    """Where its turn ends, with what the template adds to the answer."""
+    num_ends: int
+    """End tokens in it: one, or none where the template writes none; it is supervised up to the last one, or up to the turn's end."""
 
 
 def with_template(tokenizer: Any, template: ChatTemplate) -> Any:
@@ -177,23 +177,23 @@ def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> tuple[str, st
                 f"the chat template rewrites earlier messages at turn {number + 1}: the text so far no longer begins the text, so answers cannot be "
                 "told from questions. Use a template that only appends",
             )
-        end = answered.rfind(tokenizer.eos_token, len(asked))
-        answers.append((len(asked), len(answered) if end < 0 else end + len(tokenizer.eos_token), len(answered)))
+        answers.append((len(asked), len(answered), answered.count(tokenizer.eos_token, len(asked))))
         done = answered
     lead, rest = _split_at_image(done)
     shift = len(lead) + len(IMAGE_PLACE)
     if answers[0][0] < shift:
         raise ConversationError("conversation_template", f"the chat template puts {IMAGE_PLACE!r} behind the cue for the first answer")
-    return lead, rest, [_Answer(start=start - shift, stop=stop - shift, turn_stop=turn_stop - shift) for start, stop, turn_stop in answers]
+    return lead, rest, [_Answer(start=start - shift, stop=stop - shift, num_ends=num_ends) for start, stop, num_ends in answers]
 
 
-def _mask(ids: list[int], answers: Sequence[_Answer], begun: Sequence[list[int]]) -> list[bool]:
+def _mask(ids: list[int], answers: Sequence[_Answer], begun: Mapping[int, list[int]], end_id: int) -> list[bool]:
     """Which ids are supervised.
 
     Args:
         ids: of the whole text.
         answers: those in the text.
-        begun: for every answer, ids of the text up to its start and of the text up to its stop.
+        begun: ids of the text up to a border, by the border.
+        end_id: of the end token.
 
     Returns:
         One flag for each id.
@@ -201,19 +201,29 @@ def _mask(ids: list[int], answers: Sequence[_Answer], begun: Sequence[list[int]]
     Raises:
         ConversationError: a border lies inside a token, or an answer has no token.
     """
+
+    def place(border: int, what: str) -> int:
+        if ids[: len(begun[border])] != begun[border]:
+            raise ConversationError(
+                "conversation_unmasked",
+                f"the {what} is no border between tokens: tokenised up to there, the text has other tokens than in the whole, so what is learned "
+                "would not be what is asked for at inference. Blanks or line breaks at an answer's ends often do that; remove them",
+            )
+        return len(begun[border])
+
     supervised = [False] * len(ids)
-    for number in range(len(answers)):
-        prompt, told = begun[2 * number : 2 * number + 2]
-        for border, piece in (("start", prompt), ("end", told)):
-            if ids[: len(piece)] != piece:
-                raise ConversationError(
-                    "conversation_unmasked",
-                    f"the {border} of answer {number + 1} is no border between tokens: tokenised up to there, the text has other tokens than in the "
-                    "whole, so the prompt of training would not be that of inference. Blanks or line breaks at the answer's ends often do that",
-                )
-        if len(told) <= len(prompt):
-            raise ConversationError("conversation_unmasked", f"answer {number + 1} has no token of its own, so nothing would be learned from it")
-        supervised[len(prompt) : len(told)] = [True] * (len(told) - len(prompt))
+    for number, answer in enumerate(answers, start=1):
+        first = place(answer.start, f"start of answer {number}")
+        if answer.num_ends:
+            ends = [spot for spot in range(first, len(ids)) if ids[spot] == end_id][: answer.num_ends]
+            if len(ends) < answer.num_ends:
+                raise ConversationError("conversation_unmasked", f"the end token behind answer {number} is no token of its own in this tokenizer")
+            last = ends[-1]
+        else:
+            last = place(answer.stop, f"end of answer {number}") - 1
+        if last < first:
+            raise ConversationError("conversation_unmasked", f"answer {number} has no token of its own, so nothing would be learned from it")
+        supervised[first : last + 1] = [True] * (last + 1 - first)
     return supervised
 
 
@@ -234,8 +244,9 @@ def tokenise_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], max_
     """
     _check_turns(tokenizer, turns)
     lead, rest, answers = _rendered(tokenizer, turns)
-    pieces = [rest[:border] for answer in answers for border in (answer.start, answer.stop)]
-    before, ids, *begun = _encode(tokenizer, [lead, rest, *pieces])
+    # An end token is found by its id: no turn can hold it, and half the texts need not be tokenised.
+    borders = sorted({answer.start for answer in answers} | {answer.stop for answer in answers if not answer.num_ends})
+    before, ids, *pieces = _encode(tokenizer, [lead, rest, *(rest[:border] for border in borders)])
     kept = len(answers)
     while len(before) + len(ids) > max_text_tokens:
         kept -= 1
@@ -245,8 +256,9 @@ def tokenise_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], max_
                 f"the first question with its answer takes {len(before) + len(ids)} tokens, but beside the visual tokens the language model has room "
                 f"for {max_text_tokens}; shorten it, use fewer visual tokens or a model with a longer context",
             )
-        ids = _encode(tokenizer, [rest[: answers[kept - 1].turn_stop]])[0]
-    return Conversation(before=tuple(before), after=tuple(ids), supervised=tuple(_mask(ids, answers[:kept], begun)), turns_kept=kept)
+        ids = _encode(tokenizer, [rest[: answers[kept - 1].stop]])[0]
+    supervised = _mask(ids, answers[:kept], dict(zip(borders, pieces, strict=True)), tokenizer.eos_token_id)
+    return Conversation(before=tuple(before), after=tuple(ids), supervised=tuple(supervised), turns_kept=kept)
 
 
 def tokenise_question(tokenizer: Any, question: str, max_text_tokens: int) -> Conversation:
