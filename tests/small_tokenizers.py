@@ -1,17 +1,19 @@
 """Small fast tokenizers of the kinds that language models bring: SentencePiece with and without pieces of words, byte-level BPE as Llama 3 has it."""
 
+import json
+import re
 from typing import Any
 
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 
-WORDS = (
-    "A chat between curious user and an artificial intelligence assistant The gives helpful detailed polite answers to the questions "
-    "USER ASSISTANT What is it cat How many Two Where On mat red bar shows not far from"
-).split()
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = re.findall(
+    r"\w+",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, polite answers to the questions. "
+    "USER ASSISTANT What is it cat How many Two Where On mat red bar shows not far from",
 )
+"""What the SentencePiece models know as words."""
+
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Llama 3 cuts text before it merges: line breaks stick together, and to punctuation before them."""
 
 
@@ -50,7 +52,9 @@ def sentencepiece_bpe() -> Any:
 
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
-    learner.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    learner.train_from_iterator(
+        [" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    )
     import json
 
     learned = json.loads(learner.to_str())["model"]

@@ -135,9 +135,7 @@ def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
     if name in PACKAGED:
         known = PACKAGED[name].templates
         if missing := [template for template in templates if template not in known]:
-            raise LanguageModelError(
-                f"language model {name!r} does not know the tokens of the template {missing[0]}; choose out of {', '.join(known)}"
-            )
+            raise LanguageModelError(f"language model {name!r} does not know the tokens of the template {missing[0]}; allowed: {', '.join(known)}")
         return PACKAGED[name].max_tokens
     from model.chat import with_template
     from model.language_model import context_tokens, load_tokenizer, resolve_folder
