@@ -55,8 +55,6 @@ def sentencepiece_bpe() -> Any:
     learner.train_from_iterator(
         [" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     )
-    import json
-
     learned = json.loads(learner.to_str())["model"]
     vocabulary = {**learned["vocab"]}
     vocabulary |= {piece: len(vocabulary) + number for number, piece in enumerate([*BYTES, "\u2581\u2581"])}
@@ -83,6 +81,7 @@ def byte_level(special: tuple[str, ...], *, begin: str | None, end: str) -> Any:
     return _fast(tokenizer, eos_token=end, **({} if begin is None else {"bos_token": begin}))
 
 
+CHATML_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
@@ -93,7 +92,7 @@ def llama3_like() -> Any:
 
 def chatml_like() -> Any:
     """ChatML's marks over byte-level BPE, without a begin token."""
-    return byte_level(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), begin=None, end="<|endoftext|>")
+    return byte_level(CHATML_SPECIAL, begin=None, end="<|endoftext|>")
 
 
 def spelled(tokenizer: Any, ids: Any) -> str:
