@@ -137,17 +137,20 @@ def collect_page(experiment: "Experiment") -> ReportPage:
     accuracy = accuracy_rows([run.evaluation for run in runs], modes)
     stages = _stage_rows(experiment, dataset, cache, export, runs)
     shown = _page_samples(experiment, samples, runs[0].evaluation)
+    refusals: dict[str, dict[str, int]] = {
+        "build-dataset": dataset["quarantined_by_reason"],
+        "cache-features": cache["quarantined_by_reason"],
+        # Which conversations and questions are refused depends on no seed.
+        "train-connector": runs[0].training.quarantined_by_reason,
+        "evaluate": runs[0].evaluation.quarantined_by_reason,
+    }
     return ReportPage(
         title=recipe.name,
         description=recipe.description,
         headline=_headline(accuracy, dataset, stages),
         facts=_facts(experiment, runs),
         dataset=_dataset_rows(samples),
-        quarantine=tuple(
-            (name, reason, number)
-            for name, record in (("build-dataset", dataset), ("cache-features", cache))
-            for reason, number in record["quarantined_by_reason"].items()
-        ),
+        quarantine=tuple((stage, reason, number) for stage, refused in refusals.items() for reason, number in refused.items()),
         phases=_phase_curves(store, runs),
         modes=modes,
         accuracy=accuracy,

@@ -31,6 +31,14 @@ class TrainingSpec:
     max_tokens: int | None = None
     """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
 
+    def longest_sequence(self, context_tokens: int) -> int:
+        """Tokens that a training sequence may have.
+
+        Args:
+            context_tokens: the language model's limit.
+        """
+        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
+
     def __post_init__(self) -> None:
         local = self.connector.local_branch
         branches: list[tuple[str, tuple[MapSpec, ...], tuple[MapSpec, ...]]] = [
@@ -91,6 +99,10 @@ class TrainingRecord:
     steps: int
     samples: int
     num_images: int
+    """That it trained on."""
+    num_quarantined: int
+    """Samples of the train split that no phase saw, since their conversation cannot be trained on."""
+    quarantined_by_reason: dict[str, int]
     parameters: dict[str, int]
     """Number of parameters by block."""
     seconds: float
