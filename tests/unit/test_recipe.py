@@ -237,7 +237,7 @@ def test_mistakes_that_are_not_told_are_counted(tmp_path: Path) -> None:
     assert str(caught.value).count("\n") == 8
 
 
-@pytest.mark.parametrize("key", ["sources", "layers", "train", "modes", "seeds"])
+@pytest.mark.parametrize("key", ["sources", "layers", "train", "metrics", "modes", "seeds"])
 def test_examples_of_lists_are_lists(key: str) -> None:
     assert isinstance(tomllib.loads(f"x = {_LIST_EXAMPLES[key]}")["x"], list)
 
