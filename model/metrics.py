@@ -280,10 +280,8 @@ def _options(question: str) -> dict[str, str]:
     if len(listed) < 2:
         return {}
     ends = [start for _, start, _ in listed[1:]] + [len(question)]
-    return {
-        letter: normalise_answer(question[start:end].split("\n", maxsplit=1)[0]).rstrip(" ,;")
-        for (letter, _, start), end in zip(listed, ends, strict=True)
-    }
+    texts = [question[start:end].split("\n", maxsplit=1)[0] for (_, _, start), end in zip(listed, ends, strict=True)]
+    return {letter: normalise_answer(text).rstrip(" ,;") for (letter, _, _), text in zip(listed, texts, strict=True)}
 
 
 def read_choice(text: str, options: dict[str, str]) -> str | None:

@@ -4,8 +4,8 @@ Input: a trained connector, and a dataset with its features: the held-out split 
 metric, mode, family, detail and kind of question with 95 % intervals, and a Parquet file with one row per (question, mode) and a column per metric.
 `majority` stands beside the modes: the commonest training answer to the question's kind, which needs neither image nor question.
 
-Invariants: all modes are asked the same questions of the same images; a question's answer does not depend on the batch it was asked in; no image of the
-run's training split is asked (of another dataset such images are left out, counted and listed).
+Invariants: all modes are asked the same questions of the same images; a question's answer does not depend on the batch it was asked in; no image of
+the run's training split is asked (of another dataset such images are left out, counted and listed).
 """
 
 import hashlib
@@ -273,8 +273,8 @@ def _without_trained(samples: Sequence[Sample], trained: Sequence[Sample]) -> tu
 def _check_there_is_something_to_ask(spec: EvaluationSpec, questions: Sequence[_Question], left_out: Sequence[Sample]) -> None:
     if not questions and left_out:
         raise EvaluationError(
-            f"dataset {spec.dataset_fingerprint[:16]} has nothing to ask: the run was trained on all of its {len(left_out)} images; evaluate on images "
-            "that are not in its training split"
+            f"dataset {spec.dataset_fingerprint[:16]} has nothing to ask: the run was trained on all of its {len(left_out)} images; evaluate on "
+            "images that are not in its training split"
         )
     if not questions:
         raise EvaluationError(
@@ -285,16 +285,21 @@ def _check_there_is_something_to_ask(spec: EvaluationSpec, questions: Sequence[_
         if all(score_answer(metric, "", (question.expected,), question.text) is None for question in questions):
             example = questions[0]
             raise EvaluationError(
-                f"evaluation.metrics: {metric} says nothing about any of the {len(questions)} questions of dataset {spec.dataset_fingerprint[:16]}, such "
-                f"as {example.text!r} with the answer {example.expected!r}; take another metric, or another dataset"
+                f"evaluation.metrics: {metric} says nothing about any of the {len(questions)} questions of dataset {spec.dataset_fingerprint[:16]}, "
+                f"such as {example.text!r} with the answer {example.expected!r}; take another metric, or another dataset"
             )
 
 
 class _Asker(Protocol):
     """What decides whether a question can be asked: a model, or as much of one as is known before training."""
 
-    tokenizer: Any
-    max_tokens: int
+    @property
+    def tokenizer(self) -> Any:
+        """With a chat template."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The language model's longest sequence."""
 
     @property
     def connector(self) -> Any:
@@ -455,13 +460,12 @@ def _scores(metric: MetricName, given: Sequence[_Given], modes: Sequence[str]) -
             scores, images = groups[item.mode, *group]
             scores.append(points)
             images.append(item.question.sample.image_sha256)
-    for mode, *group in sorted(groups, key=lambda key: (modes.index(key[0]), key[1:])):
-        scores, images = groups[mode, *group]
+    for mode, family, detail, kind in sorted(groups, key=lambda key: (modes.index(key[0]), key[1:])):
+        scores, images = groups[mode, family, detail, kind]
         # Kinds of question that training never saw have no commonest answer; a baseline over a part of a group would be set beside all of it.
-        if mode == "majority" and len(scores) < len(groups[modes[0], *group][0]):
+        if mode == "majority" and len(scores) < len(groups[modes[0], family, detail, kind][0]):
             continue
         low, high = _mean_interval(metric, scores, images)
-        family, detail, kind = group
         yield Score(
             metric=metric,
             mode=mode,
@@ -520,7 +524,7 @@ def _write_answers(store: Store, path: str, given: Sequence[_Given], metrics: Se
     import pyarrow.parquet as pq
 
     ordered = sorted(given, key=lambda item: (item.question.sample.index, item.question.turn, item.mode))
-    columns = {
+    columns: dict[str, Any] = {
         "question_id": [item.question.question_id for item in ordered],
         "sample_id": [item.question.sample.sample_id for item in ordered],
         "turn": [item.question.turn for item in ordered],
