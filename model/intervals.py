@@ -26,7 +26,7 @@ _CELLS_AT_ONCE = 4_000_000
 
 
 def _t_quantile(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t, by its expansion around the normal one (within 1 % from four degrees of freedom on)."""
+    """The two-sided 95 % quantile of Student's t, by its expansion around the normal one (within 2 % from four degrees of freedom on)."""
     z = Z_95
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 

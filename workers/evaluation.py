@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from model.errors import ConversationError, SpecError
 from model.metrics import METRICS, MetricName, Share, is_zero_or_one, majority_answers, metric_words, read_yes_no, score_answer
@@ -290,6 +290,7 @@ def _check_there_is_something_to_ask(spec: EvaluationSpec, questions: Sequence[_
             )
 
 
+@runtime_checkable
 class _Asker(Protocol):
     """What decides whether a question can be asked: a model, or as much of one as is known before training."""
 

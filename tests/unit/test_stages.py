@@ -108,7 +108,7 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment.dataset, experiment.features))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
         check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
