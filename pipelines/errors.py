@@ -3,11 +3,12 @@
 PipelineError
 |-- RecipeError         a recipe cannot be read, or holds something that is not allowed
 |-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
+|-- ComparisonError     runs have nothing in common to be compared by
 |-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
 |-- FlowServerError     the flow's server did not start, or went away
 """
 
-__all__ = ["FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
+__all__ = ["ComparisonError", "FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
 
 
 class PipelineError(Exception):
@@ -20,6 +21,10 @@ class RecipeError(PipelineError, ValueError):
 
 class SettingError(PipelineError, ValueError):
     """An execution setting is refused. The message lists the settings."""
+
+
+class ComparisonError(PipelineError, ValueError):
+    """Runs cannot be compared. The message says what they would have to have in common."""
 
 
 class NothingThereError(PipelineError):
