@@ -1,60 +1,12 @@
 """The report's reading of records: seeds side by side, groups in order, the view that holds the answer."""
 
-from typing import Any
-
 import pytest
 
 from model.views import ViewSpec, plan_views
 from pipelines.report import _asked_words, accuracy_rows, answer_view, metric_rows
+from tests.evaluation_records import evaluation
 from workers.dataset.samples import Turn
-from workers.evaluation import ClassificationFigure, EvaluationRecord, Score
-
-
-def score(metric: str, mode: str, family: str, detail: str, points: float, *, kind: str = "", total: int = 20) -> Score:
-    fraction = points / total
-    return Score(
-        metric=metric,
-        mode=mode,
-        family=family,
-        detail=detail,
-        kind=kind,
-        total=total,
-        points=points,
-        fraction=fraction,
-        low=fraction - 0.1,
-        high=fraction + 0.2,
-    )
-
-
-def evaluation(right: int, **changes: Any) -> EvaluationRecord:
-    groups = [("", ""), ("", "small"), ("", "large"), ("charts", ""), ("maps", ""), ("charts", "small")]
-    scores = [
-        score(metric, mode, family, detail, right + shift + more)
-        for metric, more in (("exact_match", 0.0), ("anls", 0.5))
-        for mode, shift in (("blind", 0), ("both", 8), ("majority", 1))
-        for family, detail in groups
-    ]
-    scores.append(score("exact_match", "both", "charts", "small", 1, kind="charts/value", total=2))
-    values: dict[str, Any] = {
-        "training_fingerprint": "t",
-        "dataset_fingerprint": "d",
-        "of_training_dataset": True,
-        "split": "held_out",
-        "modes": ("blind", "both"),
-        "metrics": ("exact_match", "anls"),
-        "rules": {"exact_match": "equal", "anls": "near"},
-        "num_images": 4,
-        "num_questions": 20,
-        "num_images_trained_on": 0,
-        "num_questions_trained_on": 0,
-        "trained_on": "",
-        "scores": tuple(scores),
-        "figures": (),
-        "answers": "answers.parquet",
-        "seconds": 1.0,
-        "answers_per_second": 1.0,
-    }
-    return EvaluationRecord(**(values | changes))
+from workers.evaluation import ClassificationFigure
 
 
 def test_rows_are_in_order_and_hold_every_seed() -> None:
