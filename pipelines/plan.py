@@ -46,16 +46,14 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "" if experiment.all_drawn else "up to "
+    up_to = "up to " if num_records else ""
     value = f"{up_to}{bytes_text(feature_bytes(experiment.dataset, experiment.features, num_records))} as {experiment.features.precision}"
     yield PlanLine(topic="features", fact="cache", value=value)
     yield from _connector_lines(experiment)
     for phase in recipe.schedule.phases:
         length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
-        yield PlanLine(
-            topic="training", fact=phase.name or "+".join(phase.train), value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}"
-        )
+        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     yield from _evaluation_lines(experiment)
     free = experiment.store.free_bytes()
@@ -131,7 +129,7 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
         counts[block] = counts.get(block, 0) + parameter.numel()
     yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
     global_tokens = connector.tokens_per_global_view
-    local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
+    local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
     yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)

@@ -35,6 +35,7 @@ from model.specs import (
     FusionSpec,
     GatedMixtureSpec,
     GlobalBranchSpec,
+    LearnableSelectorSpec,
     LocalBranchSpec,
     MLPSpec,
     PhaseSpec,
@@ -42,6 +43,7 @@ from model.specs import (
     SCISpec,
     SingleSpec,
     STISpec,
+    TextGuidedSelectorSpec,
     fingerprint,
 )
 from model.views import ViewSpec
@@ -72,6 +74,7 @@ Mode = Literal["blind", "global", "local", "both"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _allowed("a finite number greater than 0")]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _allowed("a finite number from 0 up")]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _allowed("a finite number from 0 up and less than 1")]
+KeptShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _allowed("a finite number greater than 0 and at most 1; 1 keeps every token")]
 Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _allowed("a finite number greater than 0 and less than 1")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _allowed("a finite number from 0 to 1")]
 Count = Annotated[int, Field(ge=1), _allowed("a whole number from 1 up")]
@@ -173,10 +176,43 @@ class Encoder(Table):
 
 
 class Views(Table):
-    """How views are cut."""
+    """How views are cut. Of `max_slices`, `max_side` and `grids`, a rule has one."""
 
-    rule: Literal["slime"] = "slime"
-    max_slices: Annotated[int, Field(ge=2, le=48), _allowed("a whole number from 2 to 48")] = 6
+    rule: Literal["slime", "slime_paper", "anyres"] = "slime"
+    max_slices: Annotated[int, Field(ge=2, le=48), _allowed("a whole number from 2 to 48")] | None = None
+    max_side: Annotated[int, Field(ge=1, le=12), _allowed("a whole number from 1 to 12")] | None = None
+    grids: (
+        Annotated[
+            Annotated[tuple[tuple[Annotated[int, Field(ge=1, le=12)], Annotated[int, Field(ge=1, le=12)]], ...], Field(min_length=1)],
+            _allowed("grids of [columns, rows] of 1 to 12, such as [[1, 2], [2, 1], [2, 2]]"),
+        ]
+        | None
+    ) = None
+    global_view: Literal["squash", "pad"] | None = None
+    """How the whole image becomes a square; the rule's own way when absent."""
+
+    @model_validator(mode="after")
+    def _have_what_the_rule_has(self) -> "Views":
+        own = {"slime": "max_slices", "slime_paper": "max_side", "anyres": "grids"}
+        for rule, name in own.items():
+            if rule != self.rule and getattr(self, name) is not None:
+                text = "found {name}, which rule = {rule} does not have; allowed: {own}, or rule = {other}"
+                raise PydanticCustomError("told", text, {"name": name, "rule": repr(self.rule), "own": own[self.rule], "other": repr(rule)})
+        return self
+
+    def spec(self) -> ViewSpec:
+        """The rule, with its defaults filled in."""
+        given = {"max_slices": self.max_slices, "max_side": self.max_side, "grids": self.grids, "global_fit": self.global_view}
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        match self.rule:
+            case "slime":
+                return ViewSpec.slime(**known)
+            case "slime_paper":
+                return ViewSpec.slime_paper(**known)
+            case "anyres":
+                return ViewSpec.anyres(**known)
+            case _:
+                assert_never(self.rule)
 
 
 class Features(Table):
@@ -197,16 +233,19 @@ class SingleFusion(Table):
 
 
 class STIFusion(Table):
-    """Sparse token integration."""
+    """Sparse token integration. `pool` is how many tokens of the flattened raster become one, or [rows, columns] of the grid."""
 
     kind: Literal["sti"]
     base: Layer | None = None
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
-    pool: Count = 8
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
+    pool: Annotated[
+        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+        _allowed("how many tokens become one, from 1 up, or [rows, columns] of the grid, such as [2, 4]"),
+    ] = 8
 
     def spec(self, encoder: EncoderSpec) -> STISpec:
         """The fusion over this encoder's layers."""
-        return STISpec(base=_base(self.base, encoder), layers=self.layers, pool=self.pool)
+        return STISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder), pool=self.pool)
 
 
 class SCIFusion(Table):
@@ -214,11 +253,11 @@ class SCIFusion(Table):
 
     kind: Literal["sci"]
     base: Layer | None = None
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
 
     def spec(self, encoder: EncoderSpec) -> SCISpec:
         """The fusion over this encoder's layers."""
-        return SCISpec(base=_base(self.base, encoder), layers=self.layers)
+        return SCISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder))
 
 
 class DCIFusion(Table):
@@ -241,7 +280,7 @@ class DCIFusion(Table):
             The fusion's spec.
 
         Raises:
-            SpecError: more groups than layers.
+            SpecError: groups that cannot be equal.
 
         Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
         """
@@ -249,14 +288,29 @@ class DCIFusion(Table):
         if not isinstance(self.groups, int):
             return DCISpec(base=base, groups=self.groups)
         num_layers = base + 1 if encoder.family == "clip" else base
-        if self.groups > num_layers:
-            raise SpecError(f"fusion.groups: found {self.groups} groups, but there are {num_layers} layers to share out; use fewer")
-        edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
+        if num_layers % self.groups:
+            edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
+            unequal = [[first, last - 1] for first, last in itertools.pairwise(edges) if first < last]
+            divisors = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
+            raise SpecError(
+                f"fusion.groups: found {self.groups}, but {encoder.model} has the {num_layers} layers 0..{num_layers - 1} to share out, which do not "
+                f"divide into {self.groups} equal groups; allowed: one of {divisors}, or groups by their first and last layers, such as {unequal}"
+            )
+        edges = [number * num_layers // self.groups for number in range(self.groups + 1)]
         return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
 
 
 def _base(layer: int | None, encoder: EncoderSpec) -> int:
     return encoder.num_blocks - 1 if layer is None else layer
+
+
+def _sparse(layers: tuple[int, ...] | None, encoder: EncoderSpec) -> tuple[int, ...]:
+    """The paper's 8th and 16th of CLIP-L's 25 layers (its stem counts as the first); as far up where an encoder has fewer blocks than the 24."""
+    if layers is not None:
+        return layers
+    if encoder.num_blocks >= 24:
+        return (7, 15)  # the authors take the same ones for SigLIP's 27
+    return (encoder.num_blocks // 3 - 1, 2 * encoder.num_blocks // 3 - 1)
 
 
 Fusion = Annotated[SingleFusion | STIFusion | SCIFusion | DCIFusion, Field(discriminator="kind")]
@@ -277,7 +331,7 @@ class GatedMixtureAdapter(Table):
 
     kind: Literal["gated_mixture"]
     attention_init: Literal["positional", "authors"] = "positional"
-    noise: Switch = True
+    noise: Literal["own", "authors", "none"] = "own"
 
     def spec(self) -> GatedMixtureSpec:
         """The adapter's spec."""
@@ -291,19 +345,71 @@ class Compression(Table):
     attention_init: Literal["positional", "authors"] = "positional"
 
 
+class TextGuidedSelector(Table):
+    """Cosines with the question's text decide, without parameters."""
+
+    kind: Literal["text_guided"]
+    top_p: KeptShare = 0.95
+    temperature: Positive = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    noise: NotNegative = 0.1
+    authors_leak: Switch = False
+
+    def spec(self) -> TextGuidedSelectorSpec:
+        """The selector's spec."""
+        return TextGuidedSelectorSpec(
+            top_p=self.top_p, temperature=self.temperature, reduce=self.reduce, noise=self.noise, authors_leak=self.authors_leak
+        )
+
+
+class LearnableSelector(Table):
+    """The same by scores that learn."""
+
+    kind: Literal["learnable"]
+    top_p: KeptShare = 0.95
+    temperature: Positive = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    noise: NotNegative = 0.1
+    width: Count = 128
+
+    def spec(self) -> LearnableSelectorSpec:
+        """The selector's spec."""
+        return LearnableSelectorSpec(top_p=self.top_p, temperature=self.temperature, reduce=self.reduce, noise=self.noise, width=self.width)
+
+
 class GlobalBranch(Table):
     """What happens to the global view."""
 
     fusion: Fusion
     adapters: Annotated[MLPAdapter | GatedMixtureAdapter, Field(discriminator="kind")]
+    output_grid: Count | None = None
+    """Visual tokens on a side, by interpolation behind the adapters."""
 
 
 class LocalBranch(Table):
     """What happens to each local view."""
 
     fusion: Fusion
-    compression: Compression
+    compression: Compression | None = None
+    """Absent, every token of a view is kept."""
     projector: Literal["shared", "own"] = "shared"
+    output_grid: Count | None = None
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    newline: Switch = False
+    selector: Annotated[TextGuidedSelector | LearnableSelector, Field(discriminator="kind")] | None = None
+
+    def spec(self, encoder: EncoderSpec) -> LocalBranchSpec:
+        """The branch over this encoder's layers."""
+        compression, selector = self.compression, self.selector
+        return LocalBranchSpec(
+            fusion=self.fusion.spec(encoder),
+            compression=None if compression is None else CompressionSpec(queries=compression.queries, attention_init=compression.attention_init),
+            projector=self.projector,
+            output_grid=self.output_grid,
+            merge=self.merge,
+            newline=self.newline,
+            selector=None if selector is None else selector.spec(),
+        )
 
 
 class Connector(Table):
@@ -311,7 +417,8 @@ class Connector(Table):
 
     global_branch: GlobalBranch = Field(alias="global")
     local_branch: LocalBranch | None = Field(alias="local", default=None)
-    separator: Word = ","
+    separator: Text = ","
+    """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
 
@@ -337,7 +444,8 @@ class Phase(Table):
     name: Text | None = None
     """When absent, the trained blocks' names; `sft` for the last phase."""
     train: Annotated[
-        tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model", "connector"], ...], Field(min_length=1)
+        tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "newline", "selector", "language_model", "connector"], ...],
+        Field(min_length=1),
     ]
     """Blocks; `connector` stands for all blocks of the connector."""
     branch: Mode | Shares
@@ -351,6 +459,8 @@ class Phase(Table):
     """Weight of the loss that draws local tokens to the words that a question's evidence shows."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count in this phase."""
+    selector: Switch | None = None
+    """Whether the selector drops tokens; when absent, not in alignment, and in fine-tuning where there is one."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -368,8 +478,13 @@ class Phase(Table):
     def _have_one_length(self) -> "Phase":
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
-            raise PydanticCustomError("phase_length", "found {found} of steps and epochs; allowed: exactly one", {"found": found})
+            raise PydanticCustomError("told", "found {found} of steps and epochs; allowed: exactly one", {"found": found})
         return self
+
+    @property
+    def shown_name(self) -> str:
+        """Its name, or what it trains."""
+        return self.name or "+".join(self.train)
 
     def blocks(self, connector: ConnectorSpec) -> tuple[Block, ...]:
         """The blocks to train.
@@ -410,20 +525,24 @@ class Phase(Table):
             case _:
                 assert_never(self.branch)
 
-    def spec(self, connector: ConnectorSpec, num_train_samples: int | None) -> PhaseSpec:
+    def spec(self, connector: ConnectorSpec, num_train_samples: int | None, *, fine_tunes: bool) -> PhaseSpec:
         """The phase over this connector's blocks.
 
         Args:
             connector: whose blocks are trained.
             num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+            fine_tunes: whether it is the last phase, schedule.sft.
 
         Returns:
             The phase's spec.
 
         Raises:
-            SpecError: a block or branch that the connector lacks, a block that nothing would train, or epochs of an unknown number of samples.
+            SpecError: a block, branch or selector that the connector lacks, a block that nothing would train, or epochs of an unknown number of
+                samples.
         """
         mix = self.mix()
+        if self.selector and connector.selector is None:
+            raise SpecError("selector is on, but the recipe has no connector.local.selector; add it, or leave selector out")
         if connector.local_branch is None and mix.shows_local:
             raise SpecError("branch uses local views, but the recipe has no [connector.local]; use 'global', or add the local branch")
         own_projector = connector.local_branch is not None and connector.local_branch.projector == "own"
@@ -442,7 +561,7 @@ class Phase(Table):
             assert self.epochs is not None
             steps = max(1, ceil(self.epochs * num_train_samples / self.batch_size))
         return PhaseSpec(
-            name=self.name or "+".join(self.train),
+            name=self.shown_name,
             train=self.blocks(connector),
             branch=mix,
             steps=steps,
@@ -453,19 +572,28 @@ class Phase(Table):
             max_grad_norm=self.max_grad_norm,
             evidence_weight=self.evidence_weight,
             experts=self.experts,
+            selector=fine_tunes and connector.selector is not None and mix.shows_local if self.selector is None else self.selector,
         )
 
 
 class Schedule(Table):
-    """The alternating schedule: alignment phases, then joint fine-tuning."""
+    """The alternating schedule: alignment phases, `repeats` times in turns, then joint fine-tuning."""
 
     align: tuple[Phase, ...] = ()
+    repeats: Count = 1
+    """How often the alignment phases run, one after the other: 2 turns A, B into A, B, A, B."""
     sft: Phase | None = None
+
+    @property
+    def align_phases(self) -> tuple[Phase, ...]:
+        """The alignment phases in the order they run; from the second time on, their names end in the time's number."""
+        again = [phase.model_copy(update={"name": f"{phase.shown_name} {time}"}) for time in range(2, self.repeats + 1) for phase in self.align]
+        return (*self.align, *again)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """All phases in the order they run."""
-        return self.align if self.sft is None else (*self.align, self.sft)
+        return self.align_phases if self.sft is None else (*self.align_phases, self.sft)
 
 
 class Evaluation(Table):
@@ -510,7 +638,7 @@ class Recipe(Table):
 
     def view_spec(self) -> ViewSpec:
         """How views are cut."""
-        return ViewSpec(rule=self.views.rule, max_slices=self.views.max_slices)
+        return self.views.spec()
 
     def connector_spec(self, encoder: EncoderSpec) -> ConnectorSpec:
         """The connector over this encoder's layers."""
@@ -518,17 +646,19 @@ class Recipe(Table):
         local_spec = None
         if local is not None:
             with _at("connector.local"):
-                compression = CompressionSpec(queries=local.compression.queries, attention_init=local.compression.attention_init)
-                local_spec = LocalBranchSpec(fusion=local.fusion.spec(encoder), compression=compression, projector=local.projector)
+                local_spec = local.spec(encoder)
         with _at("connector.global"):
             adapters: AdapterSpec = branch.adapters.spec()
             fusion: FusionSpec = branch.fusion.spec(encoder)
-        return ConnectorSpec(
-            global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters),
+            global_spec = GlobalBranchSpec(fusion=fusion, adapters=adapters, output_grid=branch.output_grid)
+        spec = ConnectorSpec(
+            global_branch=global_spec,
             local_branch=local_spec,
-            separator=self.connector.separator,
+            separator=self.connector.separator or None,
             standardise_inputs=self.connector.standardise_inputs,
         )
+        spec.check_encoder(encoder)
+        return spec
 
     def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
         """The dataset that is trained on, seen through this encoder's view size.
@@ -618,16 +748,14 @@ class Recipe(Table):
             SpecError: a phase that cannot be; the message names it.
         """
 
-        def build(path: str, phase: Phase) -> PhaseSpec:
+        def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
-                return phase.spec(connector, num_train_samples)
+                return phase.spec(connector, num_train_samples, fine_tunes=fine_tunes)
 
-        align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
-        sft = (
-            None
-            if self.schedule.sft is None
-            else build("schedule.sft", self.schedule.sft.model_copy(update={"name": self.schedule.sft.name or "sft"}))
-        )
+        schedule = self.schedule
+        align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))
+        last = schedule.sft
+        sft = None if last is None else build("schedule.sft", last.model_copy(update={"name": last.name or "sft"}), fine_tunes=True)
         return ScheduleSpec(align=align, sft=sft, seed=seed)
 
 
@@ -667,7 +795,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
     match error["type"]:
         case "missing":
             return f"{path}: found nothing; this key is required"
-        case "unknown_key" | "phase_length":
+        case "unknown_key" | "told":
             return f"{path}: {message}"
         case "union_tag_not_found":
             return f"{path}: found no 'kind'; allowed kinds: {error['ctx']['discriminator'] and _kinds(error)}"
@@ -687,6 +815,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
 _LIST_EXAMPLES = {
     "sources": '[{ kind = "rendered", family = "charts", num_images = 240 }]',
     "layers": "[2, 5]",
+    "grids": "[[1, 2], [2, 1], [2, 2]]",
     "train": '["global_mlp"]',
     "metrics": '["exact_match", "anls"]',
     "modes": '["blind", "both"]',
@@ -715,6 +844,8 @@ def _kinds(error: ErrorDetails) -> str:
             return "single, sti, sci, dci"
         case "adapters":
             return "mlp, gated_mixture"
+        case "selector":
+            return "text_guided, learnable"
         case _:
             return "rendered, llava_json"
 

@@ -159,15 +159,25 @@ class Experiment:
 
     @property
     def all_drawn(self) -> bool:
-        """Whether there are no other images than drawn ones."""
-        return _all_drawn(self.dataset)
+        """Whether there are no other images than drawn ones, to train on or to ask."""
+        return all(_all_drawn(dataset) for dataset, _, _ in self.data)
 
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
         spec = self.dataset.views
-        if all(_all_drawn(dataset) for dataset, _, _ in self.data):
+        if self.all_drawn:
             return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
         return spec.max_local_views
+
+    def most_local_tokens(self) -> int:
+        """Visual tokens of local views that an image has at most, before any selection."""
+        from model.merging import merged_order, most_local_tokens
+
+        spec, local, num_patches = self.dataset.views, self.connector.local_branch, self.encoder.num_patches
+        if local is None or not self.all_drawn:
+            return most_local_tokens(spec, local, num_patches)
+        plan = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec)
+        return len(merged_order(plan, local, local.view_tokens(num_patches)))
 
     def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.
@@ -238,25 +248,23 @@ class Experiment:
 
     def _check_room(self) -> None:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
-        from model.fusion import fused_tokens
         from workers.evaluation import MAX_NEW_TOKENS
 
         context = _context_tokens(self.language_model.model)
-        num_global = fused_tokens(self.connector.global_branch.fusion, self.encoder.num_patches)
-        local = self.connector.local_branch
-        num_local = 0 if local is None else self.most_local_views() * local.compression.queries
+        num_global = self.connector.global_tokens(self.encoder.num_patches)
+        num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
                 f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or views.max_slices, or take a language model with a longer context"
+                "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
             )
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
         fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
         fewest = 1 if self.asked is None else 0
-        if self.all_drawn and not fewest <= num_images * fraction <= num_images - 1:
+        if _all_drawn(self.dataset) and not fewest <= num_images * fraction <= num_images - 1:
             raise RecipeError(
                 f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
                 f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
