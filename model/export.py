@@ -201,13 +201,17 @@ class ExportedModel:
         return self.ask_many([(image_bytes, question)], mode, max_new_tokens=max_new_tokens)[0]
 
     @torch.no_grad()
-    def ask_many(self, asked: Sequence[tuple[bytes | None, str]], mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS) -> list[Answer]:
+    def ask_many(
+        self, asked: Sequence[tuple[bytes | None, str]], mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS, may_end_early: bool = False
+    ) -> list[Answer]:
         """Answer questions in one batch, greedily; an answer does not depend on the others.
 
         Args:
             asked: an image file and a question about it, each; without an image the question is asked blind.
             mode: which views the language model sees.
             max_new_tokens: an answer ends here at the latest.
+            may_end_early: answers also end where the language model's longest sequence does; else a question that leaves less room than
+                `max_new_tokens` is refused.
 
         Returns:
             The answers in order; the seconds of each are those of the batch.
@@ -219,12 +223,12 @@ class ExportedModel:
         """
         started = time.monotonic()
         shown = self._show([image for image, _ in asked], mode)
-        limit = self.model.max_tokens - max_new_tokens
+        limit = self.model.max_tokens - (1 if may_end_early else max_new_tokens)
         conversations = [
             tokenise_question(self.model.tokenizer, question, self._room(limit, plan)) for (_, question), plan in zip(asked, shown.plans, strict=True)
         ]
         batch = self._batch(conversations, shown, pad_left=True)
-        answers = self.model.generate(batch.to(self.model.device), max_new_tokens)
+        answers = self.model.generate(batch.to(self.model.device), min(max_new_tokens, self.model.max_tokens - int(batch.lengths.max())))
         seconds = time.monotonic() - started
         return [
             Answer(

@@ -5,10 +5,11 @@ PipelineError
 |-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
 |-- ComparisonError     runs have nothing in common to be compared by
 |-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
+|-- PluginError         another program asks Loupe for something that it does not do
 |-- FlowServerError     the flow's server did not start, or went away
 """
 
-__all__ = ["ComparisonError", "FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
+__all__ = ["ComparisonError", "FlowServerError", "NothingThereError", "PipelineError", "PluginError", "RecipeError", "SettingError"]
 
 
 class PipelineError(Exception):
@@ -29,6 +30,10 @@ class ComparisonError(PipelineError, ValueError):
 
 class NothingThereError(PipelineError):
     """What a command should show or use does not exist. The message names the command that makes it."""
+
+
+class PluginError(PipelineError, ValueError):
+    """A program that runs Loupe as its plugin asks for something that Loupe does not do. The message says what, and what can be set instead."""
 
 
 class FlowServerError(PipelineError):
