@@ -633,6 +633,9 @@ class PhaseSpec:
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
     selector: bool = False
     """Whether the connector's selector drops local tokens. SliME's alignment keeps them all, its fine-tuning does not."""
+    sources: tuple[str, ...] = ()
+    """Which of the dataset's sources the phase sees, by their labels; empty means all. Both papers align on captions, fine-tune on
+    instructions."""
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -675,6 +678,8 @@ class PhaseSpec:
                 f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
                 "allowed: 0. Leave it out, or give local or both a share of branch"
             )
+        if list(self.sources) != sorted(set(self.sources)):
+            raise SpecError(f"phase {self.name!r}: sources must be in order and each once, found {list(self.sources)}")
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

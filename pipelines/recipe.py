@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -48,11 +48,13 @@ from model.specs import (
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
-from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions
+from pipelines.inheritance import read_recipe
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions, source_label
 
 __all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+SCHEDULES_FOLDER = Path(__file__).parent / "schedules"
 
 SHOWN_MISTAKES = 8
 """More than these are counted, not told: most of them follow from one misunderstanding."""
@@ -427,6 +429,8 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    max_tokens: Count | None = None
+    """Longest sequence in training; the model's own limit when absent."""
 
 
 class Shares(Table):
@@ -461,6 +465,8 @@ class Phase(Table):
     """Which of the global branch's experts count in this phase."""
     selector: Switch | None = None
     """Whether the selector drops tokens; when absent, not in alignment, and in fine-tuning where there is one."""
+    sources: Annotated[tuple[Word, ...], Field(min_length=1)] | None = None
+    """Which of the dataset's sources the phase sees; all when absent."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -525,12 +531,33 @@ class Phase(Table):
             case _:
                 assert_never(self.branch)
 
-    def spec(self, connector: ConnectorSpec, num_train_samples: int | None, *, fine_tunes: bool) -> PhaseSpec:
+    def source_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """The sources that the phase names, by their labels.
+
+        Args:
+            labels: of all of the dataset's sources.
+
+        Returns:
+            In order; empty for all.
+
+        Raises:
+            SpecError: there is no such source, or more than one.
+        """
+        found = set()
+        for name in self.sources or ():
+            matching = [label for label in labels if name in (label, label.partition("/")[2])]
+            if len(matching) != 1:
+                raise SpecError(f"sources: found {name!r}, which names {len(matching)} of the dataset's sources; allowed: {', '.join(labels)}")
+            found.add(matching[0])
+        return tuple(sorted(found))
+
+    def spec(self, connector: ConnectorSpec, *, labels: Sequence[str], num_train_images: Mapping[str, int] | None, fine_tunes: bool) -> PhaseSpec:
         """The phase over this connector's blocks.
 
         Args:
             connector: whose blocks are trained.
-            num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+            labels: of the dataset's sources.
+            num_train_images: training images by source; needed for a phase that counts in epochs, None while unknown.
             fine_tunes: whether it is the last phase, schedule.sft.
 
         Returns:
@@ -551,21 +578,24 @@ class Phase(Table):
                 "branch leaves global_mlp of train without effect: samples see local views at most, and those have a projector of their own; "
                 "leave it out of train (for connector, name the other blocks), or give global or both a share of branch"
             )
+        sources = self.source_labels(labels)
         if self.steps is not None:
             steps = self.steps
-        elif num_train_samples is None:
+        elif num_train_images is None:
             raise SpecError(
                 "the length is in epochs, and the number of training images is known only once the dataset is built; run `loupe build-dataset` first"
             )
         else:
             assert self.epochs is not None
-            steps = max(1, ceil(self.epochs * num_train_samples / self.batch_size))
+            num_images = sum(number for label, number in num_train_images.items() if not sources or label in sources)
+            steps = max(1, ceil(self.epochs * num_images / self.batch_size))
         return PhaseSpec(
             name=self.shown_name,
             train=self.blocks(connector),
             branch=mix,
             steps=steps,
             batch_size=self.batch_size,
+            sources=sources,
             learning_rate=self.learning_rate,
             language_model_learning_rate=self.language_model_learning_rate,
             warmup_fraction=self.warmup_fraction,
@@ -576,13 +606,59 @@ class Phase(Table):
         )
 
 
+def schedule_presets() -> dict[str, Path]:
+    """The schedules that come with Loupe, by name."""
+    return {path.stem: path for path in sorted(SCHEDULES_FOLDER.glob("*.toml"))}
+
+
+def _from_preset(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that names a preset, with the preset's phases as if they were written out, and changed as it says."""
+    presets, name = schedule_presets(), schedule["preset"]
+    if name not in presets:
+        hint = _closest(str(name), list(presets)) if isinstance(name, str) else ""
+        text = "preset: found {found}; {hint}allowed: {allowed}"
+        raise PydanticCustomError("told", text, {"found": repr(name), "hint": hint, "allowed": ", ".join(presets)})
+    if written := [key for key in ("align", "sft") if key in schedule]:
+        text = "found {key} beside preset = {name}, which has its own phases; change those with [schedule.change.NAME], or leave preset out"
+        raise PydanticCustomError("told", text, {"key": written[0], "name": repr(name)})
+    by_name = _preset_phases(name)
+    changes = schedule.get("change", {})
+    for phase_name, change in changes.items() if isinstance(changes, dict) else ():
+        if phase_name not in by_name:
+            text = "change: found {found}; {hint}phases of preset {name}: {allowed}"
+            context = {"found": repr(phase_name), "hint": _closest(phase_name, list(by_name)), "name": repr(name), "allowed": ", ".join(by_name)}
+            raise PydanticCustomError("told", text, context)
+        if isinstance(change, dict):
+            by_name[phase_name].update(change)
+            if "steps" in change:
+                by_name[phase_name].pop("epochs", None)
+    *align, sft = by_name.values()
+    repeats = tomllib.loads(presets[name].read_text(encoding="utf-8")).get("repeats", 1)
+    return {"repeats": repeats, **schedule, **_with_tuples({"align": align, "sft": sft})}
+
+
 class Schedule(Table):
     """The alternating schedule: alignment phases, `repeats` times in turns, then joint fine-tuning."""
 
+    preset: Literal["alternating", "dense_connector", "slime"] | None = None
+    """A schedule that comes with Loupe, in place of `align` and `sft`."""
+    change: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Keys of the preset's phases that are to be other, by the phase's name."""
     align: tuple[Phase, ...] = ()
     repeats: Count = 1
     """How often the alignment phases run, one after the other: 2 turns A, B into A, B, A, B."""
     sft: Phase | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_preset_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if "preset" in data:
+            return _from_preset(data)
+        if "change" in data:
+            raise PydanticCustomError("told", "found change without preset, whose phases it would change; add preset, or write the phases themselves")
+        return data
 
     @property
     def align_phases(self) -> tuple[Phase, ...]:
@@ -733,13 +809,25 @@ class Recipe(Table):
             precision=self.features.precision,
         )
 
-    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_samples: int | None = None) -> ScheduleSpec:
+    @property
+    def source_labels(self) -> tuple[str, ...]:
+        """The dataset's sources as rows and phases name them."""
+        return tuple(
+            source_label(
+                RenderedSourceSpec(family=source.family, num_images=source.num_images)
+                if isinstance(source, RenderedSource)
+                else LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256="0" * 64)
+            )
+            for source in self.dataset.sources
+        )
+
+    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_images: Mapping[str, int] | None = None) -> ScheduleSpec:
         """The schedule of one seed.
 
         Args:
             connector: whose blocks the phases train.
             seed: of initialisation, order and noise.
-            num_train_samples: training images, None while unknown.
+            num_train_images: training images by their source's label, None while unknown.
 
         Returns:
             The schedule's spec.
@@ -750,7 +838,7 @@ class Recipe(Table):
 
         def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
-                return phase.spec(connector, num_train_samples, fine_tunes=fine_tunes)
+                return phase.spec(connector, labels=self.source_labels, num_train_images=num_train_images, fine_tunes=fine_tunes)
 
         schedule = self.schedule
         align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))
@@ -765,6 +853,7 @@ class RecipeFile:
 
     path: Path
     text: str
+    """Its own text, and behind it that of what it extends."""
     recipe: Recipe
 
 
@@ -773,10 +862,33 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
 
 
+def _written_place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """Where a preset's phase was changed in the file, for a place within that phase."""
+    schedule = data.get("schedule") if isinstance(data, dict) else None
+    if not isinstance(schedule, dict) or "preset" not in schedule or location[:1] != ("schedule",):
+        return location
+    match location[1:]:
+        case ("sft", *rest):
+            number, inside = -1, rest
+        case ("align", int(number), *rest):
+            inside = rest
+        case _:
+            return location
+    phase = tuple(_preset_phases(schedule["preset"]))[number]
+    return ("schedule", "change", phase, *inside)
+
+
+def _preset_phases(name: str) -> dict[str, dict[str, Any]]:
+    """The phases of a preset by their names, in order; the last one fine-tunes."""
+    preset = tomllib.loads(schedule_presets()[name].read_text(encoding="utf-8"))
+    return {phase.get("name", "sft"): phase for phase in (*preset["align"], preset["sft"])}
+
+
 def _field_path(location: tuple[int | str, ...], data: Any, *, names_missing_key: bool) -> str:
     """Dotted path in the file. Pydantic's location also names union members, which stand nowhere in the file; those are left out."""
     path = ""
     here = data
+    location = _written_place(location, data)
     for position, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
@@ -926,19 +1038,12 @@ def load_recipe(name_or_path: str) -> RecipeFile:
         The recipe with its file.
 
     Raises:
-        RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
+        RecipeError: no such file, no TOML, or something in it, or in what it extends, that is not allowed. The message names file, field, what was
+            found and what is allowed.
     """
     path = _recipe_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check its permissions") from error
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
+    read = read_recipe(path, _recipe_path)
+    text, data = read.text, read.data
     try:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:

@@ -6,7 +6,7 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
-_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+_PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
 
 _IMAGE_BYTES_GUESS = 300_000
@@ -191,18 +191,19 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train = None
+        num_train_images = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train = int(built["num_train"])
-        return self._training(seed, num_train)
+            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, num_train_images)
 
-    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
+            max_tokens=self.file.recipe.language_model.max_tokens,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -232,7 +233,7 @@ class Experiment:
         self._check_room()
         self._check_split()
         for seed in recipe.seeds:
-            training = self._training(seed, num_train=1)
+            training = self._training(seed, dict.fromkeys(recipe.source_labels, 1))
             self._evaluation(training)
         if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
             raise RecipeError(
@@ -251,13 +252,21 @@ class Experiment:
         from workers.evaluation import MAX_NEW_TOKENS
 
         context = _context_tokens(self.language_model.model)
+        asked = self.file.recipe.language_model.max_tokens
+        if asked is not None and asked > context:
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
+                "allowed: at most that many"
+            )
+        context = context if asked is None else asked
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
+            holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
+                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
+                "take a language model with a longer context"
             )
 
     def _check_split(self) -> None:

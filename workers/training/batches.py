@@ -24,7 +24,7 @@ from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation
 from model.connector import Connector
 from model.errors import ConversationError
-from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
+from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
 from model.views import Box, ViewPlan
 from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
@@ -144,7 +144,7 @@ class BatchBuilder:
         max_tokens: the language model's longest sequence.
 
     Raises:
-        TrainingError: there are no samples.
+        TrainingError: there are no samples, or none of the sources that a phase sees.
     """
 
     def __init__(
@@ -163,6 +163,7 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
+        self._by_sources = {phase.sources: _of_sources(samples, phase) for phase in schedule.phases}
         self._conversations: dict[int, Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
@@ -216,7 +217,7 @@ class BatchBuilder:
             )
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
-        indices = [sample_index(seed, position, len(self.samples)) for position in positions]
+        indices = self._indices(phase_index, step)
         supervised = sum(self.conversation(index).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
@@ -232,6 +233,14 @@ class BatchBuilder:
             chosen = range(start, min(start + size, mine.stop))
             micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
+
+    def _indices(self, phase_index: int, step: int) -> list[int]:
+        """The samples of a step. Passes go on where the last phase over the same sources left them, so every sample is seen as often as any other."""
+        phases, phase = self.schedule.phases, self.schedule.phases[phase_index]
+        shown = self._by_sources[phase.sources]
+        seen = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if earlier.sources == phase.sources)
+        first = seen + step * phase.batch_size
+        return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Maps of images at even distances in the frozen order, to measure the connector's inputs on: the first ones are all of one source.
@@ -355,6 +364,17 @@ class BatchBuilder:
                 for place, features in zip(places, self.source.fetch(images, want_global=want_global, want_local=want_local), strict=True):
                     found[place] = features
         return found
+
+
+def _of_sources(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
+    """Places of the samples that a phase sees."""
+    found = [place for place, sample in enumerate(samples) if not phase.sources or sample.source in phase.sources]
+    if not found:
+        raise TrainingError(
+            f"phase {phase.name!r} sees the sources {', '.join(phase.sources)} alone, of which the train split holds no image; found those of "
+            f"{', '.join(sorted({sample.source for sample in samples}))}"
+        )
+    return found
 
 
 def _is_noisy(connector: Connector) -> bool:
