@@ -226,7 +226,7 @@ def test_nothing_need_be_held_out_where_another_dataset_is_asked(tmp_path: Path,
     (tmp_path / "none.toml").write_text(text.replace("[[schedule.align]]", ASKED, 1))
     experiment = open_experiment(load_recipe(str(tmp_path / "none.toml")), Store(str(tmp_path / "root")), ExecutionSettings())
     key = fingerprint(experiment.dataset)[:16]
-    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
+    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {}})
     assert len(list(stage_runs(experiment))) == 10
 
 
