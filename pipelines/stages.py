@@ -153,11 +153,6 @@ class Experiment:
         return record
 
     @property
-    def num_drawn(self) -> int:
-        """Pictures that are drawn; other sources' images are not among them."""
-        return num_drawn(self.dataset)
-
-    @property
     def all_drawn(self) -> bool:
         """Whether there are no other images than drawn ones, to train on or to ask."""
         return all(_all_drawn(dataset) for dataset, _, _ in self.data)
@@ -271,7 +266,7 @@ class Experiment:
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
-        fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
+        fraction, num_images = self.dataset.held_out_fraction, num_drawn(self.dataset)
         fewest = 1 if self.asked is None else 0
         if _all_drawn(self.dataset) and not fewest <= num_images * fraction <= num_images - 1:
             raise RecipeError(
