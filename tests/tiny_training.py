@@ -214,3 +214,34 @@ def build_small_store(
     )
     cache_features(features, store, execution, SilentProgress(), cluster=InlineCluster())
     return store, tiny_training_spec(language_model_folder, features=features, connector=connector, **changes)
+
+
+def write_tiny_export(folder: Path, encoder_folder: Path, language_model_folder: Path) -> Path:
+    """An export folder over the tiny models, its connector as it is before training."""
+    import shutil
+
+    import safetensors.torch
+
+    from model.connector import build_connector
+    from model.encoder import describe_encoder
+    from model.export import ExportConfig, write_config, write_manifest
+    from model.views import ViewSpec
+
+    encoder, connector = describe_encoder(str(encoder_folder)), tiny_connector_spec()
+    write_config(
+        folder,
+        ExportConfig(
+            connector=connector,
+            encoder=encoder,
+            views=ViewSpec(max_slices=4),
+            feature_precision="fp16",
+            precision="fp32",
+            language_model_precision="fp32",
+        ),
+    )
+    built = build_connector(connector, encoder, hidden=64, embedding_rms=0.02, seed=3)
+    safetensors.torch.save_file(built.state_dict(), folder / "connector.safetensors")
+    shutil.copytree(encoder_folder, folder / "encoder")
+    shutil.copytree(language_model_folder, folder / "language_model")
+    write_manifest(folder)
+    return folder
