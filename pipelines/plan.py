@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from rich.table import Table
 
 from model.errors import SpecError
+from model.specs import UnknownDigest, fingerprint_if_known
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.stages import Experiment, check_ready, feature_bytes, shown_path, stage_runs
+from pipelines.recipe import Phase
+from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
@@ -36,7 +39,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records = _num_records(experiment)
+    num_records, all_readable = _num_records(experiment)
     yield from _dataset_lines(experiment, num_records)
     yield PlanLine(
         topic="features",
@@ -46,42 +49,80 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "" if experiment.all_drawn else "up to "
-    value = f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {experiment.features.precision}"
-    yield PlanLine(topic="features", fact="cache", value=value)
+    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment, num_records, all_readable=all_readable))
     yield from _connector_lines(experiment)
+    num_train = round((experiment.num_drawn + num_records) * (1 - recipe.dataset.held_out_fraction)) if all_readable else None
     for phase in recipe.schedule.phases:
-        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
-        seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
         yield PlanLine(
-            topic="training", fact=phase.name or "+".join(phase.train), value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}"
+            topic="training",
+            fact=phase.name or "+".join(phase.train),
+            value=f"{_length_text(phase, num_train)}, rate {phase.learning_rate:g}",
         )
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
+    for part in experiment.missing:
+        yield PlanLine(topic="missing", fact=part.what, value=part.note)
     try:
         for stage_run in stage_runs(experiment, until):
-            done = experiment.record(stage_run.stage, stage_run.spec) is not None
-            yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
+            yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _num_records(experiment: Experiment) -> int:
-    """Records of the sources that have records."""
+def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
+    digest = fingerprint_if_known(stage_run.spec)
+    if isinstance(digest, UnknownDigest):
+        return f"key unknown without {digest}"
+    done = experiment.record(stage_run.stage, stage_run.spec) is not None
+    return f"{stage_run.key}  {'done' if done else 'to do'}"
+
+
+def _length_text(phase: Phase, num_train: int | None) -> str:
+    """How long a phase is, as far as the number of training images is known."""
+    if phase.steps is not None:
+        return f"{phase.steps} steps of {phase.batch_size}, {phase.steps * phase.batch_size} images seen"
+    assert phase.epochs is not None
+    steps = "" if num_train is None else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
+    return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
+
+
+def _num_records(experiment: Experiment) -> tuple[int, bool]:
+    """Records of the sources that have records and can be read; and whether those are all."""
     from workers.dataset.sources import read_records
 
-    return sum(len(read_records(source)) for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec))
+    unreadable = {part.records for part in experiment.missing}
+    sources = [source for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec)]
+    readable = [source for source in sources if source.records not in unreadable]
+    return sum(len(read_records(source)) for source in readable), len(readable) == len(sources)
 
 
 def _dataset_lines(experiment: Experiment, num_records: int) -> Iterator[PlanLine]:
     recipe, num_drawn = experiment.file.recipe, experiment.num_drawn
-    parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
+    unread = sum(part.records is not None for part in experiment.missing)
+    parts = [
+        (num_drawn, f"{num_drawn} drawn"),
+        (num_records, f"{num_records} records read"),
+        (unread, f"those of {unread} source{'s' if unread > 1 else ''} that cannot be read"),
+    ]
     yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
+    if not num_drawn + num_records:
+        return
     held_out = round((num_drawn + num_records) * recipe.dataset.held_out_fraction)
     yield PlanLine(topic="dataset", fact="split", value=f"about {num_drawn + num_records - held_out} train, {held_out} held out")
     asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records, "those of the records")]
     yield PlanLine(topic="dataset", fact="questions", value=", ".join(text for number, text in asked if number))
+
+
+def _cache_text(experiment: Experiment, num_records: int, *, all_readable: bool) -> str:
+    features, encoder = experiment.features, experiment.encoder
+    up_to = "" if experiment.all_drawn else "up to "
+    num_maps = len(features.global_maps) + experiment.most_local_views() * len(features.local_maps)
+    each = num_maps * encoder.num_patches * encoder.width * BYTES_PER_NUMBER[features.precision]
+    parts = [f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {features.precision}"] if experiment.num_drawn + num_records else []
+    if not all_readable:
+        parts.append("those of the records that cannot be read")
+    return f"{', and '.join(parts)}; {up_to}{bytes_text(each)} an image"
 
 
 def _views_text(experiment: Experiment) -> str:
@@ -92,22 +133,18 @@ def _views_text(experiment: Experiment) -> str:
 
 
 def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
-    from model.connector import build_connector
-    from workers.language_models import language_model_hidden
+    from pipelines.path import image_facts, parameter_facts, path_facts, planned_connector
+    from workers.language_models import planned_shape
 
-    connector = build_connector(
-        experiment.connector, experiment.encoder, hidden=language_model_hidden(experiment.language_model.model), embedding_rms=1.0, seed=0
-    )
-    counts: dict[str, int] = {}
-    for name, parameter in connector.named_parameters():
-        block = name.split(".")[0]
-        counts[block] = counts.get(block, 0) + parameter.numel()
-    yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
-    global_tokens = connector.tokens_per_global_view
+    shape = planned_shape(experiment.language_model.model)
+    connector = planned_connector(experiment, shape)
     local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
     up_to = "" if experiment.all_drawn else "up to "
-    yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
+    yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
+    for topic, facts in (("path", path_facts), ("image", image_facts), ("parameters", parameter_facts)):
+        for fact, value in facts(experiment, connector, shape):
+            yield PlanLine(topic=topic, fact=fact, value=value)
 
 
 def print_plan(experiment: Experiment, until: StageName = "report") -> None:

@@ -29,6 +29,7 @@ from model.specs import (
     CompressionSpec,
     ConnectorSpec,
     DCISpec,
+    EncoderFamily,
     EncoderSpec,
     FeatureSpec,
     FusionSpec,
@@ -41,7 +42,7 @@ from model.specs import (
     SCISpec,
     SingleSpec,
     STISpec,
-    fingerprint,
+    fingerprint_if_known,
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
@@ -238,15 +239,31 @@ class DCIFusion(Table):
             SpecError: more groups than layers.
 
         Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
+        Differs: the authors have neither SigLIP 2, which does as SigLIP does, nor DINOv2, which does as CLIP does (see `_groups_include_base`).
         """
         base = _base(self.base, encoder)
         if not isinstance(self.groups, int):
             return DCISpec(base=base, groups=self.groups)
-        num_layers = base + 1 if encoder.family == "clip" else base
+        num_layers = base + 1 if _groups_include_base(encoder.family) else base
         if self.groups > num_layers:
             raise SpecError(f"fusion.groups: found {self.groups} groups, but there are {num_layers} layers to share out; use fewer")
         edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
         return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
+
+
+def _groups_include_base(family: EncoderFamily) -> bool:
+    """Whether a family's DCI groups cover the base layer as well.
+
+    The authors' two encoders share their layers out evenly either way: CLIP-L has 24 layers up to its base one, SO400M has 26 before it. SigLIP 2's
+    are SigLIP's. DINOv2's numbers of blocks are CLIP's, 12, 24 and 40: up to the base layer, itself included, they halve.
+    """
+    match family:
+        case "clip" | "dinov2" | "dinov2_with_registers":
+            return True
+        case "siglip" | "siglip2":
+            return False
+        case _:
+            assert_never(family)
 
 
 def _base(layer: int | None, encoder: EncoderSpec) -> int:
@@ -563,7 +580,7 @@ class Recipe(Table):
     def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:
         """The cache that the connector reads: the union of its maps per branch."""
         return FeatureSpec(
-            dataset_fingerprint=fingerprint(dataset),
+            dataset_fingerprint=fingerprint_if_known(dataset),
             encoder=encoder,
             views=self.view_spec(),
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),

@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from model.errors import ModelError, SpecError
-from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
+from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, UnknownDigest, fingerprint, fingerprint_if_known
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BYTES_PER_NUMBER",
     "STAGES",
     "Experiment",
+    "MissingPart",
     "ReportSpec",
     "StageOutcome",
     "StageRun",
@@ -46,6 +49,9 @@ __all__ = [
 
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
+
+BYTES_PER_NUMBER = {"fp16": 2, "fp32": 4}
+"""By the precision of stored features."""
 
 _PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
 """Fields of a dataset's record that later stages need."""
@@ -103,6 +109,18 @@ class StageRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MissingPart:
+    """Something that a recipe names and this machine does not have."""
+
+    what: str
+    """Such as `weights of openai/clip-vit-large-patch14-336`."""
+    note: str
+    """What follows from it."""
+    records: str | None = None
+    """Address of a source's records, where those are what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """A recipe resolved: every spec that does not depend on a stage's outcome."""
 
@@ -111,12 +129,18 @@ class Experiment:
     execution: ExecutionSettings
     encoder: EncoderSpec
     language_model: LanguageModelSpec
+    context_tokens: int
+    """Longest sequence that the language model allows."""
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    missing: tuple[MissingPart, ...] = ()
+    """Only in plans: what holds an unknown digest in its place has no fingerprint, so no stage runs without it."""
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
-        """The committed record of a stage as JSON; None when it is not done."""
+        """The committed record of a stage as JSON; None when it is not done, or when nobody can tell for want of a key."""
+        if isinstance(fingerprint_if_known(spec), UnknownDigest):
+            return None
         path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
         record = self.store.read_json(path) if self.store.exists(path) else None
         if record is None:
@@ -164,7 +188,7 @@ class Experiment:
 
     def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
         return TrainingSpec(
-            dataset_fingerprint=fingerprint(self.dataset),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
@@ -180,8 +204,8 @@ class Experiment:
 
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
-            training_fingerprint=fingerprint(training),
-            dataset_fingerprint=fingerprint(self.dataset),
+            training_fingerprint=fingerprint_if_known(training),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
         )
@@ -216,7 +240,7 @@ class Experiment:
         from model.fusion import fused_tokens
         from workers.evaluation import MAX_NEW_TOKENS
 
-        context = _context_tokens(self.language_model.model)
+        context = self.context_tokens
         num_global = fused_tokens(self.connector.global_branch.fusion, self.encoder.num_patches)
         local = self.connector.local_branch
         num_local = 0 if local is None else self.most_local_views() * local.compression.queries
@@ -241,7 +265,9 @@ class Experiment:
         from workers.exporting import ExportSpec
 
         seed = self.file.recipe.seeds[0]
-        return ExportSpec(training_fingerprint=fingerprint(self.training(seed)), evaluation_fingerprint=fingerprint(self.evaluation(seed)))
+        return ExportSpec(
+            training_fingerprint=fingerprint_if_known(self.training(seed)), evaluation_fingerprint=fingerprint_if_known(self.evaluation(seed))
+        )
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
@@ -251,11 +277,11 @@ class Experiment:
         return ReportSpec(
             recipe_name=self.file.recipe.name,
             recipe_sha256=hashlib.sha256(self.file.text.encode()).hexdigest(),
-            dataset_fingerprint=fingerprint(self.dataset),
-            feature_fingerprint=fingerprint(self.features),
-            training_fingerprints=tuple(fingerprint(self.training(seed)) for seed in seeds),
-            evaluation_fingerprints=tuple(fingerprint(self.evaluation(seed)) for seed in seeds),
-            export_fingerprint=fingerprint(self.export()),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
+            feature_fingerprint=fingerprint_if_known(self.features),
+            training_fingerprints=tuple(fingerprint_if_known(self.training(seed)) for seed in seeds),
+            evaluation_fingerprints=tuple(fingerprint_if_known(self.evaluation(seed)) for seed in seeds),
+            export_fingerprint=fingerprint_if_known(self.export()),
             template_sha256=template_sha256(),
         )
 
@@ -275,13 +301,15 @@ def _context_tokens(language_model: str) -> int:
     return check_usable(language_model)
 
 
-def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
+def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings, *, planning: bool = False) -> Experiment:
     """Resolve a recipe: find and fingerprint its models, make all specs, check them against each other.
 
     Args:
         file: the checked recipe.
         store: where its results are or will be.
         execution: settings of the run.
+        planning: for a plan alone: fetch nothing, and go on without weights, tokenizers and records that are not here, as far as the shapes are
+            known. What is missing then stands in `Experiment.missing`, and what depends on it has no key, so no stage can run.
 
     Returns:
         The experiment. Nothing was started and nothing was written.
@@ -289,28 +317,86 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
     Raises:
         RecipeError: something in the recipe does not fit the models it names.
     """
-    from workers.language_models import describe_language_model
-
     recipe = file.recipe
     try:
-        encoder = _describe_encoder(recipe.encoder.model)
-        connector = recipe.connector_spec(encoder)
-        dataset = recipe.dataset_spec(encoder, _records_sha256(file))
-        features = recipe.feature_spec(dataset, encoder, connector)
+        models = _planned_models(file) if planning else _whole_models(file)
+        connector = recipe.connector_spec(models.encoder)
+        sources, missing_sources = _planned_sources(file) if planning else (_records_sha256(file), ())
+        dataset = recipe.dataset_spec(models.encoder, sources)
+        features = recipe.feature_spec(dataset, models.encoder, connector)
         experiment = Experiment(
             file=file,
             store=store,
             execution=execution,
-            encoder=encoder,
-            language_model=describe_language_model(recipe.language_model.model),
+            encoder=models.encoder,
+            language_model=models.language_model,
+            context_tokens=models.context_tokens,
             connector=connector,
             dataset=dataset,
             features=features,
+            missing=(*models.missing, *missing_sources),
         )
         experiment.check()
     except (ModelError, SourceError, StorageError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Models:
+    """The models that a recipe names."""
+
+    encoder: EncoderSpec
+    language_model: LanguageModelSpec
+    context_tokens: int
+    missing: tuple[MissingPart, ...] = ()
+
+
+def _whole_models(file: RecipeFile) -> _Models:
+    """With all their files, fetched if need be."""
+    from workers.language_models import describe_language_model
+
+    names = file.recipe.encoder.model, file.recipe.language_model.model
+    return _Models(encoder=_describe_encoder(names[0]), language_model=describe_language_model(names[1]), context_tokens=_context_tokens(names[1]))
+
+
+def _planned_models(file: RecipeFile) -> _Models:
+    """With what of them is here."""
+    from model.encoder import plan_encoder
+    from workers.language_models import plan_language_model
+
+    encoder = plan_encoder(file.recipe.encoder.model)
+    language = plan_language_model(file.recipe.language_model.model)
+    missing = []
+    if isinstance(encoder.weights_sha256, UnknownDigest):
+        missing.append(MissingPart(what=f"weights of {encoder.model}", note=_absent(encoder.model)))
+    missing += [MissingPart(what=f"{part} of {language.spec.model}", note=_absent(language.spec.model)) for part in language.missing]
+    return _Models(encoder=encoder, language_model=language.spec, context_tokens=language.context_tokens, missing=tuple(missing))
+
+
+def _absent(model: str) -> str:
+    if Path(model).expanduser().is_dir():
+        return "not in that folder; the run itself needs them there"
+    return "not here, and a plan fetches nothing; the run itself fetches them from the hub"
+
+
+def _planned_sources(file: RecipeFile) -> tuple[dict[str, str], tuple[MissingPart, ...]]:
+    """Digests of the sources' records as far as they can be read or are given, by address; and what is missing."""
+    from workers.dataset.sources import plan_llava_json
+
+    digests: dict[str, str] = {}
+    missing = []
+    for source in file.recipe.dataset.sources:
+        if not isinstance(source, LlavaJsonSource):
+            continue
+        planned = plan_llava_json(source.records, source.images, source.records_sha256)
+        digests[source.records] = planned.spec.records_sha256
+        if planned.unreadable is not None:
+            note = f"cannot be read, so their images are unknown and the plan counts none of them ({planned.unreadable})"
+            missing.append(MissingPart(what=f"records {source.records}", note=note, records=source.records))
+        if not planned.has_images:
+            missing.append(MissingPart(what=f"images {source.images}", note="no such folder here; the run itself needs it"))
+    return digests, tuple(missing)
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
@@ -438,7 +524,7 @@ def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
     features, num_drawn = experiment.features, experiment.num_drawn
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
     num_local_views = num_drawn * len(drawn.local_views) + num_records * features.views.max_local_views
-    per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
+    per_map = features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
     return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 

@@ -18,22 +18,29 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from model.architectures import LanguageModelArchitecture, known_language_model, known_language_models
 from model.errors import LanguageModelError
-from model.specs import LanguageModelSpec
+from model.specs import LanguageModelSpec, UnknownDigest
 from workers.errors import LanguageModelPrepareError
 from workers.execution import cache_folder
+
+if TYPE_CHECKING:
+    from model.counting import LanguageModelShape
 
 __all__ = [
     "PACKAGED",
     "PackagedModel",
+    "PlannedLanguageModel",
     "check_convertible",
     "check_usable",
     "describe_language_model",
     "is_prepared",
     "language_model_folder",
     "language_model_hidden",
+    "plan_language_model",
+    "planned_shape",
     "verified_folder",
 ]
 
@@ -133,6 +140,96 @@ def check_usable(name: str) -> int:
     folder = resolve_folder(name)
     load_tokenizer(folder)
     return context_tokens(folder)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedLanguageModel:
+    """What is known of a language model on this machine without fetching anything."""
+
+    spec: LanguageModelSpec
+    """With an UnknownDigest where its files are not all here."""
+    context_tokens: int
+    """Longest sequence that it allows."""
+    missing: tuple[str, ...]
+    """Parts that are not here, in words."""
+
+
+def plan_language_model(name: str) -> PlannedLanguageModel:
+    """Describe a language model for a plan: from its files where they are here, and else from what is known of its architecture.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Returns:
+        What is known.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known, or what is here is not good for conversations.
+    """
+    if name in PACKAGED:
+        return PlannedLanguageModel(spec=describe_language_model(name), context_tokens=PACKAGED[name].max_tokens, missing=())
+    from model.language_model import context_tokens, load_tokenizer
+    from model.weights import absent_shards
+
+    folder = _folder_with_config(name)
+    if folder is None:
+        unknown = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the weights of {name}"))
+        return PlannedLanguageModel(spec=unknown, context_tokens=_known(name).context_tokens, missing=("weights", "tokenizer"))
+    has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if has_tokenizer:
+        load_tokenizer(folder)
+    missing = tuple(part for part, there in (("weights", has_weights), ("tokenizer", has_tokenizer)) if not there)
+    if missing:
+        spec = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the {' and the '.join(missing)} of {name}"))
+    else:
+        from model.language_model import describe_folder
+
+        spec = describe_folder(folder, name)
+    return PlannedLanguageModel(spec=spec, context_tokens=context_tokens(folder), missing=missing)
+
+
+def planned_shape(name: str) -> "LanguageModelShape":
+    """Sizes of a language model, from its config where that is here, and else from what is known of its architecture. Reads no weights.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Returns:
+        The shape.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known.
+    """
+    from model.counting import LanguageModelShape, language_model_shape
+
+    folder = None if name in PACKAGED else _folder_with_config(name)
+    if folder is not None:
+        return language_model_shape(folder)
+    known = _known(name)
+    return LanguageModelShape(context_tokens=known.context_tokens, hidden=known.hidden, num_parameters=known.num_parameters)
+
+
+def _folder_with_config(name: str) -> Path | None:
+    """Where a language model's config is on this machine; None for a hub id that has none here."""
+    from model.language_model import check_folder, local_folder
+
+    folder = local_folder(name)
+    if folder is None or (folder / "config.json").is_file():
+        return folder
+    if name.startswith("builtin:") or Path(name).expanduser().is_dir():
+        check_folder(folder, name)  # it lacks a config, and this says so
+    return None
+
+
+def _known(name: str) -> LanguageModelArchitecture:
+    known = known_language_model(name)
+    if known is None:
+        raise LanguageModelError(
+            f"language model {name!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no "
+            f"network. Known are {', '.join(known_language_models())}"
+        )
+    return known
 
 
 def is_prepared(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Known shapes are held to transformers' own classes: numbers of parameters on the meta device, and encoders to what a folder of them describes as."""
+"""Known shapes are held to transformers' own classes: parameters on the meta device, encoders to what a folder of them describes as."""
 
 from typing import get_args
 

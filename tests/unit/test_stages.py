@@ -185,7 +185,7 @@ def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None
     assert lines["dataset", "images"] == "16 drawn"
     assert lines["features", "views of an image"].startswith("1 global + 3 x 2 local")
     # 16 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
-    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
     assert lines["connector", "visual tokens"] == "16 global + 24 local"
     assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
     assert lines["stages", "build-dataset"].endswith("to do")
