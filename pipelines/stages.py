@@ -500,10 +500,14 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
 
     Returns:
         Its outcome.
+
+    Raises:
+        CanonicalisationError: the experiment was opened for a plan, and the stage depends on what is missing.
     """
+    key = stage_run.key
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
-    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+    return StageOutcome(stage=stage_run.stage, key=key, seed=stage_run.seed, record=record, reused=there is not None)
 
 
 def shown_path(url: str) -> str:
