@@ -60,12 +60,12 @@ def test_known_models_are_planned_whole_without_any_file(tmp_path: Path) -> None
     assert found["path", "global tokens"] == "[576, 5120] behind gated_mixture"
     assert found["path", "local compressed"] == "[144, 3072] of each view"
     assert found["path", "local tokens"] == "[144, 5120] of each view, shared projector"
-    assert found["path", "sequence"] == "576 global + 1 separator + 6 x 144 local = 1441 visual tokens of 4096; 2655 left for text"
+    assert found["path", "sequence"] == "576 global + 1 separator + 4 x 144 local = 1153 visual tokens of 4096; 2943 left for text"
     assert found["parameters", "global_mlp"] == "41.95 M"
     assert found["parameters", "language model"] == "13,015.86 M"
     assert found["parameters", "encoder"] == "290.91 M held, none trained"
-    # 16 images x 7 views x 3 maps x 576 patches x 1024 channels x 2 bytes
-    assert found["features", "cache"] == "396 MB as fp16; 24.8 MB an image"
+    # 16 drawn images of 672 x 448 px x 5 views x 3 maps x 576 patches x 1024 channels x 2 bytes
+    assert found["features", "cache"] == "283 MB as fp16; 17.7 MB an image"
     assert found["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
     assert [fact for topic, fact in found if topic == "missing"] == [f"weights of {CLIP_L}", f"weights of {VICUNA}", f"tokenizer of {VICUNA}"]
     stages = {fact: value for (topic, fact), value in found.items() if topic == "stages"}
@@ -196,10 +196,7 @@ def test_folders_that_lack_even_a_config_are_errors(tmp_path: Path) -> None:
 
 
 def test_damaged_weights_stay_an_error_in_a_plan(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
-    for broken, message in (
-        ("encoder", r"encoder .*model\.safetensors cannot be read"),
-        ("language", r"language model .*model\.safetensors cannot be read"),
-    ):
+    for broken in ("encoder", "language"):
         folders = {"encoder": tmp_path / f"{broken}-encoder", "language": tmp_path / f"{broken}-language"}
         shutil.copytree(tiny_encoder_folder, folders["encoder"])
         shutil.copytree(tiny_language_model_folder, folders["language"])
