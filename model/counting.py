@@ -108,7 +108,7 @@ def language_model_shape(folder: Path) -> LanguageModelShape:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LanguageModelError(f"language model {folder}: its config.json describes no causal language model ({first_line(error)})") from error
     return LanguageModelShape(
         context_tokens=context,

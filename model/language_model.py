@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.errors import LanguageModelError, first_line
 from model.specs import LanguageModelSpec
-from model.weights import cached_snapshot, unreadable_weights
+from model.weights import absent_shards, cached_snapshot, unreadable_weights
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
@@ -137,6 +137,8 @@ def check_folder(folder: Path, name: str) -> Path:
     }
     if missing := [part for part, there in parts.items() if not there]:
         raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+    if absent := absent_shards(folder):
+        raise LanguageModelError(f"language model {name!r}: {folder} lacks {absent[0]}, which its index of weights names; copy or fetch it")
     if fault := unreadable_weights(folder):
         raise LanguageModelError(f"language model {name!r}: in {folder}, {fault}")
     return folder

@@ -129,4 +129,4 @@ def parameter_facts(experiment: Experiment, connector: Connector, shape: Languag
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f} M"
+    return f"{count / 1e6:,.2f} M" if count >= 100_000 else f"{count:,}"

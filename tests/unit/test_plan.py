@@ -105,7 +105,7 @@ def test_a_plan_without_local_views_counts_the_global_one_alone(tmp_path: Path) 
     assert found["path", "global fused"] == "[720, 1024] by sti"
     assert found["image", "1920 x 1080 px"] == "720 visual tokens of 4096; 3376 left for text"
     assert found["parameters", "connector"].startswith("31.47 M, and ")
-    assert not [fact for _, fact in found if fact.startswith("local")] or found["features", "local maps"] == "none"
+    assert [fact for topic, fact in found if topic == "path" and fact.startswith("local")] == []
 
 
 def test_branches_that_look_less_deep_run_fewer_blocks(tmp_path: Path) -> None:
