@@ -129,7 +129,7 @@ def describe_encoder(model: str) -> EncoderSpec:
         The spec; `weights_sha256` is the digest of the weight file, or over the digests of several in name order.
 
     Raises:
-        EncoderError: a folder without config or weights, an unknown family, views that are not square or not whole patches.
+        EncoderError: a folder without config or weights, an unknown family, views that are not square or less than a patch.
     """
     folder = encoder_folder(model)
     return _described(model, folder, _weights_sha256(folder))

@@ -89,7 +89,7 @@ def stock_states(model, pixels):
     """Hidden states by transformers' own code."""
     whole = next((getattr(model, name) for name in ("vision_model", "dinov2", "dinov2_with_registers") if hasattr(model, name)), model)
     if "Siglip2" in type(model).__name__:
-        patches = torch.stack([torch.from_numpy(convert_image_to_patches(image.numpy(), 14)) for image in pixels])
+        patches = torch.stack([torch.from_numpy(convert_image_to_patches(image.float().numpy(), 14)) for image in pixels])
         mask = torch.ones(patches.shape[:2], dtype=torch.int32)
         shapes = torch.tensor([[4, 4]] * len(patches))
         return whole(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes, output_hidden_states=True).hidden_states
@@ -118,6 +118,18 @@ def test_every_layer_of_every_kind_of_folder_is_the_full_models(kind, tmp_path):
             assert tuple(expected.shape) == (2, 16, 32)
             # Same kernels in the same order; measured difference 0 on CPU.
             torch.testing.assert_close(found[f"layer_{layer}"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@torch.no_grad()
+def test_half_precision_is_the_stock_models_half_precision(kind, tmp_path):
+    model = write(kind, tmp_path).to(torch.bfloat16)
+    spec = describe_encoder(str(tmp_path))
+    encoder = load_encoder(spec, 4, dtype=torch.bfloat16)
+    states = stock_states(model, encoder.normalise(views()))
+    found = encoder(views(), [MapSpec(layers=(layer,)) for layer in range(5)])
+    for layer in range(5):
+        torch.testing.assert_close(found[f"layer_{layer}"], states[layer][:, spec.prefix_tokens :].float(), rtol=0, atol=0)
 
 
 def test_every_family_is_tried():
