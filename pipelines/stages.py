@@ -375,8 +375,12 @@ def _planned_models(file: RecipeFile) -> _Models:
 
 
 def _absent(model: str) -> str:
+    from workers.language_models import PACKAGED
+
     if Path(model).expanduser().is_dir():
         return "not in that folder; the run itself needs them there"
+    if model in PACKAGED:
+        return "not here, and a plan fetches nothing; the run itself fetches and converts their package"
     return "not here, and a plan fetches nothing; the run itself fetches them from the hub"
 
 

@@ -167,7 +167,8 @@ def plan_language_model(name: str) -> PlannedLanguageModel:
         LanguageModelError: there is nothing of it here and it is not known, or what is here is not good for conversations.
     """
     if name in PACKAGED:
-        return PlannedLanguageModel(spec=describe_language_model(name), context_tokens=PACKAGED[name].max_tokens, missing=())
+        missing = () if is_prepared(name) else ("weights", "tokenizer")
+        return PlannedLanguageModel(spec=describe_language_model(name), context_tokens=PACKAGED[name].max_tokens, missing=missing)
     from model.language_model import context_tokens, load_tokenizer
     from model.weights import absent_shards
 
@@ -179,14 +180,14 @@ def plan_language_model(name: str) -> PlannedLanguageModel:
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     if has_tokenizer:
         load_tokenizer(folder)
-    missing = tuple(part for part, there in (("weights", has_weights), ("tokenizer", has_tokenizer)) if not there)
-    if missing:
-        spec = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the {' and the '.join(missing)} of {name}"))
+    absent = tuple(part for part, there in (("weights", has_weights), ("tokenizer", has_tokenizer)) if not there)
+    if absent:
+        spec = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the {' and the '.join(absent)} of {name}"))
     else:
         from model.language_model import describe_folder
 
         spec = describe_folder(folder, name)
-    return PlannedLanguageModel(spec=spec, context_tokens=context_tokens(folder), missing=missing)
+    return PlannedLanguageModel(spec=spec, context_tokens=context_tokens(folder), missing=absent)
 
 
 def planned_shape(name: str) -> "LanguageModelShape":

@@ -119,6 +119,19 @@ def test_branches_that_look_less_deep_run_fewer_blocks(tmp_path: Path) -> None:
     assert found["parameters", "local_mlp"] == "31.47 M"
 
 
+def test_a_packaged_language_model_is_known_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is, is known before it is fetched: so are its keys."""
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "cache"))
+    found = facts(opened(tmp_path, slime_recipe("builtin:vision-encoder", "smollm2-135m-instruct")))
+    note = "not here, and a plan fetches nothing; the run itself fetches and converts their package"
+    assert {fact: value for (topic, fact), value in found.items() if topic == "missing"} == {
+        "weights of smollm2-135m-instruct": note,
+        "tokenizer of smollm2-135m-instruct": note,
+    }
+    assert all(value.endswith("  to do") for (topic, _), value in found.items() if topic == "stages")
+    assert found["parameters", "language model"] == "134.52 M"
+
+
 def test_a_real_run_still_refuses_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match=r"clip-vit-large-patch14-336': expected a folder here or a model on the hub, found neither"):
