@@ -159,8 +159,8 @@ def plan_encoder(model: str) -> EncoderSpec:
                 f"Known are {', '.join(known_encoders())}"
             )
         return known
-    has_weights = any(folder.glob("*.safetensors")) and (is_folder or not absent_shards(folder))
-    if not has_weights and (folder / "config.json").is_file() and not _unsafe_weights(folder):
+    has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
+    if not has_weights and (folder / "config.json").is_file() and not (is_folder and _unsafe_weights(folder)):
         return _described(model, folder, UnknownDigest(f"the weights of {model}"))
     if is_folder:
         return describe_encoder(model)
@@ -189,7 +189,7 @@ def _described(model: str, folder: Path, weights_sha256: str) -> EncoderSpec:
         patch_px=patch_px,
         width=int(config.hidden_size),
         num_blocks=int(config.num_hidden_layers),
-        prefix_tokens=prefix_tokens(family, int(getattr(config, "num_register_tokens", 0))),
+        prefix_tokens=prefix_tokens(family, int(config.num_register_tokens) if family == "dinov2_with_registers" else 0),
         mean=mean,
         std=std,
         num_heads=int(config.num_attention_heads),

@@ -255,6 +255,8 @@ def test_a_plan_takes_what_the_hubs_cache_holds_and_asks_no_network(tiny_encoder
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     shutil.copyfile(tiny_encoder_folder / "config.json", snapshot / "config.json")
     assert plan_encoder("some/tower").weights_sha256 == UnknownDigest("the weights of some/tower")
+    (snapshot / "pytorch_model.bin").write_bytes(b"of another program; a run fetches safetensors")
+    assert plan_encoder("some/tower").weights_sha256 == UnknownDigest("the weights of some/tower")
     shutil.copyfile(tiny_encoder_folder / "model.safetensors", snapshot / "model.safetensors")
     expected = describe_encoder(str(tiny_encoder_folder))
     assert plan_encoder("some/tower") == dataclasses.replace(expected, model="some/tower")
@@ -268,6 +270,7 @@ def test_weights_that_an_index_names_must_all_be_there(tiny_encoder_folder, tmp_
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(EncoderError, match=r"found no model-00002-of-00002\.safetensors; copy or fetch it"):
         encoder_folder(str(folder))
+    assert isinstance(plan_encoder(str(folder)).weights_sha256, UnknownDigest)
     index.write_text("[]")
     with pytest.raises(EncoderError, match=r"found no model\.safetensors\.index\.json"):
         encoder_folder(str(folder))
@@ -315,6 +318,8 @@ def test_a_folder_without_weights_says_what_was_expected(tiny_encoder_folder, tm
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(EncoderError, match=r"found pytorch_model\.bin\. Pickled weights can run code"):
         describe_encoder(str(folder))
+    with pytest.raises(EncoderError, match=r"Pickled weights can run code"):
+        plan_encoder(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(EncoderError, match=r"found no config\.json"):
         describe_encoder(str(folder))
