@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["NUM_EXPERTS", "Gate", "Projector", "init_linear"]
+__all__ = ["NUM_EXPERTS", "Gate", "Newline", "Projector", "init_linear", "resized_grid"]
 
 NUM_EXPERTS = 2
 """The projector on the tokens, and the same projector behind the resampler."""
@@ -61,14 +61,21 @@ class Projector(nn.Module):
 class Gate(nn.Module):
     """Weights of the two experts, per token.
 
-    Source: SliME section 2.2. Differs from the authors' code, equals the paper: the noise has a matrix of its own. Both experts are always kept
-    (k = 2 of 2), so nothing is sparse and no load is balanced; their renormalisation with +1e-6 is left out, since a softmax already sums to 1.
+    Source: SliME section 2.2. The noise has a matrix of its own, as in the paper, or the gate's, as in the authors' code. Differs: both experts are
+    always kept (k = 2 of 2), so nothing is sparse and no load is balanced; their renormalisation with +1e-6 is left out, since a softmax already sums
+    to 1.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, own_noise: bool = True) -> None:
+        """Build; both matrices start at zero, so the first weights are a half each.
+
+        Args:
+            width: channels of the fused tokens.
+            own_noise: whether the noise has a matrix of its own.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, NUM_EXPERTS))
-        self.noise_weight = nn.Parameter(torch.zeros(width, NUM_EXPERTS))
+        self.noise_weight = nn.Parameter(torch.zeros(width, NUM_EXPERTS)) if own_noise else None
 
     def forward(self, tokens: Float[Tensor, "*batch width"], noise: Float[Tensor, "*batch experts"] | None = None) -> Float[Tensor, "*batch experts"]:
         """How much each expert counts for each token.
@@ -82,5 +89,39 @@ class Gate(nn.Module):
         """
         logits = (tokens @ self.weight).float()
         if noise is not None:
-            logits = logits + noise * (F.softplus((tokens @ self.noise_weight).float()) + NOISE_FLOOR)
+            spread = self.weight if self.noise_weight is None else self.noise_weight
+            logits = logits + noise * (F.softplus((tokens @ spread).float()) + NOISE_FLOOR)
         return torch.softmax(logits, dim=-1)
+
+
+class Newline(nn.Module):
+    """A learned token that ends the lines of a picture.
+
+    Source: LLaVA-NeXT's image_newline. Differs: it starts with unit variance and is scaled like every visual token.
+    """
+
+    def __init__(self, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(hidden, generator=generator))
+
+    def forward(self) -> Float[Tensor, "1 hidden"]:
+        """The token, not scaled yet."""
+        return self.vector[None]
+
+
+def resized_grid(tokens: Float[Tensor, "batch tokens hidden"], output_grid: int) -> Float[Tensor, "batch resized hidden"]:
+    """Tokens of a square grid, interpolated bilinearly to another.
+
+    Args:
+        tokens: row by row.
+        output_grid: tokens on a side afterwards.
+
+    Returns:
+        [batch, output_grid ** 2, hidden].
+
+    Source: Dense Connector section 3.3, whose code is not released: neither whether corners are aligned nor whether it smooths first is known. Here
+    neither: halving a grid then is the mean of every 2 x 2 tokens.
+    """
+    grid = math.isqrt(tokens.shape[1])
+    raster = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.interpolate(raster, size=(output_grid, output_grid), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)

@@ -169,16 +169,17 @@ class Resampler(nn.Module):
         nn.init.eye_(self.to_output.weight)
 
     def _place_logits(self, queries: Float[Tensor, "queries width"]) -> Float[Tensor, "heads queries patches"]:
-        """The part of the logits that queries and places alone decide, in fp32, with every row's largest entry moved to 0 (which a softmax ignores).
+        """The part of the logits that queries and places alone decide, with every row's largest entry moved to 0 (which a softmax ignores).
 
-        Sine-cosine codes share a large common part: their products lie in the hundreds and differ by less than 1, more than half precision holds.
+        Sine-cosine codes share a large common part: their products lie in the hundreds and differ by less than 1. Half precision does not hold that,
+        single precision costs 3e-5 of the output; so they are taken in double, once per batch and not per image.
         """
-        keys = self.key_places @ self.to_keys.weight.T
+        keys = self.key_places.double() @ self.to_keys.weight.double().T
         heads = self.num_heads
-        split_queries = queries.reshape(self.num_queries, heads, -1).transpose(0, 1)
+        split_queries = queries.double().reshape(self.num_queries, heads, -1).transpose(0, 1)
         split_keys = keys.reshape(self.num_patches, heads, -1).transpose(0, 1)
         logits = split_queries @ split_keys.transpose(1, 2) / math.sqrt(self.width // heads)
-        return logits - logits.amax(dim=-1, keepdim=True).detach()
+        return (logits - logits.amax(dim=-1, keepdim=True).detach()).float()
 
     def attention(self, tokens: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch heads queries patches"]:
         """Attention weights, for pictures and tests: how much each query takes from each patch."""

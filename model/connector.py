@@ -2,8 +2,8 @@
 
 Input: maps by name, [images, patches, width] for global views and [views, patches, width] for local ones. Output: visual tokens in the scale of the
 language model's input embeddings. Every trainable part is a child named after its block (`global_mlp`, `local_mlp`, `resampler`, `gate`,
-`compression`), so a parameter's first name tells which phase trains it. Invariant: what the connector computes depends on its spec, its weights and
-its inputs alone; noise is an argument.
+`compression`, `newline`, `selector`), so a parameter's first name tells which phase trains it. Invariant: what the connector computes depends on its
+spec, its weights and its inputs alone; noise is an argument.
 
 Source: Dense Connector (arXiv 2405.13800) for fusion, SliME (arXiv 2406.08487) for adapters and compression.
 """
@@ -11,15 +11,20 @@ Source: Dense Connector (arXiv 2405.13800) for fusion, SliME (arXiv 2406.08487) 
 from collections.abc import Mapping
 from typing import Literal, assert_never
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.adapters import Gate, Projector
+from model.adapters import Gate, Newline, Projector, resized_grid
 from model.compression import Resampler
 from model.errors import MissingMapError
-from model.fusion import fuse, fused_tokens, fused_width
-from model.specs import ConnectorSpec, EncoderSpec, GatedMixtureSpec, MLPSpec
+from model.fusion import fuse
+from model.merging import merged_order
+from model.selector import LearnableSelector
+from model.specs import ConnectorSpec, EncoderSpec, GatedMixtureSpec, LearnableSelectorSpec, MLPSpec
+from model.views import ViewPlan
 
 __all__ = ["Connector", "Experts", "Standardiser", "build_connector"]
 
@@ -81,7 +86,7 @@ class Connector(nn.Module):
         """
         super().__init__()
         self.spec, self.num_patches, self.hidden = spec, num_patches, hidden
-        global_width = fused_width(spec.global_branch.fusion, encoder_width)
+        global_width = encoder_width * spec.global_branch.fusion.num_wide
         self.global_input = Standardiser(global_width)
         self.global_mlp = Projector(global_width, hidden, generator)
         self.resampler: Resampler | None = None
@@ -89,28 +94,35 @@ class Connector(nn.Module):
         match spec.global_branch.adapters:
             case MLPSpec():
                 pass
-            case GatedMixtureSpec(attention_init=attention_init):
+            case GatedMixtureSpec(attention_init=attention_init, noise=noise):
                 self.resampler = Resampler(
                     num_queries=num_patches, num_patches=num_patches, width=global_width, attention_init=attention_init, generator=generator
                 )
-                self.gate = Gate(global_width)
+                self.gate = Gate(global_width, own_noise=noise == "own")
             case _:
                 assert_never(spec.global_branch.adapters)
         self.local_input: Standardiser | None = None
         self.compression: Resampler | None = None
         self.local_mlp: Projector | None = None
-        if spec.local_branch is not None:
-            local_width = fused_width(spec.local_branch.fusion, encoder_width)
+        self.newline: Newline | None = None
+        self.selector: LearnableSelector | None = None
+        if (local := spec.local_branch) is not None:
+            local_width = encoder_width * local.fusion.num_wide
             self.local_input = Standardiser(local_width)
-            self.compression = Resampler(
-                num_queries=spec.local_branch.compression.queries,
-                num_patches=num_patches,
-                width=local_width,
-                attention_init=spec.local_branch.compression.attention_init,
-                generator=generator,
-            )
-            if spec.local_branch.projector == "own":
+            if local.compression is not None:
+                self.compression = Resampler(
+                    num_queries=local.compression.queries,
+                    num_patches=num_patches,
+                    width=local_width,
+                    attention_init=local.compression.attention_init,
+                    generator=generator,
+                )
+            if local.projector == "own":
                 self.local_mlp = Projector(local_width, hidden, generator)
+            if local.newline:
+                self.newline = Newline(hidden, generator)
+            if isinstance(local.selector, LearnableSelectorSpec):
+                self.selector = LearnableSelector(hidden, local.selector.width, generator)
         # A scale outside of the weights, so that a learning rate means the same whatever the embeddings' scale; it folds into the last layer.
         # Differs: the papers' tokens start in whatever scale the initialisation gives; a small language model never recovers from that.
         self.register_buffer("token_scale", torch.tensor(embedding_rms))
@@ -118,12 +130,29 @@ class Connector(nn.Module):
     @property
     def tokens_per_global_view(self) -> int:
         """Visual tokens of a global view."""
-        return fused_tokens(self.spec.global_branch.fusion, self.num_patches)
+        return self.spec.global_tokens(self.num_patches)
 
     @property
     def tokens_per_local_view(self) -> int:
         """Visual tokens of a local view; 0 without a local branch."""
-        return 0 if self.spec.local_branch is None else self.spec.local_branch.compression.queries
+        return 0 if self.spec.local_branch is None else self.spec.local_branch.view_tokens(self.num_patches)
+
+    def local_order(self, plan: ViewPlan) -> Int[NDArray[np.int64], "tokens"]:
+        """The order of an image's local tokens; see `merged_order`.
+
+        Args:
+            plan: of the image.
+
+        Returns:
+            Places among the image's local tokens; none without a local branch.
+        """
+        if self.spec.local_branch is None:
+            return np.zeros(0, dtype=np.int64)
+        return merged_order(plan, self.spec.local_branch, self.tokens_per_local_view)
+
+    def newline_token(self) -> Float[Tensor, "1 hidden"]:
+        """What ends a picture's lines, in the embeddings' scale; zeros without one."""
+        return self.token_scale.new_zeros(1, self.hidden) if self.newline is None else self.newline() * self.token_scale
 
     def fuse_global(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens wide"]:
         """Fused, not yet standardised tokens of global views."""
@@ -171,7 +200,7 @@ class Connector(nn.Module):
         *,
         experts: Experts = "mixture",
         noise: Float[Tensor, "images tokens experts"] | None = None,
-    ) -> Float[Tensor, "images tokens hidden"]:
+    ) -> Float[Tensor, "images tokens_out hidden"]:
         """Visual tokens of global views.
 
         Args:
@@ -180,7 +209,7 @@ class Connector(nn.Module):
             noise: standard normal numbers for the gate in training, None else.
 
         Returns:
-            g0 * MLP(x) + g1 * MLP(R(x)) with a mixture, MLP(x) without, in the embeddings' scale.
+            g0 * MLP(x) + g1 * MLP(R(x)) with a mixture, MLP(x) without, resized if the spec says so, in the embeddings' scale.
         """
         tokens = self.global_input(self.fuse_global(maps))
         if self.resampler is None or self.gate is None or experts == "mlp":
@@ -191,27 +220,32 @@ class Connector(nn.Module):
             both = self.global_mlp(torch.stack([tokens, self.resampler(tokens)]))  # one matrix product for both experts
             weights = self.gate(tokens, noise)
             projected = weights[..., 0:1] * both[0] + weights[..., 1:2] * both[1]
-        return projected * self.token_scale
+        return self._finished(projected, self.spec.global_branch.output_grid)
 
-    def local_tokens(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views queries hidden"]:
+    def _finished(self, projected: Float[Tensor, "batch tokens hidden"], output_grid: int | None) -> Float[Tensor, "batch tokens_out hidden"]:
+        resized = projected if output_grid is None else resized_grid(projected, output_grid)
+        return resized * self.token_scale
+
+    def local_tokens(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views tokens hidden"]:
         """Visual tokens of local views, each by itself.
 
         Args:
             maps: maps by name.
 
         Returns:
-            MLP(compression(x)) per view, in the embeddings' scale.
+            MLP(compression(x)) per view, MLP(x) without compression, resized if the spec says so, in the embeddings' scale.
 
         Raises:
             MissingMapError: there is no local branch.
         """
         fused = self.fuse_local(maps)
         assert self.local_input is not None
-        assert self.compression is not None
-        compressed = self.compression(self.local_input(fused))
+        assert self.spec.local_branch is not None
+        tokens = self.local_input(fused)
+        if self.compression is not None:
+            tokens = self.compression(tokens)
         projector = self.global_mlp if self.local_mlp is None else self.local_mlp
-        projected: Tensor = projector(compressed)
-        return projected.float() * self.token_scale
+        return self._finished(projector(tokens).float(), self.spec.local_branch.output_grid)
 
 
 def build_connector(spec: ConnectorSpec, encoder: EncoderSpec, *, hidden: int, embedding_rms: float, seed: int) -> Connector:
@@ -226,7 +260,11 @@ def build_connector(spec: ConnectorSpec, encoder: EncoderSpec, *, hidden: int, e
 
     Returns:
         The connector, in fp32, its input standardisation still the identity.
+
+    Raises:
+        SpecError: the connector asks for layers, pools or grids that the encoder does not have.
     """
+    spec.check_encoder(encoder)
     return Connector(
         spec,
         encoder_width=encoder.width,

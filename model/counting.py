@@ -42,11 +42,10 @@ def empty_connector(spec: ConnectorSpec, encoder: EncoderSpec, *, hidden: int) -
     """
     # A positional start measures what it has drawn, and there is nothing to measure here; how a resampler starts does not change its shapes.
     local = spec.local_branch
-    shaped = replace(
-        spec,
-        global_branch=replace(spec.global_branch, adapters=_started_at_random(spec.global_branch.adapters)),
-        local_branch=None if local is None else replace(local, compression=replace(local.compression, attention_init="authors")),
-    )
+    if local is not None and local.compression is not None:
+        local = replace(local, compression=replace(local.compression, attention_init="authors"))
+    branch = replace(spec.global_branch, adapters=_started_at_random(spec.global_branch.adapters))
+    shaped = replace(spec, global_branch=branch, local_branch=local)
     with torch.device("meta"):
         return build_connector(shaped, encoder, hidden=hidden, embedding_rms=1.0, seed=0)
 

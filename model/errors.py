@@ -3,6 +3,7 @@
 ModelError
 |-- SpecError                a spec holds a value that cannot be right
 |   |-- CanonicalisationError  a spec holds something that has no canonical form, so no identity
+|-- DecodingError            JSON values are not those of the dataclass they should be
 |-- EncoderError             an encoder folder is missing, incomplete or of an unknown family
 |-- LanguageModelError       a language model folder is missing, incomplete or unusable
 |-- ImageError               bytes that are not an image Loupe accepts
@@ -15,6 +16,7 @@ ModelError
 __all__ = [
     "CanonicalisationError",
     "ConversationError",
+    "DecodingError",
     "EncoderError",
     "ExportError",
     "FrozenBlockChangedError",
@@ -42,6 +44,10 @@ class SpecError(ModelError, ValueError):
 
 class CanonicalisationError(SpecError):
     """A value has no canonical JSON form, so it cannot be part of an identity."""
+
+
+class DecodingError(ModelError):
+    """JSON values do not fit the dataclass that they should become; the message names the path."""
 
 
 class EncoderError(ModelError):

@@ -26,27 +26,12 @@ from torch import Tensor
 
 from model.chat import tokenise_question
 from model.connector import Connector
+from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
-from model.errors import ExportError, SpecError
+from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
 from model.language_model import load_language_model
-from model.specs import (
-    AdapterSpec,
-    CompressionSpec,
-    ConnectorSpec,
-    DCISpec,
-    EncoderSpec,
-    FusionSpec,
-    GatedMixtureSpec,
-    GlobalBranchSpec,
-    LocalBranchSpec,
-    MapSpec,
-    MLPSpec,
-    SCISpec,
-    SingleSpec,
-    STISpec,
-    canonical_json,
-)
+from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
 from model.vision_language import Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
 
@@ -54,7 +39,7 @@ __all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "loa
 
 CONFIG = "loupe_config.json"
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _MAX_NEW_TOKENS = 64
 
@@ -216,16 +201,24 @@ class ExportedModel:
         image = decode_image(image_bytes)
         plan = plan_views(image.width, image.height, encoder.view_px, self.config.views)
         global_maps = local_maps = None
-        num_views = 0
+        colour = encoder.mean_colour
         if mode in ("global", "both"):
-            global_maps = self._maps(cut_views(image, plan, "global"), spec.global_branch.fusion.maps)
+            global_maps = self._maps(cut_views(image, plan, "global", mean_colour=colour), spec.global_branch.fusion.maps)
         if mode in ("local", "both") and spec.local_branch is not None:
             local_maps = self._maps(cut_views(image, plan, "local"), spec.local_branch.fusion.maps)
-            num_views = len(plan.local_views)
-        room = room_for_text(self.model.max_tokens - max_new_tokens, self.model.connector, num_views)
-        layout = lay_out_images(self.model.connector, [global_maps is not None], [num_views])
+        room = room_for_text(self.model.max_tokens - max_new_tokens, self.model.connector, plan)
+        layout = lay_out_images(self.model.connector, [global_maps is not None], [None if local_maps is None else plan])
         conversation = tokenise_question(self.model.tokenizer, question, room)
-        batch = plan_sequences([conversation], [mode], [0], layout, pad_left=True, global_maps=global_maps, local_maps=local_maps)
+        batch = plan_sequences(
+            [conversation],
+            [mode],
+            [0],
+            layout,
+            pad_left=True,
+            global_maps=global_maps,
+            local_maps=local_maps,
+            selects=spec.selector is not None,
+        )
         tokens = self.model.generate(batch.to(self.model.device), max_new_tokens)[0]
         return Answer(
             text=self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
@@ -246,52 +239,11 @@ def _read_config(path: Path) -> ExportConfig:
     """The config, every field checked by the specs themselves."""
     try:
         values = json.loads(path.read_text())
-        if values["format_version"] != FORMAT_VERSION:
-            raise ExportError(
-                f"{path} has format version {values['format_version']}, this Loupe reads {FORMAT_VERSION}; export again with this version"
-            )
-        connector, encoder = values["connector"], values["encoder"]
-        local = connector["local_branch"]
-        return ExportConfig(
-            connector=ConnectorSpec(
-                global_branch=GlobalBranchSpec(
-                    fusion=_fusion(connector["global_branch"]["fusion"]), adapters=_adapters(connector["global_branch"]["adapters"])
-                ),
-                local_branch=None
-                if local is None
-                else LocalBranchSpec(
-                    fusion=_fusion(local["fusion"]), compression=CompressionSpec(**local["compression"]), projector=local["projector"]
-                ),
-                separator=connector["separator"],
-                standardise_inputs=connector["standardise_inputs"],
-            ),
-            encoder=EncoderSpec(**(encoder | {"mean": tuple(encoder["mean"]), "std": tuple(encoder["std"])})),
-            views=ViewSpec(**values["views"]),
-            feature_precision=values["feature_precision"],
-            precision=values["precision"],
-            language_model_precision=values["language_model_precision"],
-        )
-    except (KeyError, TypeError, ValueError, SpecError) as error:
+        version = values.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise ExportError(f"{path} has format version {version}, this Loupe reads {FORMAT_VERSION}; export again with this version")
+        return from_json(ExportConfig, values, where=path.name)
+    except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
+        if isinstance(error, ExportError):
+            raise
         raise ExportError(f"{path} cannot be read ({type(error).__name__}: {error}); export again with this version") from error
-
-
-def _fusion(values: dict[str, Any]) -> FusionSpec:
-    match values["kind"]:
-        case "single":
-            return SingleSpec(**values)
-        case "sti":
-            return STISpec(**(values | {"layers": tuple(values["layers"])}))
-        case "sci":
-            return SCISpec(**(values | {"layers": tuple(values["layers"])}))
-        case "dci":
-            return DCISpec(**(values | {"groups": tuple((first, last) for first, last in values["groups"])}))
-    raise ExportError(f"unknown fusion {values['kind']!r}")
-
-
-def _adapters(values: dict[str, Any]) -> AdapterSpec:
-    match values["kind"]:
-        case "mlp":
-            return MLPSpec(**values)
-        case "gated_mixture":
-            return GatedMixtureSpec(**values)
-    raise ExportError(f"unknown adapters {values['kind']!r}")

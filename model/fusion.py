@@ -6,6 +6,7 @@ spec names and the features do not hold raises; zeros in its place would train, 
 Source: Dense Connector (arXiv 2405.13800) section 3.1 and the authors' code, which puts the base layer first.
 """
 
+import math
 from collections.abc import Mapping
 from typing import assert_never
 
@@ -17,45 +18,7 @@ from torch import Tensor
 from model.errors import MissingMapError
 from model.specs import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
 
-__all__ = ["fuse", "fused_tokens", "fused_width"]
-
-
-def fused_width(spec: FusionSpec, width: int) -> int:
-    """Channels of the fused tokens.
-
-    Args:
-        spec: the fusion.
-        width: the encoder's width.
-
-    Returns:
-        The encoder's width, times the number of maps for sci and dci.
-    """
-    match spec:
-        case SingleSpec() | STISpec():
-            return width
-        case SCISpec() | DCISpec():
-            return width * len(spec.maps)
-        case _:
-            assert_never(spec)
-
-
-def fused_tokens(spec: FusionSpec, num_patches: int) -> int:
-    """Tokens of a fused view.
-
-    Args:
-        spec: the fusion.
-        num_patches: patches in a view.
-
-    Returns:
-        The patches, and for sti the pooled tokens behind them.
-    """
-    match spec:
-        case SingleSpec() | SCISpec() | DCISpec():
-            return num_patches
-        case STISpec():
-            return num_patches + len(spec.layers) * (num_patches // spec.pool)
-        case _:
-            assert_never(spec)
+__all__ = ["fuse"]
 
 
 def fuse(maps: Mapping[str, Float[Tensor, "batch patches width"]], spec: FusionSpec) -> Float[Tensor, "batch tokens wide"]:
@@ -66,12 +29,13 @@ def fuse(maps: Mapping[str, Float[Tensor, "batch patches width"]], spec: FusionS
         spec: the fusion.
 
     Returns:
-        Tokens: [batch, fused_tokens, fused_width].
+        Tokens: [batch, spec.num_tokens(patches), spec.num_wide * width].
 
     Raises:
         MissingMapError: a named map is not there.
 
-    Differs: sti floors where the patches are no multiple of the pool, as the authors' code does (it drops the rest).
+    Differs: sti may also pool squares of the grid (`pool = [rows, columns]`), which no paper does; one number pools as the authors' code, which
+    drops the tokens that fill no pool.
     """
     names = [map_spec.name for map_spec in spec.maps]
     if missing := [name for name in names if name not in maps]:
@@ -83,8 +47,16 @@ def fuse(maps: Mapping[str, Float[Tensor, "batch patches width"]], spec: FusionS
         case SCISpec() | DCISpec():
             return torch.cat(chosen, dim=-1)
         case STISpec():
-            # 1-D over the flattened raster, so that a token of the pool may span a row's end: that is what the authors trained.
-            pooled = [F.avg_pool1d(extra.transpose(1, 2), kernel_size=spec.pool, stride=spec.pool).transpose(1, 2) for extra in chosen[1:]]
-            return torch.cat([chosen[0], *pooled], dim=1)
+            return torch.cat([chosen[0], *(_pooled(extra, spec.pool) for extra in chosen[1:])], dim=1)
         case _:
             assert_never(spec)
+
+
+def _pooled(tokens: Float[Tensor, "batch patches width"], pool: int | tuple[int, int]) -> Float[Tensor, "batch pooled width"]:
+    channels_first = tokens.transpose(1, 2)
+    if isinstance(pool, int):
+        # 1-D over the flattened raster, so that a pool may span a row's end: that is what the authors trained.
+        return F.avg_pool1d(channels_first, kernel_size=pool, stride=pool).transpose(1, 2)
+    grid = math.isqrt(tokens.shape[1])
+    raster = channels_first.unflatten(2, (grid, grid))
+    return F.avg_pool2d(raster, kernel_size=pool, stride=pool).flatten(2).transpose(1, 2)

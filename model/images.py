@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from model.errors import ImageError, SpecError
 from model.views import Branch, ViewPlan
 
-__all__ = ["REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score"]
+__all__ = ["DEFAULT_LIMITS", "REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score", "upright_rgb"]
 
 Reason = Literal["empty", "too_many_bytes", "not_an_image", "too_many_pixels", "extreme_aspect", "truncated", "undecodable"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -95,7 +95,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
             try:
                 image.seek(0)
                 image.load()
-                return _to_rgb(image)
+                return upright_rgb(image)
             except MemoryError:
                 raise
             except Image.DecompressionBombError as error:  # a frame may be larger than its file's header says
@@ -107,7 +107,18 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 raise _refuse(reason, f"the pixels cannot be decoded: {type(error).__name__}: {text}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture, or the frame it stands at, upright and in RGB; see `decode_image`.
+
+    Args:
+        image: in any mode.
+
+    Returns:
+        Mode RGB.
+
+    Raises:
+        ValueError: 32-bit samples, which have no defined white.
+    """
     profile = image.info.get("icc_profile")
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):
@@ -139,29 +150,33 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def cut_views(image: Image.Image, plan: ViewPlan, branch: Branch | None = None) -> UInt8[np.ndarray, "views 3 px px"]:
+def cut_views(
+    image: Image.Image, plan: ViewPlan, branch: Branch | None = None, *, mean_colour: tuple[int, int, int] | None = None
+) -> UInt8[np.ndarray, "views 3 px px"]:
     """Cut the views of a plan out of an image.
 
     Args:
         image: RGB, of the size that the plan was made for.
         plan: which views.
         branch: only the global or only the local views; None is all, global first.
+        mean_colour: red, green, blue, 0 to 255, that a padded global view is filled up with: `EncoderSpec.mean_colour`.
 
     Returns:
         uint8 array [views, 3, view_px, view_px], in the plan's order.
 
     Raises:
-        SpecError: the plan is for an image of another size.
+        SpecError: the plan is for an image of another size, or pads its global view and there is no colour to pad with.
 
     Source: SliME's code: bicubic resize of the whole image into the canvas, black padding, tiles row by row; the global view is a bicubic squash.
+    LLaVA's code for a padded one: the image on a square of the encoder's mean colour, then a bicubic resize.
     """
     if image.size != (plan.image_width_px, plan.image_height_px):
         raise SpecError(f"the plan is for an image of {plan.image_width_px}x{plan.image_height_px} px, found {image.size[0]}x{image.size[1]}")
     side = plan.view_px
     parts = []
     if branch != "local":
-        squashed = image.resize((side, side), Image.Resampling.BICUBIC)
-        parts.append(np.asarray(squashed, dtype=np.uint8)[None])
+        whole = image if plan.global_fit == "squash" else _padded(image, plan, mean_colour)
+        parts.append(np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)[None])
     if branch != "global":
         scaled = np.asarray(image.resize((plan.scaled_width_px, plan.scaled_height_px), Image.Resampling.BICUBIC), dtype=np.uint8)
         canvas = np.zeros((plan.canvas_height_px, plan.canvas_width_px, 3), dtype=np.uint8)
@@ -170,6 +185,15 @@ def cut_views(image: Image.Image, plan: ViewPlan, branch: Branch | None = None) 
         tiles = canvas.reshape(plan.rows, side, plan.columns, side, 3).transpose(0, 2, 1, 3, 4)
         parts.append(tiles.reshape(plan.rows * plan.columns, side, side, 3))
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 3, 1, 2))
+
+
+def _padded(image: Image.Image, plan: ViewPlan, mean_colour: tuple[int, int, int] | None) -> Image.Image:
+    if mean_colour is None:
+        raise SpecError("a padded global view is filled up with the encoder's mean colour, found none; pass mean_colour")
+    place = plan.global_view.source
+    square = Image.new("RGB", (round(place.width_px), round(place.height_px)), mean_colour)
+    square.paste(image, (-round(place.left), -round(place.top)))
+    return square
 
 
 def detail_score(image: Image.Image, view_px: int) -> float:

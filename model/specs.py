@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.errors import CanonicalisationError, SpecError
 from model.views import ViewSpec
@@ -33,14 +33,18 @@ __all__ = [
     "GatedMixtureSpec",
     "GlobalBranchSpec",
     "LanguageModelSpec",
+    "LearnableSelectorSpec",
     "LocalBranchSpec",
     "MLPSpec",
     "MapSpec",
+    "Merge",
     "PhaseSpec",
     "SCISpec",
     "STISpec",
     "ScheduleSpec",
+    "SelectorSpec",
     "SingleSpec",
+    "TextGuidedSelectorSpec",
     "UnknownDigest",
     "canonical_json",
     "fingerprint",
@@ -50,8 +54,8 @@ __all__ = [
 
 SpecValue = None | bool | int | float | str | list[Any] | dict[str, Any]
 
-Block = Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model"]
-BLOCKS: tuple[Block, ...] = ("global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model")
+Block = Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "newline", "selector", "language_model"]
+BLOCKS: tuple[Block, ...] = get_args(Block)
 """Everything that a phase can train, in the order in which parameter groups and records list it."""
 
 CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block != "language_model")
@@ -119,6 +123,12 @@ class EncoderSpec:
     norm_eps: float
 
     @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The mean as a colour of 0 to 255, rounded down as LLaVA's code does: what a padded global view is filled up with."""
+        red, green, blue = (int(255 * value) for value in self.mean)
+        return red, green, blue
+
+    @property
     def grid(self) -> int:
         """Patches on a side. Pixels behind the last whole patch are seen by none: 6 of SigLIP-SO400M/14's 384."""
         return self.view_px // self.patch_px
@@ -168,23 +178,61 @@ class SingleSpec:
         """The maps this fusion reads, in channel order."""
         return (MapSpec(layers=(self.layer,)),)
 
+    @property
+    def num_wide(self) -> int:
+        """Maps side by side in a fused token."""
+        return 1
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens of a fused view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        return num_patches
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class STISpec:
     """Sparse token integration: the base layer's tokens, then pooled tokens of other layers.
 
-    Source: Dense Connector (arXiv 2405.13800) section 3.1 and the authors' code: 1-D average pool over the flattened raster.
+    Source: Dense Connector (arXiv 2405.13800) section 3.1 and the authors' code, which pools the flattened raster.
+
+    Raises:
+        SpecError: a pool of nothing.
     """
 
     kind: Literal["sti"] = "sti"
     base: int
     layers: tuple[int, ...]
-    pool: int = 8
+    pool: int | tuple[int, int] = 8
+    """How many tokens become one. A number: so many neighbours along the flattened raster, as the authors do it; where rows are no multiple of it, a
+    pool spans a row's end, and tokens that fill no pool are dropped. Two numbers: rows and columns of a patch of the grid, which it must divide."""
+
+    def __post_init__(self) -> None:
+        if min(self.pool if isinstance(self.pool, tuple) else (self.pool,)) < 1:
+            raise SpecError(f"fusion.pool must be a number, or [rows, columns], of at least 1; found {self.pool}")
 
     @property
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in token order."""
         return tuple(MapSpec(layers=(layer,)) for layer in (self.base, *self.layers))
+
+    @property
+    def num_wide(self) -> int:
+        """Maps side by side in a fused token."""
+        return 1
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens of a fused view: the base layer's and the pooled ones.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        if isinstance(self.pool, int):
+            return num_patches + len(self.layers) * (num_patches // self.pool)
+        rows, columns = self.pool
+        return num_patches + len(self.layers) * (num_patches // (rows * columns))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +250,19 @@ class SCISpec:
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in channel order."""
         return tuple(MapSpec(layers=(layer,)) for layer in (self.base, *self.layers))
+
+    @property
+    def num_wide(self) -> int:
+        """Maps side by side in a fused token."""
+        return 1 + len(self.layers)
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens of a fused view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        return num_patches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +287,19 @@ class DCISpec:
         """The maps this fusion reads, in channel order."""
         return (MapSpec(layers=(self.base,)), *(MapSpec(layers=tuple(range(first, last + 1))) for first, last in self.groups))
 
+    @property
+    def num_wide(self) -> int:
+        """Maps side by side in a fused token."""
+        return 1 + len(self.groups)
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens of a fused view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        return num_patches
+
 
 FusionSpec = SingleSpec | STISpec | SCISpec | DCISpec
 
@@ -241,14 +315,15 @@ class MLPSpec:
 class GatedMixtureSpec:
     """Two experts behind a per-token gate: the MLP, and the same MLP behind a resampler.
 
-    Source: SliME section 2.2. Differs from the authors' code, equals the paper: the noise has a matrix of its own.
+    Source: SliME section 2.2. The authors' code takes the gate's own matrix for the noise, the paper another one: `noise` says which.
     """
 
     kind: Literal["gated_mixture"] = "gated_mixture"
     attention_init: Literal["positional", "authors"] = "positional"
     """`positional`: each query starts by looking at its own place in the grid. `authors`: random projections, which learn places from 558K images."""
-    noise: bool = True
-    """Gaussian noise on the gate's logits in training."""
+    noise: Literal["own", "authors", "none"] = "own"
+    """Gaussian noise on the gate's logits in training. `own`: scaled by a matrix of its own, as in the paper. `authors`: by the gate's matrix, as in
+    their code. `none`: no noise."""
 
 
 AdapterSpec = MLPSpec | GatedMixtureSpec
@@ -271,31 +346,156 @@ class CompressionSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextGuidedSelectorSpec:
+    """Drops local tokens that have little to do with the question, without parameters and without a gradient.
+
+    A token's score is its cosine with the text's input embeddings, summed or averaged over the text; softmax over the image's local tokens; the
+    likeliest are kept until their sum exceeds `top_p`, the one that exceeds it included, in their old order.
+
+    Source: SliME section 2.3 and the authors' code. Differs: the text is the prompt alone. Their code looks at the answer as well, which at inference
+    is not there; `authors_leak` asks for that.
+
+    Raises:
+        SpecError: a share, temperature or deviation that cannot be.
+    """
+
+    kind: Literal["text_guided"] = "text_guided"
+    top_p: float = 0.95
+    """Share of the probability to keep; 1 keeps every token."""
+    temperature: float = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    """Over the text: `sum` as in the authors' code, which sharpens the softmax as the text grows; `mean` as in the paper."""
+    noise: float = 0.1
+    """Standard deviation of the Gaussian noise on the scores in training."""
+    authors_leak: bool = False
+    """Let the answer take part in the choice in training, to reproduce the authors' code. A leak: what is kept then tells of the answer."""
+
+    def __post_init__(self) -> None:
+        _check_selector(self.top_p, self.temperature, self.noise)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnableSelectorSpec:
+    """The same choice by scores that learn: both sides go through a small matrix each, and the softmax weighs what is kept.
+
+    Source: SliME's code has a trainable selector whose scores reach the loss through indices alone, so it cannot learn. Differs: a straight-through
+    gradient; kept tokens are what they were, and the gradient is that of tokens weighed by their probability. It starts near the cosine.
+
+    Raises:
+        SpecError: as for `TextGuidedSelectorSpec`, or a width below 1.
+    """
+
+    kind: Literal["learnable"] = "learnable"
+    top_p: float = 0.95
+    temperature: float = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    noise: float = 0.1
+    width: int = 128
+    """Channels in which tokens and text are compared."""
+
+    def __post_init__(self) -> None:
+        _check_selector(self.top_p, self.temperature, self.noise)
+        if self.width < 1:
+            raise SpecError(f"selector.width must be at least 1, found {self.width}")
+
+
+def _check_selector(top_p: float, temperature: float, noise: float) -> None:
+    if not (0 < top_p <= 1 and 0 < temperature < float("inf") and 0 <= noise < float("inf")):
+        raise SpecError(
+            f"selector: found top_p {top_p:g}, temperature {temperature:g}, noise {noise:g}; allowed: top_p above 0 and at most 1 (1 keeps every "
+            "token), a temperature above 0, a deviation of the noise from 0 up"
+        )
+
+
+SelectorSpec = TextGuidedSelectorSpec | LearnableSelectorSpec
+
+Merge = Literal["flat", "spatial", "spatial_unpad"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalBranchSpec:
     """What happens to the global view's maps: fusion, then adapters into the language model's width."""
 
     fusion: FusionSpec
     adapters: AdapterSpec
+    output_grid: int | None = None
+    """Visual tokens on a side, reached by bilinear interpolation behind the adapters; None leaves the encoder's grid.
+
+    Source: the efficient variant of Dense Connector, section 3.3 (24 x 24 to 12 x 12); the authors released no code for it."""
+
+    def __post_init__(self) -> None:
+        _check_output_grid(self.output_grid, self.fusion, "global")
+
+
+def _check_output_grid(output_grid: int | None, fusion: FusionSpec, branch: str) -> None:
+    if output_grid is None:
+        return
+    if output_grid < 1:
+        raise SpecError(f"connector.{branch}.output_grid must be at least 1, found {output_grid}")
+    if isinstance(fusion, STISpec):
+        raise SpecError(f"connector.{branch}: output_grid resizes a square grid of tokens, which sti does not give; use single, sci or dci")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalBranchSpec:
-    """What happens to each local view's maps: fusion, compression, projection."""
+    """What happens to the local views' maps: fusion, compression, projection, merging, selection.
+
+    Raises:
+        SpecError: parts that do not fit each other.
+    """
 
     fusion: FusionSpec
-    compression: CompressionSpec
+    compression: CompressionSpec | None
+    """None keeps every token of a view, as AnyRes tiling does."""
     projector: Literal["shared", "own"] = "shared"
     """`shared`: the global branch's MLP, as SliME does; needs equal fused widths. `own`: a block `local_mlp`."""
+    output_grid: int | None = None
+    """As `GlobalBranchSpec.output_grid`, for every local view; only without compression."""
+    merge: Merge = "flat"
+    """How the views' tokens follow each other. `flat`: view by view. `spatial`: line by line over the whole picture. `spatial_unpad`: the same
+    without the lines and columns that show padding, which LLaVA-NeXT removes."""
+    newline: bool = False
+    """A learned token at every line's end, block `newline`; only with a spatial merge."""
+    selector: SelectorSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_output_grid(self.output_grid, self.fusion, "local")
+        if self.compression is not None and isinstance(self.fusion, STISpec):
+            raise SpecError(
+                "connector.local.fusion cannot be sti: its pooled tokens have no place in the grid that compression reads; use sci or dci"
+            )
+        if self.compression is not None and self.output_grid is not None:
+            raise SpecError("connector.local: compression already sets the number of tokens of a view, so output_grid has no place; leave one out")
+        if self.merge != "flat" and isinstance(self.fusion, STISpec):
+            raise SpecError(f"connector.local.merge is {self.merge}, but sti gives no square grid of tokens; use flat, or single, sci or dci")
+        if self.newline and self.merge == "flat":
+            raise SpecError("connector.local.newline ends the lines of a picture, which merge = 'flat' does not have; use spatial or spatial_unpad")
+
+    def view_tokens(self, num_patches: int) -> int:
+        """Visual tokens of one local view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        if self.compression is not None:
+            return self.compression.queries
+        if self.output_grid is not None:
+            return self.output_grid**2
+        return self.fusion.num_tokens(num_patches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectorSpec:
-    """Everything between the encoder's maps and the language model's input embeddings."""
+    """Everything between the encoder's maps and the language model's input embeddings.
+
+    Raises:
+        SpecError: branches that do not fit each other.
+    """
 
     global_branch: GlobalBranchSpec
     local_branch: LocalBranchSpec | None
-    separator: str = ","
-    """Its first token's input embedding stands between global and local tokens."""
+    separator: str | None = ","
+    """Its first token's input embedding stands between global and local tokens; None leaves it out."""
     standardise_inputs: bool = True
     """Fused tokens are centred and scaled per channel, by numbers measured once on training images. An affine map in front of a linear layer, so it
     folds exactly into it. Differs from both papers, which train long enough not to need it."""
@@ -306,26 +506,82 @@ class ConnectorSpec:
         present: set[Block] = {"global_mlp"}
         if isinstance(self.global_branch.adapters, GatedMixtureSpec):
             present |= {"resampler", "gate"}
-        if self.local_branch is not None:
-            present.add("compression")
-            if self.local_branch.projector == "own":
-                present.add("local_mlp")
+        local = self.local_branch
+        if local is not None:
+            has: dict[Block, bool] = {
+                "compression": local.compression is not None,
+                "local_mlp": local.projector == "own",
+                "newline": local.newline,
+                "selector": isinstance(local.selector, LearnableSelectorSpec),
+            }
+            present |= {block for block, there in has.items() if there}
         return tuple(block for block in BLOCKS if block in present)
 
-    def __post_init__(self) -> None:
-        for name, branch in (("global", self.global_branch), ("local", self.local_branch)):
-            if isinstance(branch, LocalBranchSpec) and isinstance(branch.fusion, STISpec):
+    @property
+    def selector(self) -> SelectorSpec | None:
+        """What drops local tokens; None where nothing does."""
+        return None if self.local_branch is None else self.local_branch.selector
+
+    def global_tokens(self, num_patches: int) -> int:
+        """Visual tokens of a global view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        output_grid = self.global_branch.output_grid
+        return self.global_branch.fusion.num_tokens(num_patches) if output_grid is None else output_grid**2
+
+    def check_encoder(self, encoder: EncoderSpec) -> None:
+        """Refuse what does not fit an encoder: layers that it lacks, pools and grids that its grid does not hold.
+
+        Args:
+            encoder: whose maps the connector reads.
+
+        Raises:
+            SpecError: names the field, what was found and what is allowed.
+        """
+        for branch, spec in (("global", self.global_branch), ("local", self.local_branch)):
+            if spec is None:
+                continue
+            for map_spec in spec.fusion.maps:
+                if map_spec.layers[-1] > encoder.num_blocks:
+                    raise SpecError(
+                        f"connector.{branch}.fusion needs layer {map_spec.layers[-1]}, but {encoder.model} has layers 0..{encoder.num_blocks}; "
+                        "choose layers within"
+                    )
+            fusion = spec.fusion
+            if isinstance(fusion, STISpec):
+                _check_pool(fusion, encoder, branch)
+            if spec.output_grid is not None and spec.output_grid > encoder.grid:
                 raise SpecError(
-                    "connector.local.fusion cannot be sti: its pooled tokens have no place in the grid that compression reads; use sci or dci"
+                    f"connector.{branch}.output_grid: found {spec.output_grid}, but a view of {encoder.model} has {encoder.grid} x {encoder.grid} "
+                    f"tokens; allowed: 1 to {encoder.grid}"
                 )
-            if isinstance(branch, GlobalBranchSpec) and isinstance(branch.fusion, STISpec) and isinstance(branch.adapters, GatedMixtureSpec):
-                raise SpecError(f"connector.{name}: sti has no square token grid, which gated_mixture's resampler needs; use mlp, sci or dci")
-        local = self.local_branch
-        if local is not None and local.projector == "shared" and len(local.fusion.maps) != len(self.global_branch.fusion.maps):
+
+    def __post_init__(self) -> None:
+        branch, local = self.global_branch, self.local_branch
+        if isinstance(branch.fusion, STISpec) and isinstance(branch.adapters, GatedMixtureSpec):
+            raise SpecError("connector.global: sti has no square token grid, which gated_mixture's resampler needs; use mlp, sci or dci")
+        if local is not None and local.projector == "shared" and local.fusion.num_wide != branch.fusion.num_wide:
             raise SpecError(
-                f"connector.local.projector is shared, but the global branch fuses {len(self.global_branch.fusion.maps)} maps and the local one "
-                f"{len(local.fusion.maps)}: widths differ; set projector = 'own' or make the fusions alike"
+                f"connector.local.projector is shared, but tokens of the global branch are {branch.fusion.num_wide} maps wide and those of the local "
+                f"one {local.fusion.num_wide}; set projector = 'own' or make the fusions alike"
             )
+
+
+def _check_pool(fusion: STISpec, encoder: EncoderSpec, branch: str) -> None:
+    grid = encoder.grid
+    if isinstance(fusion.pool, int):
+        if fusion.pool > encoder.num_patches:
+            raise SpecError(
+                f"connector.{branch}.fusion.pool: found {fusion.pool}, but a view of {encoder.model} has {encoder.num_patches} tokens; use fewer"
+            )
+    elif any(grid % side for side in fusion.pool):
+        divisors = [side for side in range(1, grid + 1) if grid % side == 0]
+        raise SpecError(
+            f"connector.{branch}.fusion.pool: found {list(fusion.pool)}, which does not divide the {grid} x {grid} tokens of {encoder.model}; "
+            f"allowed: two out of {divisors}, or one number for the authors' pooling of the flattened raster"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -392,6 +648,11 @@ class PhaseSpec:
     Differs: neither paper has it. Answers alone do not ground a small language model within minutes; this does (see README, Measured)."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
+    selector: bool = False
+    """Whether the connector's selector drops local tokens. SliME's alignment keeps them all, its fine-tuning does not."""
+    sources: tuple[str, ...] = ()
+    """Which of the dataset's sources the phase sees, by their labels; empty means all. Both papers align on captions, fine-tune on
+    instructions."""
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -406,6 +667,8 @@ class PhaseSpec:
             "resampler": mix.shows_global and self.experts != "mlp",
             "gate": mix.shows_global and self.experts == "mixture",
             "compression": mix.shows_local,
+            "newline": mix.shows_local,
+            "selector": mix.shows_local and self.selector,
             "language_model": True,
         }
         return tuple(block for block in BLOCKS if by_block[block])
@@ -418,7 +681,8 @@ class PhaseSpec:
         if idle := [block for block in self.train if block not in self.reached]:
             raise SpecError(
                 f"phase {self.name!r}: branch (found {self.branch.words}) leaves {', '.join(idle)} of train without effect; allowed: "
-                "resampler and gate with a share of global or both, compression and local_mlp of local or both, global_mlp with any of these. "
+                "resampler and gate with a share of global or both, compression, local_mlp and newline of local or both, selector of these where "
+                "the phase's selector is on, global_mlp with any. "
                 "Leave it out of train (in place of connector, name the other blocks), or change branch"
             )
         if self.language_model_learning_rate is not None and "language_model" not in self.train:
@@ -431,6 +695,8 @@ class PhaseSpec:
                 f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
                 "allowed: 0. Leave it out, or give local or both a share of branch"
             )
+        if list(self.sources) != sorted(set(self.sources)):
+            raise SpecError(f"phase {self.name!r}: sources must be in order and each once, found {list(self.sources)}")
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

@@ -1,10 +1,10 @@
 """Pure geometry: which views of an image an encoder sees, and where a box of the image lands in each.
 
-One global view (the whole image squashed to the encoder's square) and a grid of local views (the image scaled, keeping its aspect, centred on a
-black canvas, and cut row by row). Inputs are sizes in pixels, outputs are plans: nothing here touches pixels, so a node without torch, numpy or
-Pillow can plan. Invariant: the local views tile the canvas exactly, without gap or overlap.
+One global view (the whole image as the encoder's square, squashed or padded) and a grid of local views (the image scaled, keeping its aspect,
+centred on a black canvas, and cut row by row). Inputs are sizes in pixels, outputs are plans: nothing here touches pixels, so a node without torch,
+numpy or Pillow can plan. Invariant: the local views tile the canvas exactly, without gap or overlap.
 
-Source: SliME (arXiv 2406.08487), its slicing rule as the authors' code has it.
+Source: SliME (arXiv 2406.08487), its slicing rule as the authors' code and as the paper has it; LLaVA-NeXT's AnyRes.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 
 from model.errors import SpecError
 
-__all__ = ["Box", "View", "ViewPlan", "ViewSpec", "plan_views"]
+__all__ = ["LLAVA_NEXT_GRIDS", "Box", "View", "ViewPlan", "ViewSpec", "plan_views"]
 
 Branch = Literal["global", "local"]
 
@@ -51,27 +51,82 @@ class Box:
         )
 
 
+LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""(columns, rows) of LLaVA-NeXT's five canvases, in its order: 336x672, 672x336, 672x672, 1008x336, 336x1008 px at views of 336."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
     """How views are cut from an image. Part of a cache's identity.
 
     Raises:
-        SpecError: a number of slices that leaves no grid to choose from.
+        SpecError: a rule without what it needs, or with what another one needs.
     """
 
-    rule: Literal["slime"] = "slime"
-    """`slime`: the authors' code. Between 2 and `max_slices + 1` local views."""
-    max_slices: int = 6
-    """Cap on the number of slices that the area asks for; the rule tries one fewer and one more as well."""
+    rule: Literal["slime", "slime_paper", "anyres"] = "slime"
+    """`slime`: SliME's code; the area asks for a number of slices, `max_slices` at most, and one fewer and one more are tried. `slime_paper`: every
+    grid of 1 to `max_side` columns and rows, as the paper says. `anyres`: the `grids` that are listed, as in LLaVA-NeXT."""
+    max_slices: int | None = 6
+    max_side: int | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
+    """(columns, rows), the first of equally good ones wins."""
+    global_fit: Literal["squash", "pad"] = "squash"
+    """How the whole image becomes a square. `squash`: both sides scaled by themselves, as in SliME's code. `pad`: laid on a square of the encoder's
+    mean colour, as in LLaVA and SliME's paper."""
+
+    @classmethod
+    def slime(cls, *, max_slices: int = 6, global_fit: Literal["squash", "pad"] = "squash") -> "ViewSpec":
+        """The rule of SliME's code: 2 to `max_slices` + 1 local views."""
+        return cls(rule="slime", max_slices=max_slices, global_fit=global_fit)
+
+    @classmethod
+    def slime_paper(cls, *, max_side: int = 6, global_fit: Literal["squash", "pad"] = "pad") -> "ViewSpec":
+        """The rule of SliME's paper: 1 to `max_side` columns and rows."""
+        return cls(rule="slime_paper", max_slices=None, max_side=max_side, global_fit=global_fit)
+
+    @classmethod
+    def anyres(cls, *, grids: tuple[tuple[int, int], ...] = LLAVA_NEXT_GRIDS, global_fit: Literal["squash", "pad"] = "squash") -> "ViewSpec":
+        """LLaVA-NeXT's rule: the best of a list of grids."""
+        return cls(rule="anyres", max_slices=None, grids=grids, global_fit=global_fit)
+
+    @property
+    def candidate_grids(self) -> tuple[tuple[int, int], ...]:
+        """Every grid (columns, rows) that some image can get."""
+        match self.rule:
+            case "slime":
+                assert self.max_slices is not None
+                return tuple(grid for count in range(2, self.max_slices + 2) for grid in _factor_pairs(count))
+            case "slime_paper":
+                assert self.max_side is not None
+                sides = range(1, self.max_side + 1)
+                return tuple((columns, rows) for columns in sides for rows in sides)
+            case "anyres":
+                assert self.grids is not None
+                return self.grids
+            case _:
+                assert_never(self.rule)
 
     @property
     def max_local_views(self) -> int:
         """Local views of an image at most."""
-        return self.max_slices + 1
+        return max(columns * rows for columns, rows in self.candidate_grids)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.max_slices <= 48:
+        needed = {"slime": "max_slices", "slime_paper": "max_side", "anyres": "grids"}
+        for rule, name in needed.items():
+            if (getattr(self, name) is not None) != (rule == self.rule):
+                found = getattr(self, name)
+                raise SpecError(
+                    f"views.rule = {self.rule}: found {name} {found}; allowed: {needed[self.rule]}, and not {name}"
+                    if rule != self.rule
+                    else f"views.rule = {self.rule}: found no {name}, which it needs"
+                )
+        if self.max_slices is not None and not 2 <= self.max_slices <= 48:
             raise SpecError(f"views.max_slices must lie in 2..48, found {self.max_slices}")
+        if self.max_side is not None and not 1 <= self.max_side <= 12:
+            raise SpecError(f"views.max_side must lie in 1..12, found {self.max_side}")
+        if self.grids is not None and (not self.grids or len(set(self.grids)) != len(self.grids) or min(min(grid) for grid in self.grids) < 1):
+            raise SpecError(f"views.grids must list [columns, rows] of at least 1, each once; found {[list(grid) for grid in self.grids]}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +139,8 @@ class View:
     row: int
     column: int
     source: Box
-    """What this view shows, in pixels of the original image. Parts outside of the image are black."""
+    """What this view shows, in pixels of the original image. Parts outside of the image are padding: black in local views, the mean colour in the
+    global one."""
     view_px: int
 
     def project(self, box: Box) -> Box:
@@ -121,6 +177,7 @@ class ViewPlan:
     offset_x_px: int
     """Black columns left of the scaled image on the canvas."""
     offset_y_px: int
+    global_fit: Literal["squash", "pad"] = "squash"
 
     @property
     def canvas_width_px(self) -> int:
@@ -134,8 +191,11 @@ class ViewPlan:
 
     @property
     def global_view(self) -> View:
-        """The whole image, squashed to a square."""
-        whole = Box(left=0, top=0, right=self.image_width_px, bottom=self.image_height_px)
+        """The whole image as a square: squashed, or with padding on two sides."""
+        width, height = self.image_width_px, self.image_height_px
+        side_x, side_y = (max(width, height),) * 2 if self.global_fit == "pad" else (width, height)
+        left, top = -((side_x - width) // 2), -((side_y - height) // 2)
+        whole = Box(left=left, top=top, right=left + side_x, bottom=top + side_y)
         return View(branch="global", index=0, row=0, column=0, source=whole, view_px=self.view_px)
 
     @property
@@ -158,26 +218,27 @@ class ViewPlan:
         return (self.global_view, *self.local_views)
 
 
-def _slime_grid(width_px: int, height_px: int, view_px: int, max_slices: int) -> tuple[int, int]:
-    """(columns, rows) by the authors' rule: most of the image kept, then least canvas wasted, then first in order."""
+def _factor_pairs(count: int) -> tuple[tuple[int, int], ...]:
+    return tuple((columns, count // columns) for columns in range(1, count + 1) if count % columns == 0)
+
+
+def _slime_candidates(width_px: int, height_px: int, view_px: int, max_slices: int) -> tuple[tuple[int, int], ...]:
+    """The grids that SliME's code compares for an image."""
     num_slices = min(ceil(width_px * height_px / view_px**2), max_slices)
     counts = (2, 3) if num_slices <= 2 else (num_slices - 1, num_slices, num_slices + 1)
-    best: tuple[int, int] | None = None
-    best_score = (-1.0, 0.0)
-    for count in counts:
-        for columns in range(1, count + 1):
-            if count % columns:
-                continue
-            rows = count // columns
-            scale = min(view_px * columns / width_px, view_px * rows / height_px)
-            scaled_area = int(width_px * scale) * int(height_px * scale)
-            effective = min(scaled_area, width_px * height_px)
-            wasted = view_px * columns * view_px * rows - effective
-            score = (float(effective), -float(wasted))
-            if score > best_score:
-                best, best_score = (columns, rows), score
-    assert best is not None
-    return best
+    return tuple(grid for count in counts for grid in _factor_pairs(count))
+
+
+def _best_grid(width_px: int, height_px: int, view_px: int, grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """(columns, rows) by LLaVA-NeXT's score, which SliME shares: most of the image kept, then least canvas wasted, then first in order."""
+
+    def score(grid: tuple[int, int]) -> tuple[int, int]:
+        columns, rows = grid
+        scale = min(view_px * columns / width_px, view_px * rows / height_px)
+        effective = min(int(width_px * scale) * int(height_px * scale), width_px * height_px)
+        return effective, effective - view_px * columns * view_px * rows
+
+    return max(grids, key=score)  # the first of equal ones
 
 
 def plan_views(width_px: int, height_px: int, view_px: int, spec: ViewSpec) -> ViewPlan:
@@ -195,16 +256,20 @@ def plan_views(width_px: int, height_px: int, view_px: int, spec: ViewSpec) -> V
     Raises:
         SpecError: a size below one pixel.
 
-    Source: SliME section 2.1 and the authors' code (slices from the area, capped; grids by effective, then wasted pixels).
-    Differs: the view's side is an argument where the authors' code holds 336.
+    Source: SliME section 2.1 and the authors' code (slices from the area, capped; grids by effective, then wasted pixels); LLaVA-NeXT for anyres.
+    Differs: the view's side is an argument where SliME's code holds 336.
     """
     if min(width_px, height_px, view_px) < 1:
         raise SpecError(f"sizes must be at least 1 px, found image {width_px}x{height_px}, view {view_px}")
     match spec.rule:
         case "slime":
-            columns, rows = _slime_grid(width_px, height_px, view_px, spec.max_slices)
+            assert spec.max_slices is not None
+            grids = _slime_candidates(width_px, height_px, view_px, spec.max_slices)
+        case "slime_paper" | "anyres":
+            grids = spec.candidate_grids
         case _:
             assert_never(spec.rule)
+    columns, rows = _best_grid(width_px, height_px, view_px, grids)
     # Same rounding as LLaVA-NeXT's resize-and-pad: the tight side fills the canvas, the other is rounded up and capped.
     scale_x = view_px * columns / width_px
     scale_y = view_px * rows / height_px
@@ -224,4 +289,5 @@ def plan_views(width_px: int, height_px: int, view_px: int, spec: ViewSpec) -> V
         scaled_height_px=scaled_height,
         offset_x_px=(view_px * columns - scaled_width) // 2,
         offset_y_px=(view_px * rows - scaled_height) // 2,
+        global_fit=spec.global_fit,
     )

@@ -1,14 +1,17 @@
-"""Connector and language model together: splice visual tokens into text, the training loss, and greedy answers.
+"""Connector and language model together: splice visual tokens into text, drop what a question does not need, the training loss, greedy answers.
 
 A sequence is [text before][global tokens][separator][local tokens][text after]; with one branch alone the separator is left out, blind has neither.
 All sequences of a batch are gathered from one bank of rows in a single indexing step:
 
-    row 0 zeros (padding) | row 1 the separator | text embeddings | global tokens, image by image | local tokens, view by view
+    row 0 zeros (padding) | 1 the separator | 2 the newline | text embeddings | global tokens, image by image | local tokens, view by view
+
+The selector works on the gathered sequences: it scores the local tokens of each against its own text and closes the gaps that dropped ones leave.
 
 Input: a Batch (built on the host with numpy). Output: loss sums, or answers. Invariant: a sequence's result does not depend on its neighbours in the
-batch or on padding.
+batch or on padding; answers are never looked at to choose what is shown, unless the spec asks for the authors' leak.
 
-Source: SliME (arXiv 2406.08487) for the order of the parts and the separator, LLaVA for the splice. Differs: nothing is ever truncated here.
+Source: SliME (arXiv 2406.08487) for the order of the parts, the separator and the selector, LLaVA for the splice. Differs: nothing is ever truncated
+here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,6 +29,10 @@ from model.connector import Connector, Experts
 from model.errors import MissingMapError
 from model.language_model import LanguageModel, decoder, embed, first_token
 from model.losses import evidence_loss, supervised_loss
+from model.merging import NEWLINE
+from model.selector import keep_probabilities, kept_tokens, straight_through, text_direction, token_scores
+from model.specs import LearnableSelectorSpec, SelectorSpec, TextGuidedSelectorSpec
+from model.views import ViewPlan
 
 __all__ = [
     "MODES",
@@ -43,7 +50,7 @@ Mode = Literal["blind", "global", "local", "both"]
 """What a sequence shows of its image."""
 MODES: tuple[Mode, ...] = ("blind", "global", "local", "both")
 
-_PADDING_ROW, _SEPARATOR_ROW, _TEXT_ROW = 0, 1, 2
+_PADDING_ROW, _SEPARATOR_ROW, _NEWLINE_ROW, _TEXT_ROW = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +59,14 @@ class VisualLayout:
 
     tokens_per_global_view: int
     tokens_per_local_view: int
+    separator: bool
+    """Whether one stands between global and local tokens."""
     global_index: tuple[int | None, ...]
     """For every image: its place among the global views of the batch, None when it has none there."""
     first_view: tuple[int, ...]
     """For every image: its first local view among all of the batch."""
-    num_views: tuple[int, ...]
-    """For every image: its local views in the batch."""
+    local_orders: tuple[NDArray[np.int64], ...]
+    """For every image: its local tokens in their order, counted from its first one, or NEWLINE; empty when the batch has no local view of it."""
 
     @property
     def num_global_views(self) -> int:
@@ -65,39 +74,42 @@ class VisualLayout:
         return sum(index is not None for index in self.global_index)
 
 
-def lay_out_images(connector: Connector, has_global: Sequence[bool], num_views: Sequence[int]) -> VisualLayout:
+def lay_out_images(connector: Connector, has_global: Sequence[bool], plans: Sequence[ViewPlan | None]) -> VisualLayout:
     """The layout of images whose views are stacked in order.
 
     Args:
-        connector: tells how many tokens a view makes.
+        connector: tells how many tokens a view makes and how they are merged.
         has_global: for every image, whether its global view is in the batch.
-        num_views: for every image, how many of its local views are.
+        plans: for every image, the plan of its views if its local ones are in the batch, None else.
 
     Returns:
         The layout.
     """
     places = np.cumsum(has_global) - 1
+    num_views = [0 if plan is None or not connector.tokens_per_local_view else plan.rows * plan.columns for plan in plans]
     return VisualLayout(
         tokens_per_global_view=connector.tokens_per_global_view,
         tokens_per_local_view=connector.tokens_per_local_view,
+        separator=connector.spec.separator is not None,
         global_index=tuple(int(place) if there else None for place, there in zip(places, has_global, strict=True)),
         first_view=tuple(int(start) for start in np.cumsum([0, *num_views[:-1]])),
-        num_views=tuple(num_views),
+        local_orders=tuple(np.zeros(0, dtype=np.int64) if plan is None else connector.local_order(plan) for plan in plans),
     )
 
 
-def room_for_text(max_tokens: int, connector: Connector, num_views: int) -> int:
-    """Text tokens that fit beside an image's visual tokens when both branches are shown.
+def room_for_text(max_tokens: int, connector: Connector, plan: ViewPlan) -> int:
+    """Text tokens that fit beside an image's visual tokens when both branches are shown and the selector drops none.
 
     Args:
-        max_tokens: the language model's longest sequence.
-        connector: tells how many tokens a view makes.
-        num_views: local views of the image.
+        max_tokens: the longest sequence.
+        connector: tells how many tokens a view makes and how they are merged.
+        plan: of the image's views.
 
     Returns:
         Number of tokens; negative when the visual ones alone do not fit.
     """
-    return max_tokens - connector.tokens_per_global_view - 1 - num_views * connector.tokens_per_local_view
+    separator = connector.spec.separator is not None and connector.spec.local_branch is not None
+    return max_tokens - connector.tokens_per_global_view - separator - len(connector.local_order(plan))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +117,12 @@ class Batch:
     """Everything that a forward pass needs, as tensors on one device."""
 
     text_ids: Int[Tensor, "text"]
+    in_prompt: Bool[Tensor, "text"]
+    """Whether a text token belongs to what is asked, and not to an answer that is to be learned."""
     gather: Int[Tensor, "batch length"]
     """Row of the bank at every position."""
+    first_local_row: int
+    """Rows from here on are local tokens."""
     lengths: Int[Tensor, "batch"]
     label_positions: Int[Tensor, "supervised"]
     """Flat positions (batch * length) whose hidden state predicts a supervised token."""
@@ -114,6 +130,10 @@ class Batch:
     global_maps: Mapping[str, Float[Tensor, "images patches width"]] | None = None
     local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None = None
     gate_noise: Float[Tensor, "images tokens experts"] | None = None
+    selects: bool = False
+    """Whether the connector's selector drops local tokens."""
+    selector_noise: Float[Tensor, "batch most"] | None = None
+    """Standard normal numbers for the local tokens of every sequence, in their order, in training."""
     evidence_places: Int[Tensor, "pairs"] | None = None
     """Local tokens, counted over all local views of the batch, that should mean a word."""
     evidence_words: Int[Tensor, "pairs"] | None = None
@@ -134,13 +154,17 @@ class Batch:
 
         return Batch(
             text_ids=self.text_ids.to(device),
+            in_prompt=self.in_prompt.to(device),
             gather=self.gather.to(device),
+            first_local_row=self.first_local_row,
             lengths=self.lengths.to(device),
             label_positions=self.label_positions.to(device),
             label_ids=self.label_ids.to(device),
             global_maps=move_all(self.global_maps),
             local_maps=move_all(self.local_maps),
             gate_noise=move(self.gate_noise),
+            selects=self.selects,
+            selector_noise=move(self.selector_noise),
             evidence_places=move(self.evidence_places),
             evidence_words=move(self.evidence_words),
             evidence_scale=self.evidence_scale,
@@ -156,6 +180,34 @@ class VisualTokens:
     local_tokens: Float[Tensor, "views queries hidden"] | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """What the language model sees of a batch."""
+
+    embedded: Float[Tensor, "batch length hidden"]
+    lengths: Int[Tensor, "batch"]
+    label_positions: Int[Tensor, "supervised"]
+    """Flat positions (batch * length) whose hidden state predicts a supervised token."""
+
+
+def _without(sequences: Sequences, dropped: Bool[Tensor, "batch length"], *, pad_left: bool) -> Sequences:
+    """Sequences with some positions taken out and the gaps closed."""
+    batch, length = dropped.shape
+    lengths = sequences.lengths - dropped.sum(dim=1)
+    longest = int(lengths.max()) if batch else 0
+    # Stable: what stays keeps its order, padding stays at its end; what is dropped goes behind it, or in front where padding is in front.
+    order = torch.argsort((~dropped if pad_left else dropped).to(torch.int8), dim=1, stable=True)
+    order = order[:, length - longest :] if pad_left else order[:, :longest]
+    embedded = sequences.embedded.gather(1, order[..., None].expand(-1, -1, sequences.embedded.shape[2]))
+    row, place = sequences.label_positions // max(length, 1), sequences.label_positions % max(length, 1)
+    # The first answer token may be predicted from a visual token; where that is dropped, from the last one kept before it.
+    kept_before = (~dropped).cumsum(dim=1) - 1
+    moved = kept_before[row, place]
+    if pad_left:
+        moved = moved - (length - sequences.lengths[row]) + (longest - lengths[row])
+    return Sequences(embedded=embedded, lengths=lengths, label_positions=row * longest + moved)
+
+
 def _visual_rows(mode: Mode, image: int, layout: VisualLayout, first_global: int, first_local: int) -> list[NDArray[np.int64]]:
     """Rows of the bank that one sequence shows of its image, in order."""
     rows: list[NDArray[np.int64]] = []
@@ -166,14 +218,14 @@ def _visual_rows(mode: Mode, image: int, layout: VisualLayout, first_global: int
         start = first_global + place * layout.tokens_per_global_view
         rows.append(np.arange(start, start + layout.tokens_per_global_view))
     if mode in ("local", "both"):
-        count = layout.num_views[image] * layout.tokens_per_local_view
-        if count == 0 and mode == "local":
+        order = layout.local_orders[image]
+        if not len(order) and mode == "local":
             raise MissingMapError(f"a sequence shows the local views of image {image}, which are not in the batch")
-        if count:
-            if rows:
+        if len(order):
+            if rows and layout.separator:
                 rows.append(np.array([_SEPARATOR_ROW]))
             start = first_local + layout.first_view[image] * layout.tokens_per_local_view
-            rows.append(np.arange(start, start + count))
+            rows.append(np.where(order == NEWLINE, _NEWLINE_ROW, start + order))
     return rows
 
 
@@ -194,7 +246,7 @@ def plan_sequences(
         images: which image of the layout each is about; several may share one.
         layout: where the images' visual tokens lie.
         pad_left: pad in front, as generation needs it; behind else.
-        **maps: fields of the Batch that hold features: `global_maps`, `local_maps`, `gate_noise`, `experts`.
+        **maps: fields of the Batch that hold features or say how they are used: `global_maps`, `local_maps`, `gate_noise`, `selects`, ...
 
     Returns:
         The batch, on the CPU.
@@ -203,6 +255,7 @@ def plan_sequences(
         MissingMapError: a sequence shows what is not there.
     """
     text: list[int] = []
+    in_prompt: list[bool] = []
     rows: list[NDArray[np.int64]] = []
     labels: list[tuple[NDArray[np.int64], list[int]]] = []
     first_global = _TEXT_ROW + sum(conversation.num_text_tokens for conversation in conversations)
@@ -211,6 +264,7 @@ def plan_sequences(
         before = _TEXT_ROW + len(text) + np.arange(len(conversation.before))
         after = _TEXT_ROW + len(text) + len(conversation.before) + np.arange(len(conversation.after))
         text += [*conversation.before, *conversation.after]
+        in_prompt += [True] * len(conversation.before) + [not learned for learned in conversation.supervised]
         parts = [before, *_visual_rows(mode, image, layout, first_global, first_local), after]
         rows.append(np.concatenate(parts))
         supervised = np.flatnonzero(np.asarray(conversation.supervised, dtype=bool))
@@ -225,6 +279,8 @@ def plan_sequences(
         positions.append(number * length + start + labels[number][0])
     return Batch(
         text_ids=torch.tensor(text, dtype=torch.int64),
+        in_prompt=torch.tensor(in_prompt, dtype=torch.bool),
+        first_local_row=first_local,
         gather=torch.from_numpy(gather),
         lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64),
         label_positions=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions])),
@@ -253,7 +309,8 @@ class VisionLanguageModel(nn.Module):
         self.tokenizer = language_model.tokenizer
         self.max_tokens = language_model.max_tokens
         self.precision = precision
-        self.separator_id = first_token(language_model.tokenizer, connector.spec.separator)
+        separator = connector.spec.separator
+        self.separator_id = None if separator is None else first_token(language_model.tokenizer, separator)
         self.language_model.train(mode=False)
 
     @property
@@ -300,11 +357,64 @@ class VisionLanguageModel(nn.Module):
         Returns:
             Embeddings; zeros where there is padding.
         """
-        separator = torch.tensor([self.separator_id], device=batch.text_ids.device)
+        separator = torch.tensor([self.separator_id or 0], device=batch.text_ids.device)  # without one, no position asks for its row
         text = embed(self.language_model, torch.cat([separator, batch.text_ids]))
-        parts = [text.new_zeros(1, text.shape[1]), text]
+        parts = [text.new_zeros(1, text.shape[1]), text[:1], self.connector.newline_token().to(text.dtype), text[1:]]
         parts += [tokens.flatten(0, 1).to(text.dtype) for tokens in (visual.global_tokens, visual.local_tokens) if tokens is not None]
         return torch.cat(parts).index_select(0, batch.gather.flatten()).reshape(*batch.gather.shape, -1)
+
+    def sequences(self, batch: Batch, visual: VisualTokens, *, pad_left: bool = False) -> "Sequences":
+        """The batch's sequences as the language model sees them, without the local tokens that the selector drops.
+
+        Args:
+            batch: the plan.
+            visual: the images' tokens.
+            pad_left: whether the batch was planned so.
+
+        Returns:
+            Embeddings, lengths and the places of the labels.
+
+        Raises:
+            MissingMapError: the batch asks for a selection and the connector has no selector.
+        """
+        embedded = self.embed_sequences(batch, visual)
+        whole = Sequences(embedded=embedded, lengths=batch.lengths, label_positions=batch.label_positions)
+        local = batch.gather >= batch.first_local_row
+        if not batch.selects or visual.local_tokens is None:
+            return whole
+        spec = self.connector.spec.selector
+        if spec is None:
+            raise MissingMapError("the batch asks the connector to drop local tokens, but it has no selector; add connector.local.selector")
+        with torch.autocast(self.device.type, enabled=False):
+            probabilities = self._keep_probabilities(batch, embedded.float(), local, spec)
+            kept = kept_tokens(probabilities, local, spec.top_p)
+            if isinstance(spec, LearnableSelectorSpec):
+                whole = Sequences(
+                    embedded=embedded * straight_through(probabilities, local)[..., None].to(embedded.dtype),
+                    lengths=batch.lengths,
+                    label_positions=batch.label_positions,
+                )
+        return _without(whole, local & ~kept, pad_left=pad_left)
+
+    def _keep_probabilities(
+        self, batch: Batch, embedded: Float[Tensor, "batch length hidden"], local: Bool[Tensor, "batch length"], spec: SelectorSpec
+    ) -> Float[Tensor, "batch length"]:
+        """How likely every local token of a sequence is to be needed, by the sequence's own text."""
+        leaks = isinstance(spec, TextGuidedSelectorSpec) and spec.authors_leak
+        shown = torch.ones_like(batch.in_prompt) if leaks else batch.in_prompt
+        # Rows that are no text of what is asked: padding, separator, newline, visual tokens, answers.
+        rows = torch.zeros(int(batch.first_local_row), dtype=torch.bool, device=shown.device)
+        rows[_TEXT_ROW : _TEXT_ROW + len(shown)] = shown
+        in_text = rows[batch.gather.clamp(max=batch.first_local_row - 1)] & ~local
+        direction = text_direction(embedded, in_text, spec.reduce)
+        if self.connector.selector is None:
+            scores = token_scores(embedded.detach(), direction.detach())
+        else:
+            scores = self.connector.selector(embedded, direction)
+        if batch.selector_noise is not None:
+            place = (local.cumsum(dim=1) - 1).clamp(min=0)
+            scores = scores + spec.noise * batch.selector_noise.gather(1, place) * local
+        return keep_probabilities(scores, local, spec.temperature)
 
     def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, ""]]:
         """Sums of a training batch (padded behind: under a causal mask nothing real ever looks there, so no mask is needed).
@@ -318,9 +428,9 @@ class VisionLanguageModel(nn.Module):
         """
         visual = self.visual_tokens(batch)
         with self._autocast():
-            embedded = self.embed_sequences(batch, visual)
-            hidden: Tensor = decoder(self.language_model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            selected = hidden.flatten(0, 1).index_select(0, batch.label_positions)
+            sequences = self.sequences(batch, visual)
+            hidden: Tensor = decoder(self.language_model)(inputs_embeds=sequences.embedded, use_cache=False).last_hidden_state
+            selected = hidden.flatten(0, 1).index_select(0, sequences.label_positions)
             loss = supervised_loss(selected, batch.label_ids, self.language_model.get_output_embeddings())  # type: ignore[operator]
         objective = loss.total
         if batch.evidence_places is not None and batch.evidence_words is not None and visual.local_tokens is not None:
@@ -344,10 +454,11 @@ class VisionLanguageModel(nn.Module):
         network = decoder(self.language_model)
         head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
         ends = torch.tensor(self._end_ids(), device=batch.gather.device)
-        length = batch.gather.shape[1]
-        mask = (torch.arange(length, device=batch.gather.device)[None] >= length - batch.lengths[:, None]).long()
         with self._autocast():
-            embedded = self.embed_sequences(batch, self.visual_tokens(batch) if visual is None else visual)
+            sequences = self.sequences(batch, self.visual_tokens(batch) if visual is None else visual, pad_left=True)
+            embedded, lengths = sequences.embedded, sequences.lengths
+            length = embedded.shape[1]
+            mask = (torch.arange(length, device=lengths.device)[None] >= length - lengths[:, None]).long()
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             output = network(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=True)
             new: list[Tensor] = []
@@ -362,7 +473,7 @@ class VisionLanguageModel(nn.Module):
                 output = network(
                     inputs_embeds=embed(self.language_model, token)[:, None],
                     attention_mask=mask,
-                    position_ids=batch.lengths[:, None] + step,
+                    position_ids=lengths[:, None] + step,
                     past_key_values=output.past_key_values,
                     use_cache=True,
                 )

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from model.architectures import num_encoder_parameters
 from model.connector import Connector
 from model.counting import LanguageModelShape, count_by_block, count_fixed_numbers, empty_connector
-from model.fusion import fused_tokens, fused_width
 from model.specs import EncoderSpec, FusionSpec, MapSpec
 from model.views import plan_views
-from model.vision_language import room_for_text
 from pipelines.stages import Experiment
 
 __all__ = ["TYPICAL_SIZES_PX", "image_facts", "parameter_facts", "path_facts", "planned_connector"]
@@ -48,16 +46,24 @@ def path_facts(experiment: Experiment, connector: Connector, shape: LanguageMode
     encoder, spec = experiment.encoder, experiment.connector
     yield "a view", f"{encoder.view_px} x {encoder.view_px} px: {encoder.grid} x {encoder.grid} patches of {encoder.patch_px} px"
     yield "hidden states", f"[{encoder.num_patches + encoder.prefix_tokens}, {encoder.width}] each; {_blocks_text(experiment)}"
-    fusion = spec.global_branch.fusion
-    yield from _branch_facts("global", fusion, encoder)
-    yield "global tokens", f"[{connector.tokens_per_global_view}, {shape.hidden}] behind {spec.global_branch.adapters.kind}"
-    if spec.local_branch is not None:
-        local = spec.local_branch
+    branch = spec.global_branch
+    yield from _branch_facts("global", branch.fusion, encoder)
+    resized = "" if branch.output_grid is None else f", resized to {branch.output_grid} x {branch.output_grid}"
+    yield "global tokens", f"[{connector.tokens_per_global_view}, {shape.hidden}] behind {branch.adapters.kind}{resized}"
+    if (local := spec.local_branch) is not None:
         yield from _branch_facts("local", local.fusion, encoder)
-        yield "local compressed", f"[{connector.tokens_per_local_view}, {fused_width(local.fusion, encoder.width)}] of each view"
-        yield "local tokens", f"[{connector.tokens_per_local_view}, {shape.hidden}] of each view, {local.projector} projector"
+        if local.compression is not None:
+            yield "local compressed", f"[{local.compression.queries}, {encoder.width * local.fusion.num_wide}] of each view"
+        resized = "" if local.output_grid is None else f", resized to {local.output_grid} x {local.output_grid}"
+        yield "local tokens", f"[{connector.tokens_per_local_view}, {shape.hidden}] of each view, {local.projector} projector{resized}"
+        yield "local merge", f"{local.merge}{', a newline behind every line' if local.newline else ''}"
+        if local.selector is not None:
+            yield (
+                "local selector",
+                f"{local.selector.kind}, top_p {local.selector.top_p:g}, where a phase uses it; all tokens are counted here",
+            )
     up_to = "" if experiment.all_drawn else "up to "
-    yield "sequence", up_to + _sequence_text(connector, shape.context_tokens, experiment.most_local_views())
+    yield "sequence", up_to + _sequence_text(experiment, connector, experiment.most_local_tokens())
 
 
 def _blocks_text(experiment: Experiment) -> str:
@@ -77,34 +83,35 @@ def _deepest(maps: tuple[MapSpec, ...]) -> int:
 def _branch_facts(branch: str, fusion: FusionSpec, encoder: EncoderSpec) -> Iterator[tuple[str, str]]:
     maps = fusion.maps
     yield f"{branch} maps", f"{len(maps)} x [{encoder.num_patches}, {encoder.width}]: {', '.join(map_spec.name for map_spec in maps)}"
-    yield f"{branch} fused", f"[{fused_tokens(fusion, encoder.num_patches)}, {fused_width(fusion, encoder.width)}] by {fusion.kind}"
+    yield f"{branch} fused", f"[{fusion.num_tokens(encoder.num_patches)}, {encoder.width * fusion.num_wide}] by {fusion.kind}"
 
 
-def _sequence_text(connector: Connector, context_tokens: int, num_views: int) -> str:
-    """An image's visual tokens and what they leave of the context."""
-    first, each = connector.tokens_per_global_view, connector.tokens_per_local_view
-    if not each:
-        return f"{first} visual tokens of {context_tokens}; {context_tokens - first} left for text"
-    total = first + 1 + num_views * each
-    left = room_for_text(context_tokens, connector, num_views)
-    return f"{first} global + 1 separator + {num_views} x {each} local = {total} visual tokens of {context_tokens}; {left} left for text"
+def _sequence_text(experiment: Experiment, connector: Connector, num_local: int) -> str:
+    """An image's visual tokens and what they leave of the longest sequence."""
+    parts = [f"{connector.tokens_per_global_view} global"]
+    has_separator = num_local > 0 and connector.spec.separator is not None
+    if has_separator:
+        parts.append("1 separator")
+    if num_local:
+        parts.append(f"{num_local} local")
+    total, context = connector.tokens_per_global_view + has_separator + num_local, experiment.max_sequence_tokens
+    return f"{' + '.join(parts)} = {total} visual tokens of {context}; {context - total} left for text"
 
 
-def image_facts(experiment: Experiment, connector: Connector, shape: LanguageModelShape) -> Iterator[tuple[str, str]]:
+def image_facts(experiment: Experiment, connector: Connector) -> Iterator[tuple[str, str]]:
     """Views and visual tokens of images of typical sizes.
 
     Args:
         experiment: to plan.
         connector: its connector.
-        shape: of its language model.
 
     Yields:
         A fact for each size.
     """
     for width_px, height_px in TYPICAL_SIZES_PX:
         views = plan_views(width_px, height_px, experiment.encoder.view_px, experiment.features.views)
-        grid = f"{views.columns} x {views.rows} local views; " if connector.tokens_per_local_view else ""
-        yield f"{width_px} x {height_px} px", grid + _sequence_text(connector, shape.context_tokens, len(views.local_views))
+        grid = f"{views.columns} x {views.rows} local views; " if experiment.connector.local_branch is not None else ""
+        yield f"{width_px} x {height_px} px", grid + _sequence_text(experiment, connector, len(connector.local_order(views)))
 
 
 def parameter_facts(experiment: Experiment, connector: Connector, shape: LanguageModelShape) -> Iterator[tuple[str, str]]:

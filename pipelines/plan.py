@@ -14,7 +14,7 @@ from pipelines.recipe import Phase
 from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec, source_label
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -39,7 +39,9 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records, all_readable = _num_records(experiment)
+    num_images = _num_images(experiment)
+    num_records = sum(number or 0 for number in num_images.values()) - experiment.num_drawn
+    all_readable = None not in num_images.values()
     yield from _dataset_lines(experiment, num_records)
     yield PlanLine(
         topic="features",
@@ -51,13 +53,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
     yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment, num_records, all_readable=all_readable))
     yield from _connector_lines(experiment)
-    num_train = round((experiment.num_drawn + num_records) * (1 - recipe.dataset.held_out_fraction)) if all_readable else None
     for phase in recipe.schedule.phases:
-        yield PlanLine(
-            topic="training",
-            fact=phase.name or "+".join(phase.train),
-            value=f"{_length_text(phase, num_train)}, rate {phase.learning_rate:g}",
-        )
+        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{_length_text(phase, experiment, num_images)}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
@@ -78,23 +75,30 @@ def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
     return f"{stage_run.key}  {'done' if done else 'to do'}"
 
 
-def _length_text(phase: Phase, num_train: int | None) -> str:
-    """How long a phase is, as far as the number of training images is known."""
+def _length_text(phase: Phase, experiment: Experiment, num_images: dict[str, int | None]) -> str:
+    """How long a phase is, as far as the number of its training images is known."""
     if phase.steps is not None:
         return f"{phase.steps} steps of {phase.batch_size}, {phase.steps * phase.batch_size} images seen"
     assert phase.epochs is not None
-    steps = "" if num_train is None else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
+    numbers = [num_images[label] for label in phase.source_labels(tuple(num_images)) or num_images]
+    known = [number for number in numbers if number is not None]
+    num_train = round(sum(known) * (1 - experiment.dataset.held_out_fraction))
+    steps = "" if len(known) < len(numbers) else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
     return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
 
 
-def _num_records(experiment: Experiment) -> tuple[int, bool]:
-    """Records of the sources that have records and can be read; and whether those are all."""
+def _num_images(experiment: Experiment) -> dict[str, int | None]:
+    """Images of each source by its label: drawn, or named by records; None where those cannot be read."""
     from workers.dataset.sources import read_records
 
     unreadable = {part.records for part in experiment.missing}
-    sources = [source for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec)]
-    readable = [source for source in sources if source.records not in unreadable]
-    return sum(len(read_records(source)) for source in readable), len(readable) == len(sources)
+    numbers: dict[str, int | None] = {}
+    for source in experiment.dataset.sources:
+        if isinstance(source, RenderedSourceSpec):
+            numbers[source_label(source)] = source.num_images
+        else:
+            numbers[source_label(source)] = None if source.records in unreadable else len(read_records(source))
+    return numbers
 
 
 def _dataset_lines(experiment: Experiment, num_records: int) -> Iterator[PlanLine]:
@@ -138,12 +142,17 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
 
     shape = planned_shape(experiment.language_model.model)
     connector = planned_connector(experiment, shape)
-    local_tokens = connector.tokens_per_local_view * experiment.most_local_views()
+    local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
     yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
-    for topic, facts in (("path", path_facts), ("image", image_facts), ("parameters", parameter_facts)):
-        for fact, value in facts(experiment, connector, shape):
+    by_topic = {
+        "path": path_facts(experiment, connector, shape),
+        "image": image_facts(experiment, connector),
+        "parameters": parameter_facts(experiment, connector, shape),
+    }
+    for topic, facts in by_topic.items():
+        for fact, value in facts:
             yield PlanLine(topic=topic, fact=fact, value=value)
 
 

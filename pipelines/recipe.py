@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -35,6 +35,7 @@ from model.specs import (
     FusionSpec,
     GatedMixtureSpec,
     GlobalBranchSpec,
+    LearnableSelectorSpec,
     LocalBranchSpec,
     MLPSpec,
     PhaseSpec,
@@ -42,15 +43,18 @@ from model.specs import (
     SCISpec,
     SingleSpec,
     STISpec,
+    TextGuidedSelectorSpec,
     fingerprint_if_known,
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
-from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions
+from pipelines.inheritance import read_recipe
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions, source_label
 
 __all__ = ["Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+SCHEDULES_FOLDER = Path(__file__).parent / "schedules"
 
 SHOWN_MISTAKES = 8
 """More than these are counted, not told: most of them follow from one misunderstanding."""
@@ -72,6 +76,7 @@ Mode = Literal["blind", "global", "local", "both"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _allowed("a finite number greater than 0")]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _allowed("a finite number from 0 up")]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _allowed("a finite number from 0 up and less than 1")]
+KeptShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _allowed("a finite number greater than 0 and at most 1; 1 keeps every token")]
 Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _allowed("a finite number greater than 0 and less than 1")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _allowed("a finite number from 0 to 1")]
 Count = Annotated[int, Field(ge=1), _allowed("a whole number from 1 up")]
@@ -168,10 +173,43 @@ class Encoder(Table):
 
 
 class Views(Table):
-    """How views are cut."""
+    """How views are cut. Of `max_slices`, `max_side` and `grids`, a rule has one."""
 
-    rule: Literal["slime"] = "slime"
-    max_slices: Annotated[int, Field(ge=2, le=48), _allowed("a whole number from 2 to 48")] = 6
+    rule: Literal["slime", "slime_paper", "anyres"] = "slime"
+    max_slices: Annotated[int, Field(ge=2, le=48), _allowed("a whole number from 2 to 48")] | None = None
+    max_side: Annotated[int, Field(ge=1, le=12), _allowed("a whole number from 1 to 12")] | None = None
+    grids: (
+        Annotated[
+            Annotated[tuple[tuple[Annotated[int, Field(ge=1, le=12)], Annotated[int, Field(ge=1, le=12)]], ...], Field(min_length=1)],
+            _allowed("grids of [columns, rows] of 1 to 12, such as [[1, 2], [2, 1], [2, 2]]"),
+        ]
+        | None
+    ) = None
+    global_view: Literal["squash", "pad"] | None = None
+    """How the whole image becomes a square; the rule's own way when absent."""
+
+    @model_validator(mode="after")
+    def _have_what_the_rule_has(self) -> "Views":
+        own = {"slime": "max_slices", "slime_paper": "max_side", "anyres": "grids"}
+        for rule, name in own.items():
+            if rule != self.rule and getattr(self, name) is not None:
+                text = "found {name}, which rule = {rule} does not have; allowed: {own}, or rule = {other}"
+                raise PydanticCustomError("told", text, {"name": name, "rule": repr(self.rule), "own": own[self.rule], "other": repr(rule)})
+        return self
+
+    def spec(self) -> ViewSpec:
+        """The rule, with its defaults filled in."""
+        given = {"max_slices": self.max_slices, "max_side": self.max_side, "grids": self.grids, "global_fit": self.global_view}
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        match self.rule:
+            case "slime":
+                return ViewSpec.slime(**known)
+            case "slime_paper":
+                return ViewSpec.slime_paper(**known)
+            case "anyres":
+                return ViewSpec.anyres(**known)
+            case _:
+                assert_never(self.rule)
 
 
 class Features(Table):
@@ -192,16 +230,19 @@ class SingleFusion(Table):
 
 
 class STIFusion(Table):
-    """Sparse token integration."""
+    """Sparse token integration. `pool` is how many tokens of the flattened raster become one, or [rows, columns] of the grid."""
 
     kind: Literal["sti"]
     base: Layer | None = None
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
-    pool: Count = 8
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
+    pool: Annotated[
+        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+        _allowed("how many tokens become one, from 1 up, or [rows, columns] of the grid, such as [2, 4]"),
+    ] = 8
 
     def spec(self, encoder: EncoderSpec) -> STISpec:
         """The fusion over this encoder's layers."""
-        return STISpec(base=_base(self.base, encoder), layers=self.layers, pool=self.pool)
+        return STISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder), pool=self.pool)
 
 
 class SCIFusion(Table):
@@ -209,11 +250,11 @@ class SCIFusion(Table):
 
     kind: Literal["sci"]
     base: Layer | None = None
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
 
     def spec(self, encoder: EncoderSpec) -> SCISpec:
         """The fusion over this encoder's layers."""
-        return SCISpec(base=_base(self.base, encoder), layers=self.layers)
+        return SCISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder))
 
 
 class DCIFusion(Table):
@@ -236,26 +277,35 @@ class DCIFusion(Table):
             The fusion's spec.
 
         Raises:
-            SpecError: more groups than layers.
+            SpecError: groups that cannot be equal.
 
         Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
-        Differs: the authors have neither SigLIP 2, which does as SigLIP does, nor DINOv2, which does as CLIP does (see `_groups_include_base`).
+        Differs: the authors have SO400M alone of SigLIP; where the layers before the base one do not share out, as in towers of 12 or 24 blocks,
+        the base one is included. They have neither SigLIP 2, which does as SigLIP does, nor DINOv2, which does as CLIP does.
         """
         base = _base(self.base, encoder)
         if not isinstance(self.groups, int):
             return DCISpec(base=base, groups=self.groups)
-        num_layers = base + 1 if _groups_include_base(encoder.family) else base
-        if self.groups > num_layers:
-            raise SpecError(f"fusion.groups: found {self.groups} groups, but there are {num_layers} layers to share out; use fewer")
-        edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
+        allowed = [base + 1] if _groups_include_base(encoder.family) else [base, base + 1]
+        num_layers = next((number for number in allowed if number % self.groups == 0), None)
+        if num_layers is None:
+            num_layers = allowed[0]
+            edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
+            unequal = [[first, last - 1] for first, last in itertools.pairwise(edges) if first < last]
+            divisors = [number for number in range(1, max(allowed) + 1) if any(total % number == 0 for total in allowed)]
+            raise SpecError(
+                f"fusion.groups: found {self.groups}, but {encoder.model} has the {num_layers} layers 0..{num_layers - 1} to share out, which do not "
+                f"divide into {self.groups} equal groups; allowed: one of {divisors}, or groups by their first and last layers, such as {unequal}"
+            )
+        edges = [number * num_layers // self.groups for number in range(self.groups + 1)]
         return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
 
 
 def _groups_include_base(family: EncoderFamily) -> bool:
-    """Whether a family's DCI groups cover the base layer as well.
+    """Whether a family's DCI groups always cover the base layer as well.
 
     The authors' two encoders share their layers out evenly either way: CLIP-L has 24 layers up to its base one, SO400M has 26 before it. SigLIP 2's
-    are SigLIP's. DINOv2's numbers of blocks are CLIP's, 12, 24 and 40: up to the base layer, itself included, they halve.
+    are SigLIP's. DINOv2's numbers of blocks are 12, 24 and 40: up to the base layer, itself included, they halve, as CLIP's do.
     """
     match family:
         case "clip" | "dinov2" | "dinov2_with_registers":
@@ -268,6 +318,15 @@ def _groups_include_base(family: EncoderFamily) -> bool:
 
 def _base(layer: int | None, encoder: EncoderSpec) -> int:
     return encoder.num_blocks - 1 if layer is None else layer
+
+
+def _sparse(layers: tuple[int, ...] | None, encoder: EncoderSpec) -> tuple[int, ...]:
+    """The paper's 8th and 16th of CLIP-L's 25 layers (its stem counts as the first); as far up where an encoder has fewer blocks than the 24."""
+    if layers is not None:
+        return layers
+    if encoder.num_blocks >= 24:
+        return (7, 15)  # the authors take the same ones for SigLIP's 27
+    return (encoder.num_blocks // 3 - 1, 2 * encoder.num_blocks // 3 - 1)
 
 
 Fusion = Annotated[SingleFusion | STIFusion | SCIFusion | DCIFusion, Field(discriminator="kind")]
@@ -288,7 +347,7 @@ class GatedMixtureAdapter(Table):
 
     kind: Literal["gated_mixture"]
     attention_init: Literal["positional", "authors"] = "positional"
-    noise: Switch = True
+    noise: Literal["own", "authors", "none"] = "own"
 
     def spec(self) -> GatedMixtureSpec:
         """The adapter's spec."""
@@ -302,19 +361,71 @@ class Compression(Table):
     attention_init: Literal["positional", "authors"] = "positional"
 
 
+class TextGuidedSelector(Table):
+    """Cosines with the question's text decide, without parameters."""
+
+    kind: Literal["text_guided"]
+    top_p: KeptShare = 0.95
+    temperature: Positive = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    noise: NotNegative = 0.1
+    authors_leak: Switch = False
+
+    def spec(self) -> TextGuidedSelectorSpec:
+        """The selector's spec."""
+        return TextGuidedSelectorSpec(
+            top_p=self.top_p, temperature=self.temperature, reduce=self.reduce, noise=self.noise, authors_leak=self.authors_leak
+        )
+
+
+class LearnableSelector(Table):
+    """The same by scores that learn."""
+
+    kind: Literal["learnable"]
+    top_p: KeptShare = 0.95
+    temperature: Positive = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+    noise: NotNegative = 0.1
+    width: Count = 128
+
+    def spec(self) -> LearnableSelectorSpec:
+        """The selector's spec."""
+        return LearnableSelectorSpec(top_p=self.top_p, temperature=self.temperature, reduce=self.reduce, noise=self.noise, width=self.width)
+
+
 class GlobalBranch(Table):
     """What happens to the global view."""
 
     fusion: Fusion
     adapters: Annotated[MLPAdapter | GatedMixtureAdapter, Field(discriminator="kind")]
+    output_grid: Count | None = None
+    """Visual tokens on a side, by interpolation behind the adapters."""
 
 
 class LocalBranch(Table):
     """What happens to each local view."""
 
     fusion: Fusion
-    compression: Compression
+    compression: Compression | None = None
+    """Absent, every token of a view is kept."""
     projector: Literal["shared", "own"] = "shared"
+    output_grid: Count | None = None
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    newline: Switch = False
+    selector: Annotated[TextGuidedSelector | LearnableSelector, Field(discriminator="kind")] | None = None
+
+    def spec(self, encoder: EncoderSpec) -> LocalBranchSpec:
+        """The branch over this encoder's layers."""
+        compression, selector = self.compression, self.selector
+        return LocalBranchSpec(
+            fusion=self.fusion.spec(encoder),
+            compression=None if compression is None else CompressionSpec(queries=compression.queries, attention_init=compression.attention_init),
+            projector=self.projector,
+            output_grid=self.output_grid,
+            merge=self.merge,
+            newline=self.newline,
+            selector=None if selector is None else selector.spec(),
+        )
 
 
 class Connector(Table):
@@ -322,7 +433,8 @@ class Connector(Table):
 
     global_branch: GlobalBranch = Field(alias="global")
     local_branch: LocalBranch | None = Field(alias="local", default=None)
-    separator: Word = ","
+    separator: Text = ","
+    """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
 
@@ -331,6 +443,8 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    max_tokens: Count | None = None
+    """Longest sequence in training; the model's own limit when absent."""
 
 
 class Shares(Table):
@@ -348,7 +462,8 @@ class Phase(Table):
     name: Text | None = None
     """When absent, the trained blocks' names; `sft` for the last phase."""
     train: Annotated[
-        tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "language_model", "connector"], ...], Field(min_length=1)
+        tuple[Literal["global_mlp", "local_mlp", "resampler", "gate", "compression", "newline", "selector", "language_model", "connector"], ...],
+        Field(min_length=1),
     ]
     """Blocks; `connector` stands for all blocks of the connector."""
     branch: Mode | Shares
@@ -362,6 +477,10 @@ class Phase(Table):
     """Weight of the loss that draws local tokens to the words that a question's evidence shows."""
     experts: Literal["mixture", "mlp", "resampler"] = "mixture"
     """Which of the global branch's experts count in this phase."""
+    selector: Switch | None = None
+    """Whether the selector drops tokens; when absent, not in alignment, and in fine-tuning where there is one."""
+    sources: Annotated[tuple[Word, ...], Field(min_length=1)] | None = None
+    """Which of the dataset's sources the phase sees; all when absent."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -379,8 +498,13 @@ class Phase(Table):
     def _have_one_length(self) -> "Phase":
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
-            raise PydanticCustomError("phase_length", "found {found} of steps and epochs; allowed: exactly one", {"found": found})
+            raise PydanticCustomError("told", "found {found} of steps and epochs; allowed: exactly one", {"found": found})
         return self
+
+    @property
+    def shown_name(self) -> str:
+        """Its name, or what it trains."""
+        return self.name or "+".join(self.train)
 
     def blocks(self, connector: ConnectorSpec) -> tuple[Block, ...]:
         """The blocks to train.
@@ -421,20 +545,45 @@ class Phase(Table):
             case _:
                 assert_never(self.branch)
 
-    def spec(self, connector: ConnectorSpec, num_train_samples: int | None) -> PhaseSpec:
+    def source_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """The sources that the phase names, by their labels.
+
+        Args:
+            labels: of all of the dataset's sources.
+
+        Returns:
+            In order; empty for all.
+
+        Raises:
+            SpecError: there is no such source, or more than one.
+        """
+        found = set()
+        for name in self.sources or ():
+            matching = [label for label in labels if name in (label, label.partition("/")[2])]
+            if len(matching) != 1:
+                raise SpecError(f"sources: found {name!r}, which names {len(matching)} of the dataset's sources; allowed: {', '.join(labels)}")
+            found.add(matching[0])
+        return tuple(sorted(found))
+
+    def spec(self, connector: ConnectorSpec, *, labels: Sequence[str], num_train_images: Mapping[str, int] | None, fine_tunes: bool) -> PhaseSpec:
         """The phase over this connector's blocks.
 
         Args:
             connector: whose blocks are trained.
-            num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+            labels: of the dataset's sources.
+            num_train_images: training images by source; needed for a phase that counts in epochs, None while unknown.
+            fine_tunes: whether it is the last phase, schedule.sft.
 
         Returns:
             The phase's spec.
 
         Raises:
-            SpecError: a block or branch that the connector lacks, a block that nothing would train, or epochs of an unknown number of samples.
+            SpecError: a block, branch or selector that the connector lacks, a block that nothing would train, or epochs of an unknown number of
+                samples.
         """
         mix = self.mix()
+        if self.selector and connector.selector is None:
+            raise SpecError("selector is on, but the recipe has no connector.local.selector; add it, or leave selector out")
         if connector.local_branch is None and mix.shows_local:
             raise SpecError("branch uses local views, but the recipe has no [connector.local]; use 'global', or add the local branch")
         own_projector = connector.local_branch is not None and connector.local_branch.projector == "own"
@@ -443,40 +592,98 @@ class Phase(Table):
                 "branch leaves global_mlp of train without effect: samples see local views at most, and those have a projector of their own; "
                 "leave it out of train (for connector, name the other blocks), or give global or both a share of branch"
             )
+        sources = self.source_labels(labels)
         if self.steps is not None:
             steps = self.steps
-        elif num_train_samples is None:
+        elif num_train_images is None:
             raise SpecError(
                 "the length is in epochs, and the number of training images is known only once the dataset is built; run `loupe build-dataset` first"
             )
         else:
             assert self.epochs is not None
-            steps = max(1, ceil(self.epochs * num_train_samples / self.batch_size))
+            num_images = sum(number for label, number in num_train_images.items() if not sources or label in sources)
+            steps = max(1, ceil(self.epochs * num_images / self.batch_size))
         return PhaseSpec(
-            name=self.name or "+".join(self.train),
+            name=self.shown_name,
             train=self.blocks(connector),
             branch=mix,
             steps=steps,
             batch_size=self.batch_size,
+            sources=sources,
             learning_rate=self.learning_rate,
             language_model_learning_rate=self.language_model_learning_rate,
             warmup_fraction=self.warmup_fraction,
             max_grad_norm=self.max_grad_norm,
             evidence_weight=self.evidence_weight,
             experts=self.experts,
+            selector=fine_tunes and connector.selector is not None and mix.shows_local if self.selector is None else self.selector,
         )
 
 
-class Schedule(Table):
-    """The alternating schedule: alignment phases, then joint fine-tuning."""
+def schedule_presets() -> dict[str, Path]:
+    """The schedules that come with Loupe, by name."""
+    return {path.stem: path for path in sorted(SCHEDULES_FOLDER.glob("*.toml"))}
 
+
+def _from_preset(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that names a preset, with the preset's phases as if they were written out, and changed as it says."""
+    presets, name = schedule_presets(), schedule["preset"]
+    if name not in presets:
+        hint = _closest(str(name), list(presets)) if isinstance(name, str) else ""
+        text = "preset: found {found}; {hint}allowed: {allowed}"
+        raise PydanticCustomError("told", text, {"found": repr(name), "hint": hint, "allowed": ", ".join(presets)})
+    if written := [key for key in ("align", "sft") if key in schedule]:
+        text = "found {key} beside preset = {name}, which has its own phases; change those with [schedule.change.NAME], or leave preset out"
+        raise PydanticCustomError("told", text, {"key": written[0], "name": repr(name)})
+    by_name = _preset_phases(name)
+    changes = schedule.get("change", {})
+    for phase_name, change in changes.items() if isinstance(changes, dict) else ():
+        if phase_name not in by_name:
+            text = "change: found {found}; {hint}phases of preset {name}: {allowed}"
+            context = {"found": repr(phase_name), "hint": _closest(phase_name, list(by_name)), "name": repr(name), "allowed": ", ".join(by_name)}
+            raise PydanticCustomError("told", text, context)
+        if isinstance(change, dict):
+            by_name[phase_name].update(change)
+            if "steps" in change:
+                by_name[phase_name].pop("epochs", None)
+    *align, sft = by_name.values()
+    repeats = tomllib.loads(presets[name].read_text(encoding="utf-8")).get("repeats", 1)
+    return {"repeats": repeats, **schedule, **_with_tuples({"align": align, "sft": sft})}
+
+
+class Schedule(Table):
+    """The alternating schedule: alignment phases, `repeats` times in turns, then joint fine-tuning."""
+
+    preset: Literal["alternating", "dense_connector", "slime"] | None = None
+    """A schedule that comes with Loupe, in place of `align` and `sft`."""
+    change: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Keys of the preset's phases that are to be other, by the phase's name."""
     align: tuple[Phase, ...] = ()
+    repeats: Count = 1
+    """How often the alignment phases run, one after the other: 2 turns A, B into A, B, A, B."""
     sft: Phase | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_preset_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if "preset" in data:
+            return _from_preset(data)
+        if "change" in data:
+            raise PydanticCustomError("told", "found change without preset, whose phases it would change; add preset, or write the phases themselves")
+        return data
+
+    @property
+    def align_phases(self) -> tuple[Phase, ...]:
+        """The alignment phases in the order they run; from the second time on, their names end in the time's number."""
+        again = [phase.model_copy(update={"name": f"{phase.shown_name} {time}"}) for time in range(2, self.repeats + 1) for phase in self.align]
+        return (*self.align, *again)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """All phases in the order they run."""
-        return self.align if self.sft is None else (*self.align, self.sft)
+        return self.align_phases if self.sft is None else (*self.align_phases, self.sft)
 
 
 class Evaluation(Table):
@@ -517,7 +724,7 @@ class Recipe(Table):
 
     def view_spec(self) -> ViewSpec:
         """How views are cut."""
-        return ViewSpec(rule=self.views.rule, max_slices=self.views.max_slices)
+        return self.views.spec()
 
     def connector_spec(self, encoder: EncoderSpec) -> ConnectorSpec:
         """The connector over this encoder's layers."""
@@ -525,17 +732,19 @@ class Recipe(Table):
         local_spec = None
         if local is not None:
             with _at("connector.local"):
-                compression = CompressionSpec(queries=local.compression.queries, attention_init=local.compression.attention_init)
-                local_spec = LocalBranchSpec(fusion=local.fusion.spec(encoder), compression=compression, projector=local.projector)
+                local_spec = local.spec(encoder)
         with _at("connector.global"):
             adapters: AdapterSpec = branch.adapters.spec()
             fusion: FusionSpec = branch.fusion.spec(encoder)
-        return ConnectorSpec(
-            global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters),
+            global_spec = GlobalBranchSpec(fusion=fusion, adapters=adapters, output_grid=branch.output_grid)
+        spec = ConnectorSpec(
+            global_branch=global_spec,
             local_branch=local_spec,
-            separator=self.connector.separator,
+            separator=self.connector.separator or None,
             standardise_inputs=self.connector.standardise_inputs,
         )
+        spec.check_encoder(encoder)
+        return spec
 
     def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
         """The dataset, seen through this encoder's view size.
@@ -588,13 +797,25 @@ class Recipe(Table):
             precision=self.features.precision,
         )
 
-    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_samples: int | None = None) -> ScheduleSpec:
+    @property
+    def source_labels(self) -> tuple[str, ...]:
+        """The dataset's sources as rows and phases name them."""
+        return tuple(
+            source_label(
+                RenderedSourceSpec(family=source.family, num_images=source.num_images)
+                if isinstance(source, RenderedSource)
+                else LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256="0" * 64)
+            )
+            for source in self.dataset.sources
+        )
+
+    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_images: Mapping[str, int] | None = None) -> ScheduleSpec:
         """The schedule of one seed.
 
         Args:
             connector: whose blocks the phases train.
             seed: of initialisation, order and noise.
-            num_train_samples: training images, None while unknown.
+            num_train_images: training images by their source's label, None while unknown.
 
         Returns:
             The schedule's spec.
@@ -603,16 +824,14 @@ class Recipe(Table):
             SpecError: a phase that cannot be; the message names it.
         """
 
-        def build(path: str, phase: Phase) -> PhaseSpec:
+        def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
-                return phase.spec(connector, num_train_samples)
+                return phase.spec(connector, labels=self.source_labels, num_train_images=num_train_images, fine_tunes=fine_tunes)
 
-        align = tuple(build(f"schedule.align[{number}]", phase) for number, phase in enumerate(self.schedule.align))
-        sft = (
-            None
-            if self.schedule.sft is None
-            else build("schedule.sft", self.schedule.sft.model_copy(update={"name": self.schedule.sft.name or "sft"}))
-        )
+        schedule = self.schedule
+        align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))
+        last = schedule.sft
+        sft = None if last is None else build("schedule.sft", last.model_copy(update={"name": last.name or "sft"}), fine_tunes=True)
         return ScheduleSpec(align=align, sft=sft, seed=seed)
 
 
@@ -622,6 +841,7 @@ class RecipeFile:
 
     path: Path
     text: str
+    """Its own text, and behind it that of what it extends."""
     recipe: Recipe
 
 
@@ -630,10 +850,33 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
 
 
+def _written_place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """Where a preset's phase was changed in the file, for a place within that phase."""
+    schedule = data.get("schedule") if isinstance(data, dict) else None
+    if not isinstance(schedule, dict) or "preset" not in schedule or location[:1] != ("schedule",):
+        return location
+    match location[1:]:
+        case ("sft", *rest):
+            number, inside = -1, rest
+        case ("align", int(number), *rest):
+            inside = rest
+        case _:
+            return location
+    phase = tuple(_preset_phases(schedule["preset"]))[number]
+    return ("schedule", "change", phase, *inside)
+
+
+def _preset_phases(name: str) -> dict[str, dict[str, Any]]:
+    """The phases of a preset by their names, in order; the last one fine-tunes."""
+    preset = tomllib.loads(schedule_presets()[name].read_text(encoding="utf-8"))
+    return {phase.get("name", "sft"): phase for phase in (*preset["align"], preset["sft"])}
+
+
 def _field_path(location: tuple[int | str, ...], data: Any, *, names_missing_key: bool) -> str:
     """Dotted path in the file. Pydantic's location also names union members, which stand nowhere in the file; those are left out."""
     path = ""
     here = data
+    location = _written_place(location, data)
     for position, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
@@ -652,7 +895,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
     match error["type"]:
         case "missing":
             return f"{path}: found nothing; this key is required"
-        case "unknown_key" | "phase_length":
+        case "unknown_key" | "told":
             return f"{path}: {message}"
         case "union_tag_not_found":
             return f"{path}: found no 'kind'; allowed kinds: {error['ctx']['discriminator'] and _kinds(error)}"
@@ -672,6 +915,7 @@ def _describe(error: ErrorDetails, data: Any) -> str:
 _LIST_EXAMPLES = {
     "sources": '[{ kind = "rendered", family = "charts", num_images = 240 }]',
     "layers": "[2, 5]",
+    "grids": "[[1, 2], [2, 1], [2, 2]]",
     "train": '["global_mlp"]',
     "modes": '["blind", "both"]',
     "seeds": "[0, 1]",
@@ -699,6 +943,8 @@ def _kinds(error: ErrorDetails) -> str:
             return "single, sti, sci, dci"
         case "adapters":
             return "mlp, gated_mixture"
+        case "selector":
+            return "text_guided, learnable"
         case _:
             return "rendered, llava_json"
 
@@ -779,19 +1025,12 @@ def load_recipe(name_or_path: str) -> RecipeFile:
         The recipe with its file.
 
     Raises:
-        RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
+        RecipeError: no such file, no TOML, or something in it, or in what it extends, that is not allowed. The message names file, field, what was
+            found and what is allowed.
     """
     path = _recipe_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check its permissions") from error
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
+    read = read_recipe(path, _recipe_path)
+    text, data = read.text, read.data
     try:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:

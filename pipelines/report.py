@@ -378,7 +378,7 @@ def _page_sample(
 
     image = decode_image(experiment.store.read_reference(sample.image_path))
     plan = plan_views(image.width, image.height, experiment.encoder.view_px, experiment.dataset.views)
-    views = cut_views(image, plan)
+    views = cut_views(image, plan, mean_colour=experiment.encoder.mean_colour)
     turns = [(place, sample.turns[place]) for place in _shown_turns(sample.turns) if (sample.sample_id, place) in given]
     evidence = turns[0][1].evidence if turns else None
     holder = answer_view(plan, evidence)

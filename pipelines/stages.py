@@ -6,7 +6,7 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,7 +53,7 @@ STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-conne
 BYTES_PER_NUMBER = {"fp16": 2, "fp32": 4}
 """By the precision of stored features."""
 
-_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+_PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
 
 _IMAGE_BYTES_GUESS = 300_000
@@ -169,6 +169,22 @@ class Experiment:
             return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
         return spec.max_local_views
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: what the language model allows, or less where the recipe says so."""
+        asked = self.file.recipe.language_model.max_tokens
+        return self.context_tokens if asked is None else asked
+
+    def most_local_tokens(self) -> int:
+        """Visual tokens of local views that an image has at most, before any selection."""
+        from model.merging import merged_order, most_local_tokens
+
+        spec, local, num_patches = self.dataset.views, self.connector.local_branch, self.encoder.num_patches
+        if local is None or not self.all_drawn:
+            return most_local_tokens(spec, local, num_patches)
+        plan = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec)
+        return len(merged_order(plan, local, local.view_tokens(num_patches)))
+
     def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.
 
@@ -181,18 +197,19 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train = None
+        num_train_images = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train = int(built["num_train"])
-        return self._training(seed, num_train)
+            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, num_train_images)
 
-    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
+            max_tokens=self.file.recipe.language_model.max_tokens,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -221,7 +238,7 @@ class Experiment:
         self._check_room()
         self._check_split()
         for seed in recipe.seeds:
-            training = self._training(seed, num_train=1)
+            training = self._training(seed, dict.fromkeys(recipe.source_labels, 1))
             self._evaluation(training)
         if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
             raise RecipeError(
@@ -237,18 +254,24 @@ class Experiment:
 
     def _check_room(self) -> None:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
-        from model.fusion import fused_tokens
         from workers.evaluation import MAX_NEW_TOKENS
 
         context = self.context_tokens
-        num_global = fused_tokens(self.connector.global_branch.fusion, self.encoder.num_patches)
-        local = self.connector.local_branch
-        num_local = 0 if local is None else self.most_local_views() * local.compression.queries
+        asked = self.file.recipe.language_model.max_tokens
+        if asked is not None and asked > context:
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
+                "allowed: at most that many"
+            )
+        context = self.max_sequence_tokens
+        num_global = self.connector.global_tokens(self.encoder.num_patches)
+        num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
+            holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or views.max_slices, or take a language model with a longer context"
+                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
+                "take a language model with a longer context"
             )
 
     def _check_split(self) -> None:

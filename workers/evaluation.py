@@ -166,7 +166,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         given: list[_Given] = []
         right = 0
         try:
-            for some in _answers(model, data, questions, modes, spec.max_new_tokens, execution.eval_batch_size):
+            for some in _answers(model, data, training.features, questions, modes, spec.max_new_tokens, execution.eval_batch_size):
                 given += some
                 right += sum(exact_match(item.answer, item.question.expected) for item in some)
                 progress.advance(len(some), right=f"{right / len(given):.0%}")
@@ -206,17 +206,16 @@ def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", fea
     Raises:
         EvaluationError: names the sample and what is wrong with its question.
     """
-    from workers.caching.units import num_views
-
     for question in _chosen(samples, None):
-        _prompt(model, question, num_views(features, question.sample, "local"), max_new_tokens)
+        _prompt(model, question, features, max_new_tokens)
 
 
-def _prompt(model: "VisionLanguageModel", question: _Question, num_local_views: int, max_new_tokens: int) -> "Conversation":
+def _prompt(model: "VisionLanguageModel", question: _Question, features: FeatureSpec, max_new_tokens: int) -> "Conversation":
     from model.chat import tokenise_question
     from model.vision_language import room_for_text
+    from workers.caching.units import view_plan
 
-    room = room_for_text(model.max_tokens - max_new_tokens, model.connector, num_local_views)
+    room = room_for_text(model.max_tokens - max_new_tokens, model.connector, view_plan(features, question.sample))
     try:
         return tokenise_question(model.tokenizer, question.text, room)
     except ConversationError as error:
@@ -249,6 +248,7 @@ def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Quest
 def _answers(
     model: "VisionLanguageModel",
     data: "TrainingData",
+    features: FeatureSpec,
     questions: Sequence[_Question],
     modes: Sequence["Mode"],
     max_new_tokens: int,
@@ -256,6 +256,7 @@ def _answers(
 ) -> Iterator[list[_Given]]:
     """Answers, a batch at a time. An image's visual tokens are computed once for all of its questions and modes."""
     from model.vision_language import lay_out_images, plan_sequences
+    from workers.caching.units import view_plan
     from workers.training.batches import needed_maps, stack_maps
 
     global_maps, local_maps = needed_maps(model.connector.spec)
@@ -266,10 +267,10 @@ def _answers(
         chosen = images[start : start + _IMAGES_AT_ONCE]
         place = {sample.sample_id: number for number, sample in enumerate(chosen)}
         found = data.source.fetch(chosen, want_global=want_global, want_local=want_local)
-        globals_ = [features.global_maps for features in found if features.global_maps is not None]
-        locals_ = [features.local_maps for features in found if features.local_maps is not None]
-        views = [0 if features.local_maps is None else len(features.local_maps) for features in found]
-        layout = lay_out_images(model.connector, [features.global_maps is not None for features in found], views)
+        globals_ = [image.global_maps for image in found if image.global_maps is not None]
+        locals_ = [image.local_maps for image in found if image.local_maps is not None]
+        plans = [None if image.local_maps is None else view_plan(features, sample) for image, sample in zip(found, chosen, strict=True)]
+        layout = lay_out_images(model.connector, [image.global_maps is not None for image in found], plans)
         maps = plan_sequences(
             [],
             [],
@@ -280,11 +281,7 @@ def _answers(
         ).to(model.device)
         visual = model.visual_tokens_without_gradient(maps)
         for mode in modes:
-            mine = [
-                (question, _prompt(model, question, views[place[question.sample.sample_id]], max_new_tokens))
-                for question in questions
-                if question.sample.sample_id in place
-            ]
+            mine = [(question, _prompt(model, question, features, max_new_tokens)) for question in questions if question.sample.sample_id in place]
             mine.sort(key=lambda pair: pair[1].num_text_tokens)  # little padding
             for first in range(0, len(mine), batch_size):
                 some = mine[first : first + batch_size]
@@ -294,6 +291,7 @@ def _answers(
                     [place[question.sample.sample_id] for question, _ in some],
                     layout,
                     pad_left=True,
+                    selects=model.connector.spec.selector is not None,
                 ).to(model.device)
                 tokens = model.generate(batch, max_new_tokens, visual)
                 yield [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from model.specs import fingerprint
+from model.specs import LocalBranchSpec, fingerprint
 from workers.commits import Stage, from_json
 from workers.dataset.samples import read_samples
 from workers.errors import ExportingError
@@ -37,7 +37,7 @@ class ExportSpec:
 
     training_fingerprint: str
     evaluation_fingerprint: str
-    format_version: int = 2
+    format_version: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,12 +206,7 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         "",
         f"A {connector.global_branch.fusion.kind} / {connector.global_branch.adapters.kind} connector between the vision encoder "
         f"`{features.encoder.model}` ({features.encoder.view_px} px views, {features.encoder.num_patches} patches) and the language model "
-        f"`{training.language_model.model}`. "
-        + (
-            f"Local views are fused by {local.fusion.kind} and compressed to {local.compression.queries} tokens each."
-            if local is not None
-            else "It has no local branch."
-        ),
+        f"`{training.language_model.model}`. " + _local_words(local, features.encoder.num_patches),
         "",
         'Ask it: `loupe ask THIS_FOLDER IMAGE "question"`.',
         "",
@@ -257,6 +252,14 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         "",
     ]
     return "\n".join(lines)
+
+
+def _local_words(local: LocalBranchSpec | None, num_patches: int) -> str:
+    if local is None:
+        return "It has no local branch."
+    kept = "" if local.selector is None else f" A {local.selector.kind} selector keeps those that the question needs."
+    how = "kept at" if local.compression is None else "compressed to"
+    return f"Local views are fused by {local.fusion.kind} and {how} {local.view_tokens(num_patches)} tokens each.{kept}"
 
 
 def _accuracy_table(evaluated: EvaluationRecord) -> list[str]:

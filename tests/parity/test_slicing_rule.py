@@ -1,4 +1,4 @@
-"""SliME's slicing rule, as the authors' code has it: known grids, and a reference that lists every grid and sorts."""
+"""SliME's slicing rule, as the authors' code has it and as the paper says: known grids, and references that list every grid."""
 
 from math import ceil
 
@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.errors import SpecError
 from model.views import Box, ViewSpec, plan_views
 
 SIDE = 336
@@ -84,3 +85,47 @@ def test_a_point_of_the_image_lands_where_the_canvas_has_it(width, height, x, y)
         assert landed.top == pytest.approx(canvas_y - view.row * SIDE, abs=1e-6 * SIDE * plan.rows)
     squashed = plan.global_view.project(point)
     assert (squashed.left, squashed.top) == (pytest.approx(x * SIDE, abs=1e-6), pytest.approx(y * SIDE, abs=1e-6))
+
+
+def paper_grid(width, height, side, most):
+    """Every grid of 1 to 6 columns and rows, by what it keeps of the picture and then by what it wastes."""
+    best, best_kept, best_wasted = None, -1, None
+    for columns in range(1, most + 1):
+        for rows in range(1, most + 1):
+            scale = min(side * columns / width, side * rows / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            wasted = side * columns * side * rows - kept
+            if kept > best_kept or (kept == best_kept and wasted < best_wasted):
+                best, best_kept, best_wasted = (columns, rows), kept, wasted
+    return best
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), side=st.sampled_from([56, 224, 336]), most=st.integers(1, 8))
+@settings(deadline=None)
+def test_the_paper_s_rule(width, height, side, most):
+    plan = plan_views(width, height, side, ViewSpec.slime_paper(max_side=most))
+    assert (plan.columns, plan.rows) == paper_grid(width, height, side, most)
+    assert len(plan.local_views) <= most * most == ViewSpec.slime_paper(max_side=most).max_local_views
+
+
+@pytest.mark.parametrize(("width", "height", "grid"), [(336, 336, (1, 1)), (1024, 768, (4, 3)), (4000, 3000, (6, 5)), (3000, 300, (6, 1))])
+def test_the_paper_s_rule_on_known_sizes(width, height, grid):
+    plan = plan_views(width, height, 336, ViewSpec.slime_paper())
+    assert (plan.columns, plan.rows) == grid
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rule": "anyres"}, "found max_slices 6"),
+        ({"rule": "anyres", "max_slices": None}, "found no grids"),
+        ({"rule": "slime_paper", "max_slices": None, "max_side": 13}, "1..12, found 13"),
+        ({"rule": "slime", "max_side": 3}, "found max_side 3"),
+        ({"rule": "anyres", "max_slices": None, "grids": ((1, 2), (1, 2))}, "each once"),
+        ({"rule": "anyres", "max_slices": None, "grids": ((0, 2),)}, "at least 1"),
+        ({"rule": "anyres", "max_slices": None, "grids": ()}, "must list"),
+    ],
+)
+def test_rules_that_cannot_be(values, message):
+    with pytest.raises(SpecError, match=message):
+        ViewSpec(**values)

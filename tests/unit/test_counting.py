@@ -19,11 +19,14 @@ from model.specs import (
     FusionSpec,
     GatedMixtureSpec,
     GlobalBranchSpec,
+    LearnableSelectorSpec,
     LocalBranchSpec,
     MLPSpec,
     SCISpec,
+    SelectorSpec,
     SingleSpec,
     STISpec,
+    TextGuidedSelectorSpec,
 )
 
 CLIP, SIGLIP = known_encoder("openai/clip-vit-large-patch14-336"), known_encoder("google/siglip-so400m-patch14-384")
@@ -89,13 +92,41 @@ def small_encoder():
 
 
 FUSIONS = (SingleSpec(layer=5), STISpec(base=5, layers=(1, 3)), SCISpec(base=5, layers=(1, 3)), DCISpec(base=5, groups=((0, 2), (3, 5))))
-ADAPTERS = (MLPSpec(), GatedMixtureSpec(), GatedMixtureSpec(attention_init="authors"))
+ADAPTERS = (MLPSpec(), GatedMixtureSpec(), GatedMixtureSpec(attention_init="authors", noise="authors"))
 LOCALS = (None, *((queries, start, projector) for queries in (4, 9) for start in ("positional", "authors") for projector in ("shared", "own")))
+
+
+def check_empty(spec):
+    """Shapes and counts of the empty connector are the built one's."""
+    built = build_connector(spec, small_encoder(), hidden=24, embedding_rms=1.0, seed=0)
+    empty = empty_connector(spec, small_encoder(), hidden=24)
+    assert {value.device.type for value in (*empty.parameters(), *empty.buffers())} == {"meta"}
+    shapes = [{name: tuple(value.shape) for name, value in connector.named_parameters()} for connector in (built, empty)]
+    assert shapes[0] == shapes[1]
+    assert count_by_block(built) == count_by_block(empty)
+    assert tuple(count_by_block(built)) == tuple(dict.fromkeys(name.split(".")[0] for name in shapes[0]))
+    assert set(count_by_block(built)) == set(spec.blocks)
+    assert count_fixed_numbers(built) == count_fixed_numbers(empty)
+    for tokens in ("tokens_per_global_view", "tokens_per_local_view"):
+        assert getattr(built, tokens) == getattr(empty, tokens)
+
+
+UNCOMPRESSED = (
+    LocalBranchSpec(fusion=FUSIONS[0], compression=None, merge="spatial_unpad", newline=True, output_grid=2),
+    LocalBranchSpec(fusion=FUSIONS[0], compression=None, selector=LearnableSelectorSpec(width=6)),
+    LocalBranchSpec(fusion=FUSIONS[0], compression=CompressionSpec(queries=4), selector=TextGuidedSelectorSpec()),
+)
+
+
+@pytest.mark.parametrize("local", UNCOMPRESSED)
+def test_the_other_parts_of_local_branches_are_counted_too(local):
+    check_empty(ConnectorSpec(global_branch=GlobalBranchSpec(fusion=FUSIONS[0], adapters=MLPSpec(), output_grid=2), local_branch=local))
 
 
 def test_every_kind_of_part_is_tried():
     assert {type(fusion) for fusion in FUSIONS} == set(get_args(FusionSpec))
     assert {type(adapters) for adapters in ADAPTERS} == set(get_args(AdapterSpec))
+    assert {type(local.selector) for local in UNCOMPRESSED if local.selector is not None} == set(get_args(SelectorSpec))
 
 
 def can_be(fusion, adapters, local):
@@ -110,17 +141,7 @@ def test_an_empty_connector_is_the_built_one_without_its_numbers(fusion, adapter
         queries, start, projector = local
         branch = LocalBranchSpec(fusion=fusion, compression=CompressionSpec(queries=queries, attention_init=start), projector=projector)
     spec = ConnectorSpec(global_branch=GlobalBranchSpec(fusion=fusion, adapters=adapters), local_branch=branch)
-    built = build_connector(spec, small_encoder(), hidden=24, embedding_rms=1.0, seed=0)
-    empty = empty_connector(spec, small_encoder(), hidden=24)
-    assert {value.device.type for value in (*empty.parameters(), *empty.buffers())} == {"meta"}
-    shapes = [{name: tuple(value.shape) for name, value in connector.named_parameters()} for connector in (built, empty)]
-    assert shapes[0] == shapes[1]
-    assert count_by_block(built) == count_by_block(empty)
-    assert tuple(count_by_block(built)) == tuple(dict.fromkeys(name.split(".")[0] for name in shapes[0]))
-    assert set(count_by_block(built)) == set(spec.blocks)
-    assert count_fixed_numbers(built) == count_fixed_numbers(empty)
-    for tokens in ("tokens_per_global_view", "tokens_per_local_view"):
-        assert getattr(built, tokens) == getattr(empty, tokens)
+    check_empty(spec)
 
 
 def test_a_language_models_shape_needs_its_config_alone(tiny_language_model_folder, tmp_path):

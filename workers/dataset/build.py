@@ -39,6 +39,8 @@ class DatasetRecord:
     num_items: int
     num_samples: int
     num_train: int
+    num_train_by_source: dict[str, int]
+    """By the source's label; an image of several sources counts for the first one."""
     num_held_out: int
     num_turns: int
     num_small_turns: int
@@ -313,6 +315,7 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         num_items=num_items,
         num_samples=len(samples),
         num_train=sum(sample.split == "train" for sample in samples),
+        num_train_by_source=dict(Counter(sample.source for sample in samples if sample.split == "train")),
         num_held_out=sum(sample.split == "held_out" for sample in samples),
         num_turns=len(turns),
         num_small_turns=sum(turn.detail == "small" for turn in turns),

@@ -24,16 +24,17 @@ from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation
 from model.connector import Connector
 from model.errors import ConversationError
-from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
-from model.views import Box, plan_views
-from model.vision_language import MODES, Batch, Mode, lay_out_images, plan_sequences, room_for_text
+from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
+from model.views import Box, ViewPlan
+from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
+from workers.caching.units import view_plan
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
 __all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
 
-_ORDER, _BRANCH, _NOISE = 1, 2, 3
+_ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE = 1, 2, 3, 4
 """Streams of random numbers that must not meet."""
 
 
@@ -143,7 +144,7 @@ class BatchBuilder:
         max_tokens: the language model's longest sequence.
 
     Raises:
-        TrainingError: there are no samples.
+        TrainingError: there are no samples, or none of the sources that a phase sees.
     """
 
     def __init__(
@@ -162,18 +163,19 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
+        self._by_sources = {phase.sources: _of_sources(samples, phase) for phase in schedule.phases}
         self._conversations: dict[int, Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
-    def num_local_views(self, sample: Sample) -> int:
-        """Local views of an image, by the view rule alone."""
-        return len(plan_views(sample.width_px, sample.height_px, self.features.encoder.view_px, self.features.views).local_views)
+    def view_plan(self, sample: Sample) -> ViewPlan:
+        """The views of an image, by the view rule alone."""
+        return view_plan(self.features, sample)
 
     def conversation(self, index: int) -> Conversation:
         """Tokens of a sample's conversation; kept, since every pass needs them again."""
         if index not in self._conversations:
             sample = self.samples[index]
-            room = room_for_text(self._max_tokens, self.connector, self.num_local_views(sample))
+            room = room_for_text(self._max_tokens, self.connector, self.view_plan(sample))
             turns = [(turn.question, turn.answer) for turn in sample.turns]
             try:
                 self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
@@ -215,7 +217,7 @@ class BatchBuilder:
             )
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
-        indices = [sample_index(seed, position, len(self.samples)) for position in positions]
+        indices = self._indices(phase_index, step)
         supervised = sum(self.conversation(index).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
@@ -231,6 +233,14 @@ class BatchBuilder:
             chosen = range(start, min(start + size, mine.stop))
             micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
+
+    def _indices(self, phase_index: int, step: int) -> list[int]:
+        """The samples of a step. Passes go on where the last phase over the same sources left them, so every sample is seen as often as any other."""
+        phases, phase = self.schedule.phases, self.schedule.phases[phase_index]
+        shown = self._by_sources[phase.sources]
+        seen = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if earlier.sources == phase.sources)
+        first = seen + step * phase.batch_size
+        return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Maps of images at even distances in the frozen order, to measure the connector's inputs on: the first ones are all of one source.
@@ -263,12 +273,12 @@ class BatchBuilder:
         Returns:
             Pairs of (local token of the image, vocabulary id), each once.
         """
-        local = self.connector.spec.local_branch
         if index not in self._evidence:
             sample = self.samples[index]
             pairs: dict[tuple[int, int], None] = {}
-            plan = plan_views(sample.width_px, sample.height_px, self.features.encoder.view_px, self.features.views)
-            grid = 0 if local is None else isqrt(local.compression.queries)
+            plan = self.view_plan(sample)
+            view_tokens = self.connector.tokens_per_local_view
+            grid = isqrt(view_tokens)
             for turn in sample.turns:
                 if turn.evidence is None or not grid:
                     continue
@@ -277,7 +287,7 @@ class BatchBuilder:
                     box = view.project(Box(left=left, top=top, right=right, bottom=bottom))
                     column, row = (box.left + box.right) / 2 * grid / view.view_px, (box.top + box.bottom) / 2 * grid / view.view_px
                     if 0 <= column < grid and 0 <= row < grid:
-                        place = ((view.index - 1) * grid + int(row)) * grid + int(column)
+                        place = (view.index - 1) * view_tokens + int(row) * grid + int(column)
                         for word in turn.shown:
                             pairs |= {(place, token): None for token in self._tokenizer.encode(f" {word}", add_special_tokens=False)}
             self._evidence[index] = list(pairs)
@@ -299,7 +309,7 @@ class BatchBuilder:
             for features, index, wanted in zip(found, indices, wants_local, strict=True)
             if wanted and features is not None
         ]
-        num_views = [0 if features is None or not wanted else len(features.local_maps) for features, wanted in zip(found, wants_local, strict=True)]  # type: ignore[arg-type]
+        plans = [self.view_plan(self.samples[index]) if wanted else None for index, wanted in zip(indices, wants_local, strict=True)]
         noise = None
         if "gate" in phase.train and global_features and phase.experts == "mixture" and _is_noisy(self.connector):
             shape = (self.connector.num_patches, NUM_EXPERTS)
@@ -311,25 +321,38 @@ class BatchBuilder:
             noise = torch.from_numpy(np.stack(drawn))
         local = spec.local_branch
         pairs: list[tuple[int, int]] = []
-        if evidence_scale > 0 and local is not None:
-            first_views = np.cumsum([0, *num_views])
+        layout = lay_out_images(self.connector, wants_global, plans)
+        if evidence_scale > 0:
             for place, (index, wanted) in enumerate(zip(indices, wants_local, strict=True)):
                 if wanted:
-                    start = int(first_views[place]) * local.compression.queries
+                    start = layout.first_view[place] * layout.tokens_per_local_view
                     pairs += [(start + token, word) for token, word in self.evidence(index)]
         return plan_sequences(
             [self.conversation(index) for index in indices],
             modes,
             range(len(indices)),
-            lay_out_images(self.connector, wants_global, num_views),
+            layout,
             global_maps=stack_maps(global_features, self._global_maps) if global_features else None,
             local_maps=stack_maps(local_features, self._local_maps) if local is not None and local_features else None,
             gate_noise=noise,
+            selects=phase.selector,
+            selector_noise=self._selector_noise(phase_index, positions, layout) if phase.selector else None,
             evidence_places=torch.tensor([token for token, _ in pairs]) if pairs else None,
             evidence_words=torch.tensor([word for _, word in pairs]) if pairs else None,
             evidence_scale=evidence_scale,
             experts=phase.experts,
         )
+
+    def _selector_noise(self, phase_index: int, positions: Sequence[int], layout: VisualLayout) -> Tensor | None:
+        """Standard normal numbers for every sequence's local tokens, a function of the position alone."""
+        spec, most = self.connector.spec.selector, max((len(order) for order in layout.local_orders), default=0)
+        if spec is None or spec.noise == 0 or most == 0:
+            return None
+        drawn = np.zeros((len(positions), most), dtype=np.float32)
+        for row, (position, order) in enumerate(zip(positions, layout.local_orders, strict=True)):
+            generator = _generator(self.schedule.seed, _SELECTOR_NOISE, phase_index, position)
+            drawn[row, : len(order)] = generator.standard_normal(len(order), dtype=np.float32)
+        return torch.from_numpy(drawn)
 
     def _fetch(self, indices: Sequence[int], wants_global: Sequence[bool], wants_local: Sequence[bool]) -> list[ImageFeatures | None]:
         """Features of every sample, one call per combination of wants, so that nothing is read that nobody looks at."""
@@ -343,9 +366,20 @@ class BatchBuilder:
         return found
 
 
+def _of_sources(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
+    """Places of the samples that a phase sees."""
+    found = [place for place, sample in enumerate(samples) if not phase.sources or sample.source in phase.sources]
+    if not found:
+        raise TrainingError(
+            f"phase {phase.name!r} sees the sources {', '.join(phase.sources)} alone, of which the train split holds no image; found those of "
+            f"{', '.join(sorted({sample.source for sample in samples}))}"
+        )
+    return found
+
+
 def _is_noisy(connector: Connector) -> bool:
     adapters = connector.spec.global_branch.adapters
-    return adapters.kind == "gated_mixture" and adapters.noise
+    return adapters.kind == "gated_mixture" and adapters.noise != "none"
 
 
 def _there(maps: Tensor | None, sample: Sample, branch: str) -> Tensor:

@@ -369,7 +369,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         connector=model.connector,
         schedule=spec.schedule,
         tokenizer=model.tokenizer,
-        max_tokens=model.max_tokens,
+        max_tokens=model.max_tokens if spec.max_tokens is None else min(model.max_tokens, spec.max_tokens),
     )
     builder.check()
     checkpoints = CheckpointFolder(store, key, name)

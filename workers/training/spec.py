@@ -28,6 +28,8 @@ class TrainingSpec:
     feature_source: Literal["cached", "live"] = "cached"
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type."""
+    max_tokens: int | None = None
+    """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
 
     def __post_init__(self) -> None:
         local = self.connector.local_branch
@@ -42,6 +44,8 @@ class TrainingSpec:
                     f"connector.{branch} needs the maps {missing}, but the features hold {[map_spec.name for map_spec in held]}; add them to the "
                     "features"
                 )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise SpecError(f"language_model.max_tokens must be at least 1, found {self.max_tokens}")
         if self.dataset_fingerprint != self.features.dataset_fingerprint:
             raise SpecError("training and its features name different datasets; cache the features of the dataset that is trained on")
         for phase in self.schedule.phases:
