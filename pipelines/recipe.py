@@ -846,8 +846,9 @@ class RecipeFile:
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes that come with Loupe, by name."""
-    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
+    """The recipes that come with Loupe, by name; those in a folder, such as `components/sti`, with its name in front."""
+    found = {path.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): path for path in RECIPES_FOLDER.rglob("*.toml")}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def _written_place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
