@@ -68,7 +68,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     from workers.storage import Store
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
-    experiment = open_experiment(file, Store(root), execution)
+    experiment = open_experiment(file, Store(root), execution, planning=dry_run)
     if dry_run:
         from pipelines.plan import print_plan
 

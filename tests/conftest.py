@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import tests.typechecker  # noqa: F401 - jaxtyping's hook looks it up as an attribute of `tests`
 
@@ -35,6 +36,11 @@ os.environ.update(
         "MPLCONFIGDIR": str(_SESSION_HOME / "matplotlib"),
     }
 )
+
+
+# A machine that does other things too is no error: tests time nothing.
+settings.register_profile("loupe", deadline=None)
+settings.load_profile("loupe")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

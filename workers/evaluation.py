@@ -10,8 +10,7 @@ the run's training split is asked (of another dataset such images are left out, 
 
 import hashlib
 import time
-from collections import Counter
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
