@@ -24,6 +24,7 @@ __all__ = [
     "LanguageModelError",
     "MissingMapError",
     "ModelError",
+    "ReleasedWeightsError",
     "SpecError",
     "first_line",
 ]
@@ -91,3 +92,7 @@ class FrozenBlockChangedError(ModelError):
 
 class ExportError(ModelError):
     """An export folder is incomplete, damaged or does not fit its encoder or language model."""
+
+
+class ReleasedWeightsError(ModelError):
+    """Released weights cannot be read, are incomplete, or are of another model than the recipe describes."""
