@@ -210,7 +210,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
                 "Get the file from its authors, or have it converted to safetensors by someone who trusts it"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # what torch says before it is advice to run the file after all
-        raise _unreadable(file, pickle.UnpicklingError(first_line(pickle.UnpicklingError(reason)))) from error
+        raise _unreadable(file, ValueError(reason)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
         raise _unreadable(file, error) from error  # the reader for old files raises whatever their bytes lead it to
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(name, str) for name in loaded):

@@ -45,10 +45,10 @@ class ReferenceResampler(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         batch, patches, width = tokens.shape
         key_grid = math.isqrt(patches)
-        codes = self.pos_embed.float()
+        codes = self.pos_embed.to(tokens.dtype)
         raster = codes.reshape(1, self.grid, self.grid, width).permute(0, 3, 1, 2)
         resized = nn.functional.interpolate(raster, size=(key_grid, key_grid), mode="bicubic", align_corners=False)
-        key_codes = resized.permute(0, 2, 3, 1).reshape(patches, width).to(self.pos_embed.dtype).float()
+        key_codes = resized.permute(0, 2, 3, 1).reshape(patches, width).to(self.pos_embed.dtype).to(tokens.dtype)
         normed = self.ln_kv(tokens).transpose(0, 1)
         queries = self.ln_q(self.query).unsqueeze(1).repeat(1, batch, 1)
         attended, _ = self.attn(queries + codes.unsqueeze(1), normed + key_codes.unsqueeze(1), normed)
@@ -95,7 +95,7 @@ def shake(module: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if not name.endswith("pos_embed"):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def slime_modules(

@@ -82,7 +82,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, kind):
         file.write_bytes(pickle.dumps(value | {"model.mm_projector.0.weight": 1}, protocol=2))
     else:
         torch.save(value, file, _use_new_zipfile_serialization=kind == "torch")
-    with pytest.raises(ReleasedWeightsError, match=r"mm_projector\.bin is refused: beside tensors it holds (posix|os)\.system, which loading would run"):
+    with pytest.raises(
+        ReleasedWeightsError, match=r"mm_projector\.bin is refused: beside tensors it holds (posix|os)\.system, which loading would run"
+    ):
         open_tensor_files([file])
     assert not touched.exists()
     torch.load(file, weights_only=False) if kind != "pickle" else pickle.loads(file.read_bytes())  # the trap is a real one
