@@ -50,6 +50,10 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     value = f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {experiment.features.precision}"
     yield PlanLine(topic="features", fact="cache", value=value)
     yield from _connector_lines(experiment)
+    if experiment.weights is not None:
+        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address} (sha256 {experiment.weights.sha256[:16]})")
+    if not recipe.schedule.phases:
+        yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:
         length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"

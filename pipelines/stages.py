@@ -19,7 +19,7 @@ from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
-from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
@@ -27,6 +27,7 @@ from workers.training.spec import TrainingSpec
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
     from workers.exporting import ExportSpec
+    from workers.training.initial_weights import WeightsFile
 
 
 __all__ = [
@@ -114,6 +115,8 @@ class Experiment:
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    weights: "WeightsFile | None" = None
+    """What training starts from; None for random weights."""
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
         """The committed record of a stage as JSON; None when it is not done."""
@@ -179,6 +182,7 @@ class Experiment:
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
             language_model=self.language_model,
+            initial_weights_sha256=None if self.weights is None else self.weights.sha256,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -305,6 +309,9 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
         connector = recipe.connector_spec(encoder)
         dataset = recipe.dataset_spec(encoder, _records_sha256(file))
         features = recipe.feature_spec(dataset, encoder, connector)
+        weights = None
+        if recipe.connector.weights is not None:
+            weights = _checked_weights(recipe.connector.weights, connector, encoder, recipe.language_model.model)
         experiment = Experiment(
             file=file,
             store=store,
@@ -314,11 +321,22 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             connector=connector,
             dataset=dataset,
             features=features,
+            weights=weights,
         )
         experiment.check()
-    except (ModelError, SourceError, StorageError) as error:
+    except (ModelError, SourceError, StorageError, TrainingError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
+
+
+def _checked_weights(address: str, connector: ConnectorSpec, encoder: EncoderSpec, language_model: str) -> "WeightsFile":
+    """Initial weights that fit the recipe."""
+    from workers.language_models import language_model_hidden
+    from workers.training.initial_weights import check_weights, open_weights
+
+    weights, tensors = open_weights(address)
+    check_weights(tensors, address, connector, encoder, language_model_hidden(language_model))
+    return weights
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
@@ -394,8 +412,11 @@ def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
+        from workers.training.initial_weights import keep_weights
         from workers.training.run import train_connector
 
+        if experiment.weights is not None:
+            keep_weights(experiment.store, experiment.weights)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)

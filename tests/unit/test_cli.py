@@ -28,6 +28,7 @@ FROZEN = {
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
+    "import-weights": ["SOURCES", "--recipe", "--root", "--connector-only", "--dry-run"],
     "recipes": [],
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
 }

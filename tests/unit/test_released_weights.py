@@ -118,8 +118,8 @@ def test_every_head_of_the_authors_width_is_ours(tmp_path, width, heads):
 
 @torch.no_grad()
 def test_what_their_half_precision_position_table_costs():
-    """Theirs is fp16, ours fp32: at their size (576 patches, 144 queries, 1024 wide, 8 heads) outputs of unit variance differ by 4e-4 at most and 8e-5
-    in the mean at an initialisation like theirs, by ten times that where the packed projections have grown fourfold."""
+    """Theirs is fp16, ours fp32: at their size (576 patches, 144 queries, 1024 wide, 8 heads) outputs of unit variance differ by 4e-4 at most and
+    8e-5 in the mean at an initialisation like theirs, by ten times that where the packed projections have grown fourfold."""
     outputs = {}
     for table in (torch.float32, torch.float16):
         torch.manual_seed(0)
