@@ -384,8 +384,9 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     )
     builder.check()
     checkpoints = CheckpointFolder(store, key, name)
-    if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None and rank == 0:
-        check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
+    if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
+        if rank == 0:
+            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
         if spec.initial_weights_sha256 is None:  # else the measured numbers are among them
             global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
             model.connector.measure_inputs(
@@ -424,17 +425,14 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
 
 def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The model that a stage starts from, and the blocks that its optimizer knows."""
-    from workers.training.assemble import assemble_model
     from workers.training.checkpoints import load_weights
-    from workers.training.initial_weights import start_from
 
-    aligns = stage == "align"
-    assert aligns or spec.schedule.sft is not None
-    trains = spec.connector.blocks if aligns or spec.schedule.sft is None else spec.schedule.sft.train
-    model = assemble_model(spec, freeze_language_model="language_model" not in trains, device=device)
-    if spec.initial_weights_sha256 is not None:
-        start_from(model.connector, store, spec.initial_weights_sha256, spec.features.encoder)
-    if not aligns and spec.schedule.align:
+    if stage == "align":
+        return _assembled(spec, store, freeze_language_model=True, device=device), spec.connector.blocks
+    assert spec.schedule.sft is not None
+    trains = spec.schedule.sft.train
+    model = _assembled(spec, store, freeze_language_model="language_model" not in trains, device=device)
+    if spec.schedule.align:
         aligned = _last_checkpoint(spec, store, "align")
         if aligned is None:
             raise TrainingError(
@@ -442,6 +440,17 @@ def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -
             )
         load_weights(model, aligned.model)
     return model, trains
+
+
+def _assembled(spec: TrainingSpec, store: Store, *, freeze_language_model: bool, device: Any) -> Any:
+    """The model as it is before the first phase: with the seed's weights, or those that the recipe names."""
+    from workers.training.assemble import assemble_model
+    from workers.training.initial_weights import start_from
+
+    model = assemble_model(spec, freeze_language_model=freeze_language_model, device=device)
+    if spec.initial_weights_sha256 is not None:
+        start_from(model.connector, store, spec.initial_weights_sha256, spec.features.encoder)
+    return model
 
 
 def _device_name(device: Any) -> str:
