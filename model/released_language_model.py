@@ -8,7 +8,6 @@ the language model's class has is there, in its shape and stored type, finite; e
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from model.errors import ReleasedWeightsError, first_line
 from model.released_weights import by_canonical_name, part_left
 from model.tensor_files import StoredTensor, TensorFiles
 
-__all__ = ["LanguageModelFiles", "released_config", "tokenizer_files", "write_language_model"]
+__all__ = ["CheckedLanguageModel", "LanguageModelFiles", "check_language_model", "released_config", "tokenizer_files", "write_language_model"]
 
 _CLASSES = {
     "llava_llama": ("llama", "LlamaForCausalLM"),
@@ -122,12 +121,8 @@ def write_language_model(
     Raises:
         ReleasedWeightsError: its class is not known, a tensor is missing, too much, of another shape or not finite, or there is no tokenizer.
     """
-    model_type, architecture = _class_of(config)
-    values = _plain_config(config, model_type, architecture)
-    names = {canonical: name for canonical, name in by_canonical_name(files).items() if part_left(canonical) == "language model"}
-    ignored = tuple(sorted(name for name in names if re.search(r"\.rotary_emb\.inv_freq$", name)))
-    held = {canonical: files.stored[name] for canonical, name in names.items() if canonical not in ignored}
-    _check_tensors(held, _expected_shapes(values, model_type), tied=bool(values.get("tie_word_embeddings")))
+    found = check_language_model(files, config)
+    names, held, values = found.names, found.held, found.config
     beside = tokenizer_files(source)
     groups = list(_groups(held, shard_bytes))
     weight_map: dict[str, str] = {}
@@ -147,12 +142,47 @@ def write_language_model(
     for file_beside in beside:
         shutil.copyfile(file_beside, target / file_beside.name)
     return LanguageModelFiles(
-        model_type=model_type,
+        model_type=str(values["model_type"]),
         num_tensors=len(held),
         num_values=sum(tensor.num_values for tensor in held.values()),
         num_bytes=num_bytes,
-        ignored=ignored,
+        ignored=found.ignored,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedLanguageModel:
+    """A language model that is all there, as far as names, shapes and types tell."""
+
+    config: dict[str, Any]
+    """Of its config.json, without what the authors' code added."""
+    names: dict[str, str]
+    """Names in the files by canonical name."""
+    held: dict[str, StoredTensor]
+    """Its tensors by canonical name."""
+    ignored: tuple[str, ...]
+
+
+def check_language_model(files: TensorFiles, config: Mapping[str, Any]) -> CheckedLanguageModel:
+    """Refuse a language model that is not whole, before anything is read or written.
+
+    Args:
+        files: of the released model.
+        config: of its config.json.
+
+    Returns:
+        What it is made of.
+
+    Raises:
+        ReleasedWeightsError: its class is not known, or a tensor is missing, too much or of another shape.
+    """
+    model_type, architecture = _class_of(config)
+    values = _plain_config(config, model_type, architecture)
+    names = {canonical: name for canonical, name in by_canonical_name(files).items() if part_left(canonical) == "language model"}
+    ignored = tuple(sorted(name for name in names if name.endswith(".rotary_emb.inv_freq")))
+    held = {canonical: files.stored[name] for canonical, name in names.items() if canonical not in ignored}
+    _check_tensors(held, _expected_shapes(values, model_type), tied=bool(values.get("tie_word_embeddings")))
+    return CheckedLanguageModel(config=values, names=names, held=held, ignored=ignored)
 
 
 def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -172,13 +202,14 @@ def _plain_config(config: Mapping[str, Any], model_type: str, architecture: str)
 
 def _expected_shapes(values: Mapping[str, Any], model_type: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the class's tensors, from its config, without memory for them."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         parsed = AutoConfig.for_model(model_type, **{key: value for key, value in values.items() if key != "model_type"})
         with torch.device("meta"):
             network: Any = AutoModelForCausalLM.from_config(parsed)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ReleasedWeightsError(f"config.json is of no {model_type} that transformers can build ({first_line(error)}); fetch it") from error
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 

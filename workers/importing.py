@@ -19,7 +19,7 @@ from pathlib import Path
 import safetensors.torch
 
 from model.load_report import LoadReport
-from model.released_language_model import LanguageModelFiles, released_config, tokenizer_files, write_language_model
+from model.released_language_model import LanguageModelFiles, check_language_model, released_config, tokenizer_files, write_language_model
 from model.released_weights import canonical_name, load_released, part_left
 from model.specs import ConnectorSpec, EncoderSpec, fingerprint
 from model.tensor_files import TensorFiles, open_tensor_files, weight_files
@@ -90,6 +90,8 @@ def import_weights(
     config = released_config(folder)
     imported = load_released(opened, config, connector, encoder)
     whole = _holds_language_model(opened) and not connector_only
+    if whole:
+        check_language_model(opened, config or {})
     read = [*files, *([folder / "config.json"] if config is not None else []), *(tokenizer_files(folder) if whole else [])]
     sources = {file.name: _sha256(file) for file in read}
     spec = ImportSpec(files=tuple(sorted(sources.items())), connector=connector, encoder=encoder, language_model=whole)
