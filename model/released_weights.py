@@ -72,6 +72,8 @@ _LEFT: tuple[tuple[str, Callable[[str], bool]], ...] = (
 )
 """Parts that are no connector, by the names of their tensors."""
 
+_LORA_NOTE = "LoRA matrices are not merged into the language model; the authors' merge_lora_weights.py does that"
+
 
 def canonical_name(name: str) -> str:
     """A tensor's name as a whole model has it, whichever file it comes from.
@@ -309,6 +311,8 @@ def _notes(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderSpec) -> t
     tower = config.get("mm_vision_tower")
     if isinstance(tower, str) and tower.rstrip("/").rpartition("/")[2] != encoder.model.rstrip("/").rpartition("/")[2]:
         notes.append(f"trained with the encoder {tower}, the recipe has {encoder.model}")
+    if config.get("unfreeze_mm_vision_tower"):
+        notes.append("trained its vision tower too (unfreeze_mm_vision_tower), which is not imported: its features are not the recipe's encoder's")
     selector, local = spec.selector, spec.local_branch
     top_p = config.get("mm_resampler_topp")
     if facts.compression_queries is not None and isinstance(top_p, int | float):
@@ -318,6 +322,8 @@ def _notes(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderSpec) -> t
     merge = config.get("mm_patch_merge_type")
     if local is not None and isinstance(merge, str) and merge != local.merge:
         notes.append(f"config.json has mm_patch_merge_type {merge}, the recipe's merge is {local.merge}")
+    if local is not None and facts.compression_queries is None and spec.separator is not None:
+        notes.append(f"LLaVA's code puts no separator between global and local tokens, the recipe has {spec.separator!r}")
     return tuple(notes)
 
 
@@ -440,7 +446,7 @@ def import_connector(
         not_finite=tuple(not_finite),
         ignored=tuple(ignored),
         left=tuple(LeftPart(part=part, num_tensors=len(sizes), num_values=sum(sizes)) for part, sizes in left.items()),
-        notes=_notes(facts, connector.spec, encoder),
+        notes=(*_notes(facts, connector.spec, encoder), *([_LORA_NOTE] if "LoRA matrices" in left else [])),
     )
     if report.refused:
         return {}, report
