@@ -259,6 +259,10 @@ def spec_mismatches(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderS
         if facts.compression_queries is None
         else f"set compression = {{ queries = {facts.compression_queries} }}",
     )
+    if local is not None and local.fusion != branch.fusion:
+        lines.append(
+            "connector.local.fusion: the authors read the same layers of global and local views, the recipe's fusions differ; make them alike"
+        )
     if local is not None and local.projector == "own":
         lines.append("connector.local.projector: the authors have one projector for both branches, the recipe says own; set projector = 'shared'")
     if local is not None and local.newline and not facts.newline:

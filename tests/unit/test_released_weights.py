@@ -298,13 +298,16 @@ def test_a_recipe_of_another_connector_is_told_key_by_key(slime_folder):
     single = SingleSpec(layer=5)
     spec = ConnectorSpec(
         global_branch=GlobalBranchSpec(fusion=single, adapters=MLPSpec()),
-        local_branch=LocalBranchSpec(fusion=single, compression=CompressionSpec(queries=9), projector="own", selector=LearnableSelectorSpec()),
+        local_branch=LocalBranchSpec(
+            fusion=SingleSpec(layer=4), compression=CompressionSpec(queries=9), projector="own", selector=LearnableSelectorSpec()
+        ),
     )
     text = refusal(slime_folder, spec)
     for line in (
         "connector.standardise_inputs: the authors' connectors read features as they are, the recipe says true; set standardise_inputs = false",
         "connector.global.adapters: the files hold gated_mixture, the recipe says mlp; set kind = 'gated_mixture'",
         "connector.local.compression: the files hold 4 queries, the recipe says 9 queries; set compression = { queries = 4 }",
+        "connector.local.fusion: the authors read the same layers of global and local views",
         "connector.local.projector: the authors have one projector",
         "selector has no weights, the recipe's learnable one does; use kind = 'text_guided'",
     ):
