@@ -729,7 +729,7 @@ class PhaseSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSpec:
-    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one."""
+    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one. Without phases nothing is trained."""
 
     align: tuple[PhaseSpec, ...]
     sft: PhaseSpec | None
@@ -740,8 +740,8 @@ class ScheduleSpec:
             if "language_model" in phase.train:
                 raise SpecError(f"align phase {phase.name!r} trains the language model; only sft may")
         names = [phase.name for phase in self.phases]
-        if not names or len(set(names)) != len(names):
-            raise SpecError(f"phases need different names and at least one phase, found {names}")
+        if len(set(names)) != len(names):
+            raise SpecError(f"phases need different names, found {names}")
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:

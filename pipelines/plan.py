@@ -51,6 +51,10 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
     yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images))
     yield from _connector_lines(experiment)
+    if experiment.weights is not None:
+        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address} (sha256 {experiment.weights.sha256[:16]})")
+    if not recipe.schedule.phases:
+        yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:
         yield PlanLine(topic="training", fact=phase.shown_name, value=f"{_length_text(phase, experiment, images)}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))

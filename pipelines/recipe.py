@@ -444,6 +444,8 @@ class Connector(Table):
     """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
+    weights: Word | None = None
+    """Path or URL of a connector.safetensors that training starts from, as `loupe import-weights` and every training run write it."""
 
 
 class LanguageModel(Table):
@@ -723,7 +725,8 @@ class Recipe(Table):
     features: Features = Features()
     connector: Connector
     language_model: LanguageModel
-    schedule: Schedule
+    schedule: Schedule = Schedule()
+    """Without phases, `connector.weights` are evaluated and exported as they are."""
     evaluation: Evaluation = Evaluation()
 
     @field_validator("seeds")
@@ -732,6 +735,16 @@ class Recipe(Table):
         if len(set(seeds)) != len(seeds):
             raise PydanticCustomError("not_allowed", "different numbers")
         return seeds
+
+    @model_validator(mode="after")
+    def _have_weights_from_somewhere(self) -> "Recipe":
+        if not self.schedule.phases and self.connector.weights is None:
+            raise PydanticCustomError(
+                "told",
+                "schedule: found no phase; allowed: at least one, [[schedule.align]] or [schedule.sft], or connector.weights, to evaluate and export "
+                "those as they are",
+            )
+        return self
 
     @property
     def uses_epochs(self) -> bool:

@@ -29,7 +29,7 @@ from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
-from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
@@ -37,6 +37,7 @@ from workers.training.spec import TrainingSpec
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
     from workers.exporting import ExportSpec
+    from workers.training.initial_weights import WeightsFile
 
 
 __all__ = [
@@ -164,6 +165,8 @@ class Experiment:
     """The dataset that is asked instead of the held-out images, and its features."""
     missing: tuple[MissingPart, ...] = ()
     """Only in plans: what holds an unknown digest in its place has no fingerprint, so no stage runs without it."""
+    weights: "WeightsFile | None" = None
+    """What training starts from; None for random weights."""
 
     @property
     def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
@@ -236,6 +239,7 @@ class Experiment:
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
             max_tokens=self.file.recipe.language_model.max_tokens,
+            initial_weights_sha256=None if self.weights is None else self.weights.sha256,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -412,6 +416,9 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
         digests, missing_sources = _planned_sources(file) if planning else (_records_sha256(file), ())
         dataset, asked = recipe.dataset_spec(models.encoder, digests), recipe.evaluation_dataset_spec(models.encoder, digests)
         features = recipe.feature_spec(dataset, models.encoder, connector)
+        weights = None
+        if recipe.connector.weights is not None:
+            weights = _checked_weights(recipe.connector.weights, connector, models.encoder, recipe.language_model.model)
         experiment = Experiment(
             file=file,
             store=store,
@@ -424,9 +431,10 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             features=features,
             asked=None if asked is None else (asked, recipe.feature_spec(asked, models.encoder, connector)),
             missing=(*models.missing, *missing_sources),
+            weights=weights,
         )
         experiment.check()
-    except (ModelError, SourceError, StorageError) as error:
+    except (ModelError, SourceError, StorageError, TrainingError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
 
@@ -499,6 +507,16 @@ def _llava_sources(file: RecipeFile) -> list[LlavaJsonSource]:
     """Those of the training dataset, and of the one that is asked."""
     datasets = [dataset for dataset in (file.recipe.dataset, file.recipe.evaluation.dataset) if dataset is not None]
     return [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
+
+
+def _checked_weights(address: str, connector: ConnectorSpec, encoder: EncoderSpec, language_model: str) -> "WeightsFile":
+    """Initial weights that fit the recipe."""
+    from workers.language_models import planned_shape
+    from workers.training.initial_weights import check_weights, open_weights
+
+    weights, tensors = open_weights(address)
+    check_weights(tensors, address, connector, encoder, planned_shape(language_model).hidden)
+    return weights
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
@@ -583,9 +601,12 @@ def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
+        from workers.training.initial_weights import keep_weights
         from workers.training.run import train_connector
 
         experiment.check_other_dataset(spec)
+        if experiment.weights is not None:
+            keep_weights(experiment.store, experiment.weights)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)

@@ -16,6 +16,8 @@ import tests.typechecker  # noqa: F401 - jaxtyping's hook looks it up as an attr
 
 _SESSION_HOME = Path(tempfile.mkdtemp(prefix="loupe-test-", dir="/tmp"))  # short: Ray puts sockets below it
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables are as wide as it says
+
 # Before anything imports Ray, Prefect or transformers: they read their environment when imported, and their workers inherit it.
 os.environ.update(
     {
