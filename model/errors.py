@@ -11,6 +11,7 @@ ModelError
 |-- ConversationError        a conversation cannot be tokenised with a correct loss mask
 |-- FrozenBlockChangedError  a block that a phase must not train was changed by it
 |-- ExportError              an export folder is incomplete or does not fit its encoder
+|-- FoldingError             a connector is not what a stock model of transformers computes
 """
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DecodingError",
     "EncoderError",
     "ExportError",
+    "FoldingError",
     "FrozenBlockChangedError",
     "ImageError",
     "LanguageModelError",
@@ -91,3 +93,7 @@ class FrozenBlockChangedError(ModelError):
 
 class ExportError(ModelError):
     """An export folder is incomplete, damaged or does not fit its encoder or language model."""
+
+
+class FoldingError(ModelError):
+    """A connector is not what a stock model of transformers computes; the message says what cannot be folded and what can be done."""

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from model.chat import tokenise_question
+from model.chat import Conversation, tokenise_question
 from model.connector import Connector
 from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
@@ -33,7 +34,7 @@ from model.images import cut_views, decode_image
 from model.language_model import load_language_model
 from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
-from model.vision_language import Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
+from model.vision_language import Batch, Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
 
 __all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
 
@@ -128,6 +129,11 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
         ExportError: the folder is no export, or a file is missing, other than it was, or does not fit the rest.
     """
     folder = Path(folder)
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        raise ExportError(
+            f"{folder} was exported for transformers, which loads it by itself; its README.md shows how. `loupe ask` reads what `loupe export RECIPE` "
+            "writes without --to"
+        )
     if not (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is no complete export: it has no {MANIFEST}, which is written last. Export again")
     try:
@@ -195,6 +201,35 @@ class ExportedModel:
             ExportError: the mode needs a local branch and there is none.
         """
         started = time.monotonic()
+        batch, conversation = self._prompt(image_bytes, question, mode, max_new_tokens)
+        tokens = self.model.generate(batch.to(self.model.device), max_new_tokens)[0]
+        return Answer(
+            text=self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            mode=mode,
+            seconds=time.monotonic() - started,
+            num_visual_tokens=int(batch.lengths[0]) - conversation.num_text_tokens,
+            num_answer_tokens=len(tokens),
+        )
+
+    @torch.no_grad()
+    def prompt_logits(self, image_bytes: bytes, question: str, mode: Mode = "both") -> Float[Tensor, "length vocabulary"]:
+        """What the language model predicts at every position of a question's prompt, visual tokens included.
+
+        Args:
+            image_bytes: an image file.
+            question: about it.
+            mode: which views the language model sees.
+
+        Returns:
+            Logits in fp32.
+
+        Raises:
+            ImageError: as for `ask`; so for the other errors.
+        """
+        batch, _ = self._prompt(image_bytes, question, mode, 0)
+        return self.model.prompt_logits(batch.to(self.model.device))[0]
+
+    def _prompt(self, image_bytes: bytes, question: str, mode: Mode, max_new_tokens: int) -> tuple[Batch, Conversation]:
         spec, encoder = self.config.connector, self.config.encoder
         if mode == "local" and spec.local_branch is None:
             raise ExportError("this export has no local branch, so mode 'local' shows nothing; use 'global' or 'blind'")
@@ -219,14 +254,7 @@ class ExportedModel:
             local_maps=local_maps,
             selects=spec.selector is not None,
         )
-        tokens = self.model.generate(batch.to(self.model.device), max_new_tokens)[0]
-        return Answer(
-            text=self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            mode=mode,
-            seconds=time.monotonic() - started,
-            num_visual_tokens=int(batch.lengths[0]) - conversation.num_text_tokens,
-            num_answer_tokens=len(tokens),
-        )
+        return batch, conversation
 
     def _maps(self, views: Any, maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
         reduced: dict[str, Tensor] = self._encoder(torch.from_numpy(views), list(dict.fromkeys(maps)))
