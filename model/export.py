@@ -36,7 +36,7 @@ from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
 
-__all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
+__all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "as_stored", "load_export", "write_config", "write_manifest"]
 
 CONFIG = "loupe_config.json"
 MANIFEST = "manifest.json"
@@ -131,8 +131,8 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     folder = Path(folder)
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         raise ExportError(
-            f"{folder} was exported for transformers, which loads it by itself; its README.md shows how. `loupe ask` reads what `loupe export RECIPE` "
-            "writes without --to"
+            f"{folder} was exported for transformers, which loads it by itself; its README.md shows how. `loupe ask` reads what "
+            "`loupe export RECIPE` writes without --to"
         )
     if not (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is no complete export: it has no {MANIFEST}, which is written last. Export again")
@@ -168,6 +168,19 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     local_maps = () if config.connector.local_branch is None else config.connector.local_branch.fusion.maps
     encoder = load_encoder(encoder_spec, max(layer for map_spec in (*global_maps, *local_maps) for layer in map_spec.layers), device)
     return ExportedModel(config=config, model=model, encoder=encoder)
+
+
+def as_stored(maps: Mapping[str, Tensor], precision: Literal["fp32", "fp16"]) -> Mapping[str, Tensor]:
+    """Maps as a cache gives them back, since the connector was trained on those.
+
+    Args:
+        maps: fp32, as the encoder gives them.
+        precision: that they are stored in.
+
+    Returns:
+        fp32, rounded to the precision.
+    """
+    return maps if precision == "fp32" else {name: values.half().float() for name, values in maps.items()}
 
 
 class ExportedModel:
@@ -257,10 +270,7 @@ class ExportedModel:
         return batch, conversation
 
     def _maps(self, views: Any, maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
-        reduced: dict[str, Tensor] = self._encoder(torch.from_numpy(views), list(dict.fromkeys(maps)))
-        if self.config.feature_precision == "fp32":
-            return reduced
-        return {name: values.half().float() for name, values in reduced.items()}
+        return as_stored(self._encoder(torch.from_numpy(views), list(dict.fromkeys(maps))), self.config.feature_precision)
 
 
 def _read_config(path: Path) -> ExportConfig:

@@ -1,15 +1,15 @@
 """Folding: a trained connector becomes, exactly, the projector of transformers' own LLaVA or LLaVA-NeXT.
 
-Both read several hidden states side by side, then Linear, GELU, Linear. A fusion of means, the standardisation and the tokens' scale are affine maps in
-front of the first linear layer and behind the second, so they fold into the two:
+Both read several hidden states side by side, then Linear, GELU, Linear. A fusion of means, the standardisation and the tokens' scale are affine maps
+in front of the first linear layer and behind the second, so they fold into the two:
 
     fused map m = mean of its layers     weight of layer l = sum over the maps that hold l of W1[m] * scale[m] / size of m
     (x - mean) * scale                   bias = b1 - W1 * scale * mean
     tokens * token_scale                 W2 * token_scale, b2 * token_scale
 
-Input: a connector. Output: the layers to read, ascending, each once, and the two linear layers. Invariant: what cannot be folded exactly is refused,
-with every reason; nothing is approximated. Computed in double precision, given in single. Not folded, since stock models do not do it: the rounding of
-features to fp16 that a cache applies in training.
+Input: a connector. Output: the layers to read, ascending, each once, and the two linear layers. Invariant: what cannot be folded exactly is refused
+with every reason; nothing is approximated. Computed in double precision, given in single. Not folded, since stock models do not do it: the rounding
+of features to fp16 that a cache applies in training.
 
 Source: transformers' LlavaMultiModalProjector and LlavaNextMultiModalProjector, whose `vision_feature_layer` takes a list.
 """
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from model.connector import Connector
 from model.errors import FoldingError
-from model.specs import ConnectorSpec, EncoderSpec, MLPSpec, StockForm, STISpec
+from model.specs import ConnectorSpec, EncoderSpec, MLPSpec, STISpec, StockForm
 from model.views import ViewSpec
 
-__all__ = ["STOCK_CLASSES", "FoldedProjector", "check_foldable", "fold_connector"]
+__all__ = ["STOCK_CLASSES", "STOCK_TOWERS", "FoldedProjector", "check_foldable", "fold_connector"]
 
 STOCK_CLASSES: dict[StockForm, str] = {"llava-hf": "LlavaForConditionalGeneration", "llava-next-hf": "LlavaNextForConditionalGeneration"}
 """The class in transformers that each form is written for."""
 
-TOWERS: dict[str, str] = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "dinov2": "Dinov2Model"}
-"""Encoder families whose class in transformers takes plain pixels and gives hidden states, as both stock models want it."""
+STOCK_TOWERS: dict[str, str] = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "dinov2": "Dinov2Model"}
+"""The class in transformers of every encoder family that takes plain pixels and gives hidden states, as both stock models want it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +73,14 @@ def check_foldable(form: StockForm, connector: ConnectorSpec, encoder: EncoderSp
             assert_never(form)
     if reasons:
         raise FoldingError(
-            f"--to {form}: {STOCK_CLASSES[form]} does not compute this connector: {'; '.join(reasons)}. Train a recipe that is so, or take --to loupe, "
-            "which holds every connector"
+            f"--to {form}: {STOCK_CLASSES[form]} does not compute this connector: {'; '.join(reasons)}. Train a recipe that is so, or take "
+            "--to loupe, which holds every connector"
         )
 
 
 def _encoder_reasons(encoder: EncoderSpec) -> list[str]:
-    if encoder.family not in TOWERS:
-        return [f"encoder {encoder.model} is of the family {encoder.family}; allowed: {', '.join(TOWERS)}"]
+    if encoder.family not in STOCK_TOWERS:
+        return [f"encoder {encoder.model} is of the family {encoder.family}; allowed: {', '.join(STOCK_TOWERS)}"]
     if encoder.prefix_tokens > 1:
         return [f"encoder {encoder.model} has {encoder.prefix_tokens} tokens before its patches, of which stock models drop one; allowed: 0 or 1"]
     return []

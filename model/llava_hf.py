@@ -24,16 +24,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.chat import IMAGE_PLACE, tokenise_question
-from model.connector import Connector
 from model.encoder import encoder_folder
 from model.errors import FoldingError
-from model.folding import STOCK_CLASSES, TOWERS, FoldedProjector, check_foldable, fold_connector
+from model.folding import STOCK_CLASSES, STOCK_TOWERS, FoldedProjector, check_foldable, fold_connector
 from model.language_model import decoder
 from model.specs import EncoderSpec, StockForm
 from model.views import ViewSpec
 from model.vision_language import VisionLanguageModel
 
-__all__ = ["MAX_NEW_TOKENS", "StockModel", "write_llava"]
+__all__ = ["MAX_NEW_TOKENS", "StockModel", "anonymous", "generation_config", "picture_template", "write_llava"]
 
 MAX_NEW_TOKENS = 64
 """Of an answer, unless whoever asks says otherwise: as `loupe ask`."""
@@ -67,7 +66,7 @@ def write_llava(
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACE))
     _make_room(model.language_model, tokenizer, image_token_id)
     stock = _assembled(form, model.language_model, folded, encoder, views, image_token_id)
-    stock.generation_config = _generation_config(model, tokenizer, image_token_id)
+    stock.generation_config = generation_config(model, tokenizer, [image_token_id])
     stock.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
@@ -87,7 +86,7 @@ def _with_image_token(original: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for joint in ("", " "):
-        tokenizer.chat_template = _picture_template(original.chat_template, joint)
+        tokenizer.chat_template = picture_template(original.chat_template, joint)
         if all(_same_ids(original, tokenizer, question) for question in _PROBES):
             return tokenizer
     raise FoldingError(
@@ -105,7 +104,7 @@ def _same_ids(original: Any, tokenizer: Any, question: str) -> bool:
     return bool(tokenizer(text)["input_ids"] == [*wanted.before, place, *wanted.after])
 
 
-def _picture_template(own: str, joint: str) -> str:
+def picture_template(own: str, joint: str) -> str:
     """The language model's chat template, for messages whose content lists pictures and texts.
 
     Args:
@@ -153,10 +152,11 @@ def _assembled(form: StockForm, network: nn.Module, folded: FoldedProjector, enc
     import transformers
 
     head: Any = network.get_output_embeddings()  # type: ignore[operator]
-    tower = getattr(transformers, TOWERS[encoder.family]).from_pretrained(encoder_folder(encoder.model), dtype=torch.float32, local_files_only=True)
-    text_config, vision_config = copy.deepcopy(network.config), copy.deepcopy(tower.config)
+    tower = getattr(transformers, STOCK_TOWERS[encoder.family]).from_pretrained(
+        encoder_folder(encoder.model), dtype=torch.float32, local_files_only=True
+    )
+    text_config, vision_config = anonymous(network.config), anonymous(tower.config)
     text_config.dtype = vision_config.dtype = "float32"
-    text_config._name_or_path = vision_config._name_or_path = ""  # a folder of this machine tells nobody anything
     if vision_config.image_size != encoder.view_px and form == "llava-next-hf":
         raise FoldingError(
             f"--to {form}: encoder {encoder.model} was trained on {vision_config.image_size} px and is used on {encoder.view_px} px, and LLaVA-NeXT "
@@ -193,6 +193,20 @@ def _assembled(form: StockForm, network: nn.Module, folded: FoldedProjector, enc
     return stock
 
 
+def anonymous(config: Any) -> Any:
+    """A copy of a config that does not tell from which folder of this machine it was loaded.
+
+    Args:
+        config: of a loaded model.
+
+    Returns:
+        The copy.
+    """
+    bare = copy.deepcopy(config)
+    bare.name_or_path = ""
+    return bare
+
+
 def _strategy(encoder: EncoderSpec) -> str:
     """How stock models take prefix tokens away: `default` drops one, `full` none."""
     return "default" if encoder.prefix_tokens else "full"
@@ -203,7 +217,17 @@ def _pinpoints(encoder: EncoderSpec, views: ViewSpec) -> list[list[int]]:
     return [[rows * encoder.view_px, columns * encoder.view_px] for columns, rows in views.candidate_grids]
 
 
-def _generation_config(model: VisionLanguageModel, tokenizer: Any, image_token_id: int) -> Any:
+def generation_config(model: VisionLanguageModel, tokenizer: Any, never: list[int] | None = None) -> Any:
+    """How transformers generates what `ask` answers: greedily, up to the same end tokens.
+
+    Args:
+        model: whose end tokens.
+        tokenizer: whose padding.
+        never: tokens that no answer holds.
+
+    Returns:
+        A GenerationConfig.
+    """
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -212,7 +236,7 @@ def _generation_config(model: VisionLanguageModel, tokenizer: Any, image_token_i
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=model.end_ids(),
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[image_token_id],
+        suppress_tokens=never,
     )
 
 
