@@ -31,7 +31,7 @@ from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
-from model.language_model import load_language_model
+from model.language_model import hold_in, load_language_model
 from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
@@ -149,7 +149,7 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     encoder_spec = dataclasses.replace(config.encoder, model=str(folder / "encoder"))
     language_model = load_language_model(folder / "language_model")
     if config.language_model_precision == "bf16":
-        language_model.network.to(torch.bfloat16)
+        hold_in(language_model.network, torch.bfloat16)
     connector = Connector(
         config.connector,
         encoder_width=config.encoder.width,

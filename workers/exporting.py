@@ -137,6 +137,7 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
 
     from model.encoder import encoder_folder
     from model.export import ExportConfig, write_config, write_manifest
+    from model.language_model import hold_in
     from workers.training.assemble import load_trained
 
     model = load_trained(training, store)
@@ -155,7 +156,7 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
     (folder / "connector.safetensors").write_bytes(store.read_bytes(f"{trained.folder}/connector.safetensors"))
     network = model.language_model
     if not trains_language_model:
-        network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        hold_in(network, torch.bfloat16 if training.precision == "bf16" else torch.float32)
     network.save_pretrained(folder / "language_model")  # type: ignore[operator]
     model.tokenizer.save_pretrained(folder / "language_model")
     _copy_encoder(encoder_folder(training.features.encoder.model), folder / "encoder")
