@@ -168,6 +168,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Int[Tensor, "batch length"] | None = None,
         *,
         mode: Mode = "both",
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Logits of prompts.
@@ -178,6 +179,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_sizes: height and width of each picture, in pixels.
             attention_mask: 0 at padding.
             mode: which views are shown.
+            logits_to_keep: so many positions at the end; 0 is all.
             **kwargs: ignored where transformers passes its own on (`return_dict` and the like).
 
         Returns:
@@ -185,7 +187,8 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         del kwargs
         model, encoder = self._parts()
-        return CausalLMOutput(logits=model.prompt_logits(self._batch(encoder, input_ids, pixel_values, image_sizes, attention_mask, mode)))
+        batch = self._batch(encoder, input_ids, pixel_values, image_sizes, attention_mask, mode)
+        return CausalLMOutput(logits=model.prompt_logits(batch, logits_to_keep))
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -209,7 +212,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **options: of the language model's own `generate`.
 
         Returns:
-            New tokens alone, since the prompt's visual ones have no ids.
+            The prompts' ids and the new ones, as every transformers model gives them; with `return_dict_in_generate` an object that holds them.
         """
         model, encoder = self._parts()
         batch = self._batch(encoder, input_ids, pixel_values, image_sizes, attention_mask, mode)
@@ -218,7 +221,11 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16"):
             sequences = model.sequences(batch, model.visual_tokens(batch), pad_left=True)
             mask, _ = sequences.left_padding()
-            return self.language_model.generate(inputs_embeds=sequences.embedded, attention_mask=mask, **options)
+            generated = self.language_model.generate(inputs_embeds=sequences.embedded, attention_mask=mask, **options)
+        if isinstance(generated, Tensor):
+            return torch.cat([_repeated(input_ids, generated), generated], dim=1)
+        generated.sequences = torch.cat([_repeated(input_ids, generated.sequences), generated.sequences], dim=1)
+        return generated
 
     def _batch(
         self,
@@ -262,6 +269,11 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             selects=spec.selector is not None,
         )
         return batch.to(self.device)
+
+
+def _repeated(input_ids: Tensor, generated: Tensor) -> Tensor:
+    """Each prompt as often as it was answered."""
+    return input_ids.to(generated.device).repeat_interleave(len(generated) // len(input_ids), dim=0)
 
 
 def _texts(input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[int | None, Conversation]]:
@@ -343,6 +355,39 @@ class LoupeProcessor(ProcessorMixin):
         if pictures := _flat(images):
             data |= self._views(pictures)
         return BatchFeature(data)
+
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Text of ids; a picture's place has none.
+
+        Args:
+            token_ids: of one text, or of several.
+            *args: of the tokenizer's `decode`.
+            **kwargs: so too.
+
+        Returns:
+            The text, or the texts.
+        """
+        rows = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        if isinstance(rows, list) and rows and isinstance(rows[0], list | tuple | Tensor):
+            return [self.decode(row, *args, **kwargs) for row in rows]
+        return self.tokenizer.decode([token for token in rows if token != IMAGE_TOKEN_ID], *args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
+        """As `decode`, of several texts."""
+        return self.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any) -> Any:
+        """As `decode`, for transformers' pipelines.
+
+        Args:
+            generated_outputs: ids.
+            skip_special_tokens: whether end tokens and the like are left out.
+            **kwargs: of the tokenizer's `decode`.
+
+        Returns:
+            The texts.
+        """
+        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def _ids(self, text: str) -> list[int]:
         """Text before and behind a picture's place is tokenised by itself, as in training."""

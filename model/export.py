@@ -193,7 +193,7 @@ class ExportedModel:
     """
 
     def __init__(self, *, config: ExportConfig, model: VisionLanguageModel, encoder: Encoder) -> None:
-        self.config, self.model, self._encoder = config, model, encoder
+        self.config, self.model, self.encoder = config, model, encoder
 
     @torch.no_grad()
     def ask(self, image_bytes: bytes, question: str, mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS) -> Answer:
@@ -225,13 +225,14 @@ class ExportedModel:
         )
 
     @torch.no_grad()
-    def prompt_logits(self, image_bytes: bytes, question: str, mode: Mode = "both") -> Float[Tensor, "length vocabulary"]:
-        """What the language model predicts at every position of a question's prompt, visual tokens included.
+    def prompt_logits(self, image_bytes: bytes, question: str, mode: Mode = "both", *, last: int = 0) -> Float[Tensor, "length vocabulary"]:
+        """What the language model predicts at the positions of a question's prompt, visual tokens included.
 
         Args:
             image_bytes: an image file.
             question: about it.
             mode: which views the language model sees.
+            last: so many positions at the end; 0 is all.
 
         Returns:
             Logits in fp32.
@@ -240,7 +241,7 @@ class ExportedModel:
             ImageError: as for `ask`; so for the other errors.
         """
         batch, _ = self._prompt(image_bytes, question, mode, 0)
-        return self.model.prompt_logits(batch.to(self.model.device))[0]
+        return self.model.prompt_logits(batch.to(self.model.device), last)[0]
 
     def _prompt(self, image_bytes: bytes, question: str, mode: Mode, max_new_tokens: int) -> tuple[Batch, Conversation]:
         spec, encoder = self.config.connector, self.config.encoder
@@ -270,7 +271,7 @@ class ExportedModel:
         return batch, conversation
 
     def _maps(self, views: Any, maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
-        return as_stored(self._encoder(torch.from_numpy(views), list(dict.fromkeys(maps))), self.config.feature_precision)
+        return as_stored(self.encoder(torch.from_numpy(views), list(dict.fromkeys(maps))), self.config.feature_precision)
 
 
 def _read_config(path: Path) -> ExportConfig:

@@ -27,12 +27,13 @@ from model.chat import IMAGE_PLACE, tokenise_question
 from model.encoder import encoder_folder
 from model.errors import FoldingError
 from model.folding import STOCK_CLASSES, STOCK_TOWERS, FoldedProjector, check_foldable, fold_connector
+from model.images import decode_image
 from model.language_model import decoder
 from model.specs import EncoderSpec, StockForm
 from model.views import ViewSpec
 from model.vision_language import VisionLanguageModel
 
-__all__ = ["MAX_NEW_TOKENS", "StockModel", "anonymous", "generation_config", "picture_template", "write_llava"]
+__all__ = ["MAX_NEW_TOKENS", "AutoLoaded", "anonymous", "decodes_alike", "generation_config", "picture_template", "write_llava"]
 
 MAX_NEW_TOKENS = 64
 """Of an answer, unless whoever asks says otherwise: as `loupe ask`."""
@@ -277,19 +278,32 @@ def _write_processor(folder: Path, form: StockForm, encoder: EncoderSpec, views:
         (folder / file).write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
+def decodes_alike(image_bytes: bytes) -> bool:
+    """Whether Pillow by itself gives the pixels that Loupe does, which turns, lays on black and converts colours where a file says so.
+
+    Args:
+        image_bytes: an image file that Loupe accepts.
+    """
+    from PIL import Image
+
+    ours = decode_image(image_bytes)
+    with Image.open(io.BytesIO(image_bytes)) as opened:
+        return opened.size == ours.size and opened.convert("RGB").tobytes() == ours.tobytes()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StockModel:
-    """A written folder, loaded by transformers' own Auto classes, and asked as its card says."""
+class AutoLoaded:
+    """A written folder, loaded by transformers' Auto classes, and asked as its card says."""
 
     network: Any
     processor: Any
 
     @classmethod
-    def load(cls, folder: Path) -> "StockModel":
-        """Load a folder in fp32, with Pillow's pixels.
+    def load(cls, folder: Path) -> "AutoLoaded":
+        """Load a folder in the type that it names, with Pillow's pixels.
 
         Args:
-            folder: as `write_llava` wrote it.
+            folder: as `write_llava` wrote it, or `model.auto.write_loupe`, whose module then has to be imported.
 
         Returns:
             The model.
@@ -319,17 +333,18 @@ class StockModel:
         return self.processor(images=image, text=text, return_tensors="pt")
 
     @torch.no_grad()
-    def prompt_logits(self, image_bytes: bytes, question: str) -> Float[Tensor, "length vocabulary"]:
-        """Logits at every position of a question's prompt.
+    def prompt_logits(self, image_bytes: bytes, question: str, *, last: int = 0) -> Float[Tensor, "length vocabulary"]:
+        """Logits at the positions of a question's prompt.
 
         Args:
             image_bytes: an image file.
             question: about it.
+            last: so many positions at the end; 0 is all.
 
         Returns:
             Logits in fp32.
         """
-        logits: Tensor = self.network(**self.inputs(image_bytes, question)).logits[0].float()
+        logits: Tensor = self.network(**self.inputs(image_bytes, question), logits_to_keep=last).logits[0].float()
         return logits
 
     @torch.no_grad()

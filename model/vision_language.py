@@ -451,11 +451,12 @@ class VisionLanguageModel(nn.Module):
         return objective, loss.total.detach(), loss.correct
 
     @torch.no_grad()
-    def prompt_logits(self, batch: Batch) -> Float[Tensor, "batch length vocabulary"]:
-        """What the language model predicts at every position of a prompt, visual tokens included.
+    def prompt_logits(self, batch: Batch, last: int = 0) -> Float[Tensor, "batch length vocabulary"]:
+        """What the language model predicts at the positions of a prompt, visual tokens included.
 
         Args:
             batch: padded in front; without labels.
+            last: so many positions at the end, which spares memory; 0 is all.
 
         Returns:
             Logits in fp32; what stands at padding means nothing.
@@ -465,7 +466,7 @@ class VisionLanguageModel(nn.Module):
             sequences = self.sequences(batch, self.visual_tokens(batch), pad_left=True)
             mask, positions = sequences.left_padding()
             output = decoder(self.language_model)(inputs_embeds=sequences.embedded, attention_mask=mask, position_ids=positions, use_cache=False)
-            logits: Tensor = head(output.last_hidden_state)
+            logits: Tensor = head(output.last_hidden_state[:, -last:])
         return logits.float()
 
     @torch.no_grad()

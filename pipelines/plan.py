@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from model.errors import SpecError
+from model.specs import ExportForm
 from model.views import plan_views
 from pipelines.errors import RecipeError
 from pipelines.stages import Experiment, check_ready, feature_bytes, shown_path, stage_runs
@@ -25,12 +26,13 @@ class PlanLine:
     value: str
 
 
-def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[PlanLine]:
+def plan_lines(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> Iterator[PlanLine]:
     """The facts of an experiment's plan, in the order of its stages.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Yields:
         Facts; what is known only once the dataset is built says so.
@@ -58,7 +60,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
     try:
-        for stage_run in stage_runs(experiment, until):
+        for stage_run in stage_runs(experiment, until, form):
             done = experiment.record(stage_run.stage, stage_run.spec) is not None
             yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
     except (SpecError, RecipeError) as error:
@@ -108,12 +110,13 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
 
 
-def print_plan(experiment: Experiment, until: StageName = "report") -> None:
+def print_plan(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> None:
     """Print the plan, once nothing is seen that would keep it from being carried out.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Raises:
         WorkerError: as for `check_ready`.
@@ -125,7 +128,7 @@ def print_plan(experiment: Experiment, until: StageName = "report") -> None:
     for heading in ("topic", "fact", "value"):
         table.add_column(heading, overflow="fold")
     topic = ""
-    for line in plan_lines(experiment, until):
+    for line in plan_lines(experiment, until, form):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
     console.print(table)

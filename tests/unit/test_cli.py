@@ -24,7 +24,7 @@ FROZEN = {
     "cache-features": ["RECIPE", "--root", "--set", "--dry-run"],
     "train": ["RECIPE", "--root", "--set", "--dry-run"],
     "evaluate": ["RECIPE", "--root", "--set", "--dry-run"],
-    "export": ["RECIPE", "--root", "--set", "--dry-run"],
+    "export": ["RECIPE", "--root", "--set", "--dry-run", "--to"],
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
@@ -294,7 +294,7 @@ def test_tables_are_not_cut_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch
 
 def test_a_dry_run_plans_no_further_than_its_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     planned: list[str] = []
-    monkeypatch.setattr("pipelines.plan.print_plan", lambda experiment, until: planned.append(until))
+    monkeypatch.setattr("pipelines.plan.print_plan", lambda experiment, until, form: planned.append(until))
     for command in ("build-dataset", "train", "run"):
         assert run([command, "demo", "--dry-run"], capsys)[0] == 0
     assert planned == ["build-dataset", "train-connector", "report"]
