@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -71,6 +71,7 @@ class LoupeConfig(PreTrainedConfig):
     """What a Loupe model computes: the configs of its two models, and Loupe's own beside them."""
 
     model_type = "loupe"
+    __no_type_check__ = True  # transformers makes it a dataclass whose __init__ takes more than its fields, which no checker of types believes
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: Any = None
@@ -315,6 +316,11 @@ class LoupeProcessor(ProcessorMixin):
         shows_local: whether local views are cut.
     """
 
+    encoder: dict[str, Any] | None
+    views: dict[str, Any] | None
+    shows_local: bool
+
+    @no_type_check  # transformers reads the arguments' names off the code of this very function, which a checker of types wraps
     def __init__(
         self,
         tokenizer: Any = None,
@@ -325,7 +331,7 @@ class LoupeProcessor(ProcessorMixin):
     ) -> None:
         self.encoder, self.views, self.shows_local = encoder, views, shows_local
         self.image_token, self.image_token_id = IMAGE_PLACE, IMAGE_TOKEN_ID
-        super().__init__(tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
+        super().__init__(tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Inputs of the model.

@@ -167,7 +167,9 @@ def draw_square(family: str, number: int, spec: Any) -> Any:
     return Rendered(png=data.getvalue(), width_px=112, height_px=56, turns=turns, licence="Apache-2.0", detail_score=0.5)
 
 
-def build_small_store(root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, **changes: Any) -> tuple[Any, Any]:
+def build_small_store(
+    root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, views: Any = None, **changes: Any
+) -> tuple[Any, Any]:
     """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
     from model.specs import FeatureSpec, fingerprint
@@ -180,18 +182,19 @@ def build_small_store(root: str, encoder_folder: Path, language_model_folder: Pa
     from workers.storage import Store
 
     store = Store(root)
+    views = views or ViewSpec(max_slices=2)
     dataset = DatasetSpec(
         sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
         seed=0,
         held_out_fraction=0.3,
         view_px=56,
-        views=ViewSpec(max_slices=2),
+        views=views,
         legibility=LegibilitySpec(local_min_px=6.0, global_max_px=4.0),
         turns_per_image=2,
     )
     execution = ExecutionSettings(device="cpu")
     build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=draw_square)
-    connector = tiny_connector_spec()
+    connector = changes.pop("connector", None) or tiny_connector_spec()
     maps = connector.global_branch.fusion.maps
     features = FeatureSpec(
         dataset_fingerprint=fingerprint(dataset),
