@@ -5,8 +5,9 @@
     generation_config.json              greedy, and the tokens that end an answer
 
 Input: a trained connector in memory and its encoder's folder. Output: a folder that transformers loads with none of our code. Invariant: a picture's
-pixels, the token ids around it and the numbers behind it are those of Loupe's own prompt. Pixels are so with transformers' Pillow image processors;
-its torchvision ones, which it prefers where torchvision is installed, round some resized pixels to the neighbouring value of 255.
+pixels, the token ids around it and the numbers behind it are those of Loupe's own prompt. The pixels are so with transformers' Pillow processors
+(`backend="pil"`); its torchvision ones, which it takes by itself where torchvision is installed, resize otherwise: most pixels are the same, most
+others are off by 1 of 255, and by up to 16 where random noise is made larger on one side and smaller on the other (torchvision 0.29).
 
 The language model gets one token more, `<image>`, which stands for visual tokens and is never wanted as an answer: its rows are copies of a token's
 that is none either, so it never is the likelier of the two.
@@ -83,7 +84,7 @@ def _with_image_token(original: Any) -> Any:
     if len(tokenizer.encode("a")) != len(tokenizer.encode("a", add_special_tokens=False)):
         # The chat template writes what a prompt begins with; a tokenizer that adds it once more would double it.
         tokenizer.add_bos_token = tokenizer.add_eos_token = False
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # it is saved with what it was made from
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for joint in ("", " "):

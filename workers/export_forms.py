@@ -327,8 +327,8 @@ def _usage(form: ExportForm) -> str:
         "print(processor.decode(answer, skip_special_tokens=True))",
         "```",
         "",
-        'It was trained on one picture in a conversation, before the first question. `backend="pil"` gives the pixels of training; without it, and '
-        "where torchvision is installed, some resized pixels are rounded to the neighbouring value of 255."
+        'It was trained on one picture in a conversation, before the first question. `backend="pil"` gives the pixels of training; without it, '
+        "where torchvision is installed, pictures are resized by torchvision, which gives slightly other pixels."
         if not needs_loupe
         else "It was trained on one picture in a conversation, before the first question.",
         "",
