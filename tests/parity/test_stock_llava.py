@@ -184,7 +184,7 @@ def sentencepiece_tokenizer(scheme: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<unk>", "<s>", "</s>"]
-    letters = ["▁", "\n", *map(chr, range(33, 127))]
+    letters = ["\u2581", "\n", *map(chr, range(33, 127))]
     vocabulary = {token: number for number, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)

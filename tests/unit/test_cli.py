@@ -88,6 +88,8 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "demo", "--cron", "0 3 * * mon,5-8"], "where weekday 8 is out of range"),
         (["serve", "demo", "--timezone", "Europe"], "serve --timezone: found 'Europe'"),
         (["serve", "demo", "--timezone", "Europe/Berlyn"], "did you mean 'Europe/Berlin'?"),
+        (["export", "demo", "--to", "llava-hf", "--dry-run"], "--to llava-hf: LlavaForConditionalGeneration does not compute this connector"),
+        (["export", "demo", "--to", "gguf"], "llava-next-hf"),
         (["serve", "demo", "--port", "70000"], "serve --port: found 70000; allowed: 1 to 65535"),
     ],
 )
