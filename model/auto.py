@@ -439,11 +439,13 @@ def write_loupe(folder: Path, config: ExportConfig, model: VisionLanguageModel, 
     tower: Any = getattr(transformers, TOWERS[encoder.family]).from_pretrained(
         encoder_folder(encoder.model), num_hidden_layers=deepest, dtype=torch.float32, local_files_only=True
     )
-    text_config: Any = anonymous(model.language_model.config)
+    text_config, vision_config = anonymous(model.language_model.config), anonymous(tower.config)
+    text_config.dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.language_model_precision]
+    vision_config.dtype = "float32"
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     own = LoupeConfig(
         text_config=text_config,
-        vision_config=anonymous(tower.config),
+        vision_config=vision_config,
         loupe=json.loads(canonical_json(values)),
         separator_token_id=model.separator_id,
     )

@@ -66,7 +66,8 @@ def write_llava(
     folded = fold_connector(model.connector)
     tokenizer = _with_image_token(model.tokenizer)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACE))
-    _make_room(model.language_model, tokenizer, image_token_id)
+    if IMAGE_PLACE not in model.tokenizer.get_vocab():
+        _make_room(model.language_model, tokenizer, image_token_id)
     stock = _assembled(form, model.language_model, folded, encoder, views, image_token_id)
     stock.generation_config = generation_config(model, tokenizer, [image_token_id])
     stock.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["FormExportRecord", "FormExportSpec", "export_form"]
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, in fp32."""
+"""Largest difference of a logit in fp32, as a share of the largest logit, or of 1. Rounding grows with the logits: with the models that come with
+Loupe, whose largest is 15, the difference was 6e-5; with the projector's weights rounded to fp16 it would have been 6e-2."""
 
 _NUM_PROMPTS = 3
 _LAST_POSITIONS = 256
@@ -144,7 +145,8 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             (folder / "README.md").write_text(model_card(training, trained, evaluated, licences, _usage(spec.form)))
             progress.advance()
             expected = as_evaluated if spec.form == "loupe" else _without_rounding(run, as_evaluated)
-            error = _compare(spec.form, AutoLoaded.load(folder), expected)
+            tolerance = TOLERANCE * max(1.0, *(float(prompt.logits.abs().max()) for prompt in expected))
+            error = _compare(spec.form, AutoLoaded.load(folder), expected, tolerance)
             progress.advance()
             files = write_manifest(folder)
             publish_folder(store, folder, target, files)
@@ -162,7 +164,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             num_prompts=len(expected),
             num_redecoded=sum(prompt.redecoded for prompt in expected),
             max_abs_logit_error=error,
-            tolerance=TOLERANCE,
+            tolerance=tolerance,
             compared=_compared(spec.form, run),
             max_abs_logit_rounding=max(_distance(ours.logits, exact.logits) for ours, exact in zip(as_evaluated, expected, strict=True)),
             same_answers_as_evaluated=sum(ours.answer == exact.answer for ours, exact in zip(as_evaluated, expected, strict=True)),
@@ -264,7 +266,7 @@ def _without_rounding(run: "ExportedModel", prompts: Sequence[_Prompt]) -> list[
     ]
 
 
-def _compare(form: ExportForm, written: "AutoLoaded", expected: Sequence[_Prompt]) -> float:
+def _compare(form: ExportForm, written: "AutoLoaded", expected: Sequence[_Prompt], tolerance: float) -> float:
     """The largest difference of a logit.
 
     Raises:
@@ -280,9 +282,9 @@ def _compare(form: ExportForm, written: "AutoLoaded", expected: Sequence[_Prompt
                 f"{about}: the export's prompt has {len(logits)} tokens, Loupe's own {len(prompt.logits)}; nothing was published. Take --to loupe"
             )
         worst = max(worst, _distance(logits, prompt.logits))
-        if not worst <= TOLERANCE:
+        if not worst <= tolerance:  # not a number is none either
             raise ExportingError(
-                f"{about}: the export's logits are up to {worst:.2g} from Loupe's own, and {TOLERANCE:g} is allowed; nothing was published. Take "
+                f"{about}: the export's logits are up to {worst:.2g} from Loupe's own, and {tolerance:.2g} is allowed; nothing was published. Take "
                 "--to loupe, and report this"
             )
         answer = written.ask(prompt.image_bytes, question, MAX_NEW_TOKENS)

@@ -4,6 +4,7 @@ The stock side is transformers' own classes, loaded from the folder.
 """
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from model.llava_hf import AutoLoaded, write_llava
 from model.specs import ConnectorSpec, DCISpec, GlobalBranchSpec, LocalBranchSpec, MapSpec, MLPSpec, SCISpec, SingleSpec
 from model.views import ViewSpec, plan_views
 from model.vision_language import VisionLanguageModel
-from tests.tiny import TINY_HIDDEN
+from tests.tiny import TINY_HIDDEN, tiny_tokenizer
 
 # Worst of all cases below: 1.4e-6, on two cores of an AMD EPYC; the logits are of the order of 1.
 TOLERANCE = 1e-5
@@ -156,6 +157,37 @@ def test_old_tokens_keep_their_numbers_and_the_new_one_never_wins(encoders, tiny
     assert stock.network.generation_config.suppress_tokens == [262] == [stock.network.config.image_token_id]
     assert not stock.network.generation_config.do_sample
     assert stock.network.generation_config.eos_token_id == ours.model.end_ids()
+
+
+def test_a_place_that_the_language_model_knows_keeps_its_numbers(encoders, tiny_language_model_folder, tmp_path):
+    from tokenizers import AddedToken
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    network = AutoModelForCausalLM.from_pretrained(tiny_language_model_folder)
+    network.resize_token_embeddings(len(tokenizer) + 5)  # rows to spare, as published models have them
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ours = assemble(encoders["clip"], tmp_path / "model", FUSIONS["single"], "llava-hf", ViewSpec.slime())
+    ids = torch.arange(6, 262)[None]
+    before = ours.model.language_model(ids).logits.clone()
+    stock = written(ours, "llava-hf", tmp_path / "stock")
+    assert torch.equal(stock.network(input_ids=ids).logits, before)
+    assert (stock.prompt_logits(png((80, 60)), "What?") - ours.prompt_logits(png((80, 60)), "What?")).abs().max() < TOLERANCE
+
+
+def test_a_language_model_of_half_precision_files_is_written_in_single(encoders, tiny_language_model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(tiny_language_model_folder, tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tiny_language_model_folder, dtype=torch.float16).save_pretrained(folder)
+    ours = assemble(encoders["clip"], folder, FUSIONS["dci"], "llava-hf", ViewSpec.slime())
+    stock = written(ours, "llava-hf", tmp_path / "stock")
+    assert {parameter.dtype for parameter in stock.network.parameters()} == {torch.float32}
+    vocabulary = ours.model.language_model.config.vocab_size - 1
+    expected, found = ours.prompt_logits(png((80, 60)), "What?"), stock.prompt_logits(png((80, 60)), "What?")
+    assert (found - expected)[:, :vocabulary].abs().max() < TOLERANCE
 
 
 def test_weights_come_in_shards(encoders, tiny_language_model_folder, tmp_path):

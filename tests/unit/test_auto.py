@@ -162,6 +162,20 @@ def test_a_frozen_bf16_language_model_is_loaded_as_it_was_held(tiny_encoder_fold
     assert torch.equal(network(**inputs(processor, (100, 60), "What?")).logits[0], ours.prompt_logits(png((100, 60)), "What?"))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_type_of_a_language_model_s_own_files_does_not_matter(precision, tiny_encoder_folder, tiny_language_model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny_language_model_folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_language_model_folder).save_pretrained(tmp_path / "half")
+    ours = assemble("output grid", tiny_encoder_folder, tmp_path / "half", precision)
+    network, processor = loaded(ours, tmp_path / "written")
+    assert {parameter.dtype for parameter in network.language_model.parameters()} == {
+        getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision])
+    }
+    assert torch.equal(network(**inputs(processor, (100, 60), "What?")).logits[0], ours.prompt_logits(png((100, 60)), "What?"))
+
+
 def test_unlike_prompts_share_a_batch(tiny_encoder_folder, tiny_language_model_folder, tmp_path):
     """Pictures of other shapes, and one prompt without a picture among them."""
     ours = assemble("text-guided selector", tiny_encoder_folder, tiny_language_model_folder)

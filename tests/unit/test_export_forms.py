@@ -135,7 +135,7 @@ def test_a_form_answers_as_the_run_without_any_code_of_ours(request, name, form,
     run = request.getfixturevalue(name)
     record = run.export(form)
     assert record.num_prompts == 3
-    assert record.max_abs_logit_error <= 1e-5
+    assert record.max_abs_logit_error <= 1e-5 < record.tolerance < 1e-3
     assert record.num_redecoded == 0
     folder = run.folder(record)
     image = str(run.store.local_path(record.check_image))
@@ -231,7 +231,7 @@ def test_logits_that_are_off_keep_a_form_from_being_published(tuned, monkeypatch
     for folder in (f"exports/{stage.key}", stage.folder):
         shutil.rmtree(copy.local_path(folder), ignore_errors=True)
     monkeypatch.setattr(llava_hf, "fold_connector", wrong)
-    with pytest.raises(ExportingError, match=r"logits are up to .* from Loupe's own, and 0\.0001 is allowed; nothing was published"):
+    with pytest.raises(ExportingError, match=r"logits are up to .* from Loupe's own, and 0\.000\d+ is allowed; nothing was published"):
         export_form(tuned.spec("llava-next-hf"), tuned.training, copy, EXECUTION, SilentProgress())
     assert not copy.list(f"exports/{stage.key}")
     assert not copy.exists(stage.path("COMMITTED.json"))
