@@ -43,7 +43,7 @@ from model.compression import Resampler, place_codes
 from model.connector import Connector
 from model.decoding import from_json
 from model.encoder import Encoder, encoder_folder
-from model.errors import ConversationError, ExportError
+from model.errors import ExportError
 from model.export import ExportConfig, as_stored
 from model.images import cut_views, decode_image
 from model.language_model import LanguageModel
@@ -243,7 +243,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pictured = [place is not None for place, _ in rows]
         sizes = [] if image_sizes is None else image_sizes.tolist()
         if mode != "blind" and (pixel_values is None or sum(pictured) != len(sizes)):
-            raise ConversationError(
+            raise ExportError(
                 f"found {sum(pictured)} places of a picture in the prompts, and {len(sizes)} pictures; give each its own, or mode = 'blind'"
             )
         if mode == "local" and spec.local_branch is None:
@@ -285,7 +285,7 @@ def _texts(input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[int |
         ids = [token for token, there in zip(row, kept, strict=True) if there]
         places = [number for number, token in enumerate(ids) if token == IMAGE_TOKEN_ID]
         if len(places) > 1:
-            raise ConversationError(f"a prompt holds {len(places)} places of a picture; this model was trained on one, so give one")
+            raise ExportError(f"a prompt holds {len(places)} places of a picture; this model was trained on one, so give one")
         place = places[0] if places else None
         before, after = (ids, []) if place is None else (ids[:place], ids[place + 1 :])
         text = Conversation(before=tuple(before), after=tuple(after), supervised=(False,) * len(after), turns_kept=1)
@@ -345,11 +345,11 @@ class LoupeProcessor(ProcessorMixin):
             input_ids, attention_mask, and of pictures pixel_values (uint8) and image_sizes.
 
         Raises:
-            ConversationError: there is no text.
+            ExportError: there is no text.
         """
         del kwargs
         if text is None:
-            raise ConversationError("the processor found no text; give a prompt with its chat template applied")
+            raise ExportError("the processor found no text; give a prompt with its chat template applied")
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self._ids(one) for one in texts]
         longest = max(len(row) for row in rows)

@@ -23,6 +23,7 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "ChatTemplate",
     "CompressionSpec",
     "ConnectorSpec",
     "DCISpec",
@@ -58,6 +59,10 @@ BLOCKS: tuple[Block, ...] = get_args(Block)
 """Everything that a phase can train, in the order in which parameter groups and records list it."""
 
 CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block != "language_model")
+
+
+ChatTemplate = Literal["own", "vicuna_v1", "llama3", "plain", "chatml"]
+"""How questions and answers become text: `own` is the tokenizer's, the others are the files in model/templates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -596,6 +601,8 @@ class LanguageModelSpec:
     """Folder, hub id or name: where it is loaded from. Part of the identity too."""
     weights_sha256: str
     """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+    template: ChatTemplate = "own"
+    """In which questions are asked of it: in evaluation, of the export, and in every phase that names no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -654,6 +661,19 @@ class PhaseSpec:
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
     selector: bool = False
     """Whether the connector's selector drops local tokens. SliME's alignment keeps them all, its fine-tuning does not."""
+    sources: tuple[str, ...] = ()
+    """Which of the dataset's sources the phase sees, by their labels; empty means all. Both papers align on captions, fine-tune on
+    instructions."""
+    template: ChatTemplate = "own"
+    """In which the phase's conversations are written: the authors align on `plain` captions and fine-tune on `vicuna_v1` or `llama3`."""
+
+    def sees(self, source: str) -> bool:
+        """Whether the phase is shown samples of a source.
+
+        Args:
+            source: its label.
+        """
+        return not self.sources or source in self.sources
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -695,6 +715,13 @@ class PhaseSpec:
             raise SpecError(
                 f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
                 "allowed: 0. Leave it out, or give local or both a share of branch"
+            )
+        if list(self.sources) != sorted(set(self.sources)):
+            raise SpecError(f"phase {self.name!r}: sources must be in order and each once, found {list(self.sources)}")
+        if self.template == "plain" and self.branch.blind > 0:
+            raise SpecError(
+                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would "
+                "hold nothing to answer from; allowed: no share of blind, or another template"
             )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")

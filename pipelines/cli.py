@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownComman
 from rich.table import Table
 
 from model.errors import ModelError, first_line
+from model.metrics import MetricName
 from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe import RecipeFile, load_recipe, recipe_files
@@ -222,11 +223,31 @@ def show(
 
 
 @app.command
+def compare(
+    *runs: Annotated[
+        str,
+        Parameter(
+            name="RUN",
+            help="Two or more: a recipe, for all its seeds that are evaluated in the root, or the key of an evaluate stage, or the beginning of one.",
+        ),
+    ],
+    root: Root = DEFAULT_ROOT,
+    metric: Annotated[MetricName | None, Parameter(name="--metric", help="What to compare by; the first run's main metric when absent.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
+) -> None:
+    """Compare finished evaluations on the questions that they share: means, and differences to the first run, with 95 % intervals."""
+    from pipelines.compare import compare_runs, find_runs, print_comparison
+    from workers.storage import Store
+
+    print_comparison(compare_runs(find_runs(runs, Store(root)), metric), as_json=as_json)
+
+
+@app.command
 def recipes() -> None:
     """List the recipes that come with Loupe."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("what it does", overflow="fold")
     table.add_column("file", overflow="fold")
     for name, path in recipe_files().items():
         table.add_row(name, load_recipe(name).recipe.description, str(path))

@@ -6,14 +6,14 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from model.errors import FoldingError, ModelError, SpecError
-from model.specs import ConnectorSpec, EncoderSpec, ExportForm, FeatureSpec, LanguageModelSpec, fingerprint
+from model.specs import ChatTemplate, ConnectorSpec, EncoderSpec, ExportForm, FeatureSpec, LanguageModelSpec, fingerprint
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
@@ -39,6 +39,7 @@ __all__ = [
     "check_ready",
     "feature_bytes",
     "fetches_language_model",
+    "num_drawn",
     "open_experiment",
     "run_stage",
     "shown_path",
@@ -48,7 +49,7 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
-_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+_PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
 
 _IMAGE_BYTES_GUESS = 300_000
@@ -80,6 +81,13 @@ class StageOutcome:
     """The commit record as JSON."""
     reused: bool
     """Whether it was there before."""
+    asked: bool = False
+    """As of the stage's run."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return _stage_name(self.stage, self.seed, asked=self.asked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +99,8 @@ class StageRun:
     spec: Any
     run: Callable[[Progress], Any]
     """Runs the stage and returns its record, a dataclass."""
+    asked: bool = False
+    """Whether it builds or caches the dataset that is asked alone, `[evaluation.dataset]`."""
 
     @property
     def key(self) -> str:
@@ -100,7 +110,13 @@ class StageRun:
     @property
     def name(self) -> str:
         """For people: the stage, with its seed where it has one."""
-        return self.stage if self.seed is None else f"{self.stage} seed {self.seed}"
+        return _stage_name(self.stage, self.seed, asked=self.asked)
+
+
+def _stage_name(stage: StageName, seed: int | None, *, asked: bool) -> str:
+    if asked:
+        return f"{stage} (asked)"
+    return stage if seed is None else f"{stage} seed {seed}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +131,14 @@ class Experiment:
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    asked: tuple[DatasetSpec, FeatureSpec] | None = None
+    """The dataset that is asked instead of the held-out images, and its features."""
+
+    @property
+    def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
+        """Each dataset with its features, and whether it is asked alone."""
+        trained = (self.dataset, self.features, False)
+        return (trained,) if self.asked is None else (trained, (*self.asked, True))
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
         """The committed record of a stage as JSON; None when it is not done."""
@@ -130,14 +154,9 @@ class Experiment:
         return record
 
     @property
-    def num_drawn(self) -> int:
-        """Pictures that are drawn; other sources' images are not among them."""
-        return sum(source.num_images for source in self.dataset.sources if isinstance(source, RenderedSourceSpec))
-
-    @property
     def all_drawn(self) -> bool:
-        """Whether there are no other images than drawn ones."""
-        return all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources)
+        """Whether there are no other images than drawn ones, to train on or to ask."""
+        return all(_all_drawn(dataset) for dataset, _, _ in self.data)
 
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
@@ -168,18 +187,19 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train = None
+        num_train_images = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train = int(built["num_train"])
-        return self._training(seed, num_train)
+            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, num_train_images)
 
-    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
+            max_tokens=self.file.recipe.language_model.max_tokens,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -192,9 +212,10 @@ class Experiment:
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
             training_fingerprint=fingerprint(training),
-            dataset_fingerprint=fingerprint(self.dataset),
+            dataset_fingerprint=fingerprint(self.dataset if self.asked is None else self.asked[0]),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
+            metrics=wanted.metrics,
         )
 
     def check(self) -> None:
@@ -208,7 +229,7 @@ class Experiment:
         self._check_room()
         self._check_split()
         for seed in recipe.seeds:
-            training = self._training(seed, num_train=1)
+            training = self._training(seed, dict.fromkeys(recipe.source_labels, 1))
             self._evaluation(training)
         if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
             raise RecipeError(
@@ -226,24 +247,47 @@ class Experiment:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
         from workers.evaluation import MAX_NEW_TOKENS
 
-        context = _context_tokens(self.language_model.model)
+        context = _context_tokens(self.language_model.model, self.file.recipe.templates)
+        asked = self.file.recipe.language_model.max_tokens
+        if asked is not None and asked > context:
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
+                "allowed: at most that many"
+            )
+        context = context if asked is None else asked
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
+            holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
+                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
+                "take a language model with a longer context"
             )
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
-        fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
-        if self.all_drawn and not 1 <= num_images * fraction <= num_images - 1:
+        fraction, num_images = self.dataset.held_out_fraction, num_drawn(self.dataset)
+        fewest = 1 if self.asked is None else 0
+        if _all_drawn(self.dataset) and not fewest <= num_images * fraction <= num_images - 1:
             raise RecipeError(
                 f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
                 f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
             )
+
+    def check_other_dataset(self, training: TrainingSpec) -> None:
+        """Before a training run: whether the dataset that is asked alone can be asked.
+
+        Args:
+            training: about to run.
+
+        Raises:
+            EvaluationError: names what cannot be asked.
+        """
+        from workers.evaluation import check_other_dataset
+
+        if self.asked is not None:
+            check_other_dataset(self._evaluation(training), training, self.store, self.execution)
 
     def export(self) -> "ExportSpec":
         """What is exported: the first seed's connector, whichever seed did best."""
@@ -293,6 +337,15 @@ class Experiment:
         )
 
 
+def num_drawn(dataset: DatasetSpec) -> int:
+    """Pictures of a dataset that are drawn; other sources' images are not among them."""
+    return sum(source.num_images for source in dataset.sources if isinstance(source, RenderedSourceSpec))
+
+
+def _all_drawn(dataset: DatasetSpec) -> bool:
+    return all(isinstance(source, RenderedSourceSpec) for source in dataset.sources)
+
+
 @cache
 def _describe_encoder(name: str) -> EncoderSpec:
     from model.encoder import describe_encoder
@@ -301,11 +354,11 @@ def _describe_encoder(name: str) -> EncoderSpec:
 
 
 @cache
-def _context_tokens(language_model: str) -> int:
+def _context_tokens(language_model: str, templates: frozenset[ChatTemplate]) -> int:
     """A run resolves its recipe in the command and again in the flow; loading a tokenizer takes longest of it all."""
     from workers.language_models import check_usable
 
-    return check_usable(language_model)
+    return check_usable(language_model, sorted(templates))
 
 
 def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
@@ -328,17 +381,19 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
     try:
         encoder = _describe_encoder(recipe.encoder.model)
         connector = recipe.connector_spec(encoder)
-        dataset = recipe.dataset_spec(encoder, _records_sha256(file))
+        digests = _records_sha256(file)
+        dataset, asked = recipe.dataset_spec(encoder, digests), recipe.evaluation_dataset_spec(encoder, digests)
         features = recipe.feature_spec(dataset, encoder, connector)
         experiment = Experiment(
             file=file,
             store=store,
             execution=execution,
             encoder=encoder,
-            language_model=describe_language_model(recipe.language_model.model),
+            language_model=describe_language_model(recipe.language_model.model, recipe.language_model.template),
             connector=connector,
             dataset=dataset,
             features=features,
+            asked=None if asked is None else (asked, recipe.feature_spec(asked, encoder, connector)),
         )
         experiment.check()
     except (ModelError, SourceError, StorageError) as error:
@@ -347,7 +402,8 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
-    sources = [source for source in file.recipe.dataset.sources if isinstance(source, LlavaJsonSource)]
+    datasets = [dataset for dataset in (file.recipe.dataset, file.recipe.evaluation.dataset) if dataset is not None]
+    sources = [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
     if not sources:
         return {}
     from workers.dataset.sources import describe_llava_json
@@ -370,28 +426,19 @@ def stage_runs(experiment: Experiment, until: StageName = "report", form: Export
     """
     store, execution, seeds = experiment.store, experiment.execution, experiment.file.recipe.seeds
     last = STAGES.index(until)
-
-    def build(progress: Progress) -> Any:
-        from workers.dataset.build import build_dataset
-
-        return build_dataset(experiment.dataset, store, execution, progress)
-
-    yield StageRun(stage="build-dataset", seed=None, spec=experiment.dataset, run=build)
+    for dataset, _, asked in experiment.data:
+        yield _build_run(experiment, dataset, asked=asked)
 
     built = experiment.record("build-dataset", experiment.dataset)
-    if last >= STAGES.index("evaluate") and built is not None and not built["num_held_out"]:
+    if last >= STAGES.index("evaluate") and built is not None and experiment.asked is None and not built["num_held_out"]:
         raise RecipeError(
             f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
             f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
         )
 
-    def cache_(progress: Progress) -> Any:
-        from workers.caching.build import cache_features
-
-        return cache_features(experiment.features, store, execution, progress)
-
     if last >= STAGES.index("cache-features"):
-        yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
+        for _, features, asked in experiment.data:
+            yield _cache_run(experiment, features, asked=asked)
     if last >= STAGES.index("train-connector"):
         for seed in seeds:
             yield _train_run(experiment, seed)
@@ -429,12 +476,31 @@ def _form_run(experiment: Experiment, form: ExportForm) -> StageRun:
     return StageRun(stage="export", seed=None, spec=spec, run=export_)
 
 
+def _build_run(experiment: Experiment, dataset: DatasetSpec, *, asked: bool) -> StageRun:
+    def build(progress: Progress) -> Any:
+        from workers.dataset.build import build_dataset
+
+        return build_dataset(dataset, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="build-dataset", seed=None, spec=dataset, run=build, asked=asked)
+
+
+def _cache_run(experiment: Experiment, features: FeatureSpec, *, asked: bool) -> StageRun:
+    def cache_(progress: Progress) -> Any:
+        from workers.caching.build import cache_features
+
+        return cache_features(features, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="cache-features", seed=None, spec=features, run=cache_, asked=asked)
+
+
 def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
         from workers.training.run import train_connector
 
+        experiment.check_other_dataset(spec)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)
@@ -464,7 +530,7 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
     """
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
-    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
 
 
 def shown_path(url: str) -> str:
@@ -472,21 +538,21 @@ def shown_path(url: str) -> str:
     return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
-def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
-    """Bytes of the cached features of all pictures that are drawn, and of as many others at most.
+def feature_bytes(dataset: DatasetSpec, features: FeatureSpec, num_records: int = 0) -> int:
+    """Bytes of the cached features of all pictures of a dataset that are drawn, and of as many others at most.
 
     Args:
-        experiment: whose sources, views and maps.
+        dataset: whose sources.
+        features: which views and maps.
         num_records: other images, counted with the most views that the rule gives.
 
     Returns:
         Bytes.
     """
-    features, num_drawn = experiment.features, experiment.num_drawn
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
-    num_local_views = num_drawn * len(drawn.local_views) + num_records * features.views.max_local_views
+    num_local_views = num_drawn(dataset) * len(drawn.local_views) + num_records * features.views.max_local_views
     per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
-    return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
+    return per_map * ((num_drawn(dataset) + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 
 def check_ready(experiment: Experiment, *, write: bool = True) -> None:
@@ -514,7 +580,7 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    needed = feature_bytes(experiment) + experiment.num_drawn * _IMAGE_BYTES_GUESS
+    needed = sum(feature_bytes(dataset, features) + num_drawn(dataset) * _IMAGE_BYTES_GUESS for dataset, features, _ in experiment.data)
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -167,8 +167,25 @@ def draw_square(family: str, number: int, spec: Any) -> Any:
     return Rendered(png=data.getvalue(), width_px=112, height_px=56, turns=turns, licence="Apache-2.0", detail_score=0.5)
 
 
+def draw_spoilt_square(family: str, number: int, spec: Any) -> Any:
+    """As `draw_square`, but every seventh picture's last question holds a mark of the prompt: it can be neither trained on nor asked."""
+    from dataclasses import replace
+
+    drawn = draw_square(family, number, spec)
+    if number % 7 != 3:
+        return drawn
+    return replace(drawn, turns=(drawn.turns[0], replace(drawn.turns[1], question="Left or <|end|> right?")))
+
+
 def build_small_store(
-    root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, views: Any = None, **changes: Any
+    root: str,
+    encoder_folder: Path,
+    language_model_folder: Path,
+    *,
+    num_images: int = 24,
+    renderer: Any = draw_square,
+    views: Any = None,
+    **changes: Any,
 ) -> tuple[Any, Any]:
     """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
@@ -193,7 +210,7 @@ def build_small_store(
         turns_per_image=2,
     )
     execution = ExecutionSettings(device="cpu")
-    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=draw_square)
+    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=renderer)
     connector = changes.pop("connector", None) or tiny_connector_spec()
     maps = connector.global_branch.fusion.maps
     features = FeatureSpec(
@@ -205,3 +222,34 @@ def build_small_store(
     )
     cache_features(features, store, execution, SilentProgress(), cluster=InlineCluster())
     return store, tiny_training_spec(language_model_folder, features=features, connector=connector, **changes)
+
+
+def write_tiny_export(folder: Path, encoder_folder: Path, language_model_folder: Path) -> Path:
+    """An export folder over the tiny models, its connector as it is before training."""
+    import shutil
+
+    import safetensors.torch
+
+    from model.connector import build_connector
+    from model.encoder import describe_encoder
+    from model.export import ExportConfig, write_config, write_manifest
+    from model.views import ViewSpec
+
+    encoder, connector = describe_encoder(str(encoder_folder)), tiny_connector_spec()
+    write_config(
+        folder,
+        ExportConfig(
+            connector=connector,
+            encoder=encoder,
+            views=ViewSpec(max_slices=4),
+            feature_precision="fp16",
+            precision="fp32",
+            language_model_precision="fp32",
+        ),
+    )
+    built = build_connector(connector, encoder, hidden=64, embedding_rms=0.02, seed=3)
+    safetensors.torch.save_file(built.state_dict(), folder / "connector.safetensors")
+    shutil.copytree(encoder_folder, folder / "encoder")
+    shutil.copytree(language_model_folder, folder / "language_model")
+    write_manifest(folder)
+    return folder

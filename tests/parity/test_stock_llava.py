@@ -101,7 +101,7 @@ def test_a_folded_connector_is_loupe_s_own(form, encoder, fusion, fit, encoders,
         assert expected[:, :vocabulary].std() > 0.1  # there is something to be equal about
         inputs = stock.inputs(data, question)
         generated = stock.network.generate(**inputs, max_new_tokens=6, min_new_tokens=0)[0, inputs["input_ids"].shape[1] :].tolist()
-        batch, _ = ours._prompt(data, question, "both", 6)
+        batch = ours.prompt(data, question)
         own = ours.model.generate(batch, 6)[0]
         assert generated[: len(own)] == own
         assert all(token in ours.model.end_ids() for token in generated[len(own) :])

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from model.auto import IMAGE_TOKEN_ID, LoupeConfig, LoupeForConditionalGeneration, LoupeProcessor, write_loupe
 from model.connector import build_connector
 from model.encoder import describe_encoder, load_encoder
-from model.errors import ConversationError, ExportError
+from model.errors import ExportError
 from model.export import ExportConfig, ExportedModel
 from model.language_model import hold_in, load_language_model
 from model.specs import (
@@ -137,7 +137,7 @@ def test_every_connector_survives_the_round_trip(kind, tiny_encoder_folder, tiny
             given = inputs(maker, size, question)
             assert torch.equal(model(**given).logits[0], expected)
             assert torch.equal(model(**given, logits_to_keep=3).logits[0], ours.prompt_logits(png(size), question, last=3))
-            batch, _ = ours._prompt(png(size), question, "both", 6)
+            batch = ours.prompt(png(size), question)
             answer = model.generate(**given, max_new_tokens=6)
             assert torch.equal(answer[:, : given["input_ids"].shape[1]], given["input_ids"])
             new = answer[0, given["input_ids"].shape[1] :].tolist()
@@ -214,13 +214,13 @@ def test_a_picture_s_place_has_no_text(tiny_encoder_folder, tiny_language_model_
 def test_mistakes_are_told(tiny_encoder_folder, tiny_language_model_folder, tmp_path):
     network, processor = loaded(assemble("output grid", tiny_encoder_folder, tiny_language_model_folder), tmp_path)
     given = inputs(processor, (100, 60), "What?")
-    with pytest.raises(ConversationError, match=r"found 1 places of a picture in the prompts, and 0 pictures; .* mode = 'blind'"):
+    with pytest.raises(ExportError, match=r"found 1 places of a picture in the prompts, and 0 pictures; .* mode = 'blind'"):
         network(input_ids=given["input_ids"])
     with pytest.raises(ExportError, match="has no local branch"):
         network(**given, mode="local")
-    with pytest.raises(ConversationError, match="holds 2 places of a picture"):
+    with pytest.raises(ExportError, match="holds 2 places of a picture"):
         network(**processor(images=[picture((9, 9))] * 2, text="<image><image>"))
-    with pytest.raises(ConversationError, match="found no text"):
+    with pytest.raises(ExportError, match="found no text"):
         processor(images=picture((9, 9)))
     with pytest.raises(ExportError, match="needs the field loupe"):
         _ = LoupeConfig().computes

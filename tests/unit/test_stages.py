@@ -54,7 +54,9 @@ def test_a_packaged_language_model_is_fetched_before_any_work_and_only_for_work_
     assert fetches_language_model(packaged, "train-connector")
     for run in stage_runs(packaged):
         assert fetches_language_model(packaged, "report") == (run.stage != "report")
-        packaged.store.write_json(f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train": 6, "num_held_out": 2})
+        packaged.store.write_json(
+            f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train_by_source": {"rendered/charts": 6}, "num_held_out": 2}
+        )
     assert not fetches_language_model(packaged, "report")
 
 
@@ -117,7 +119,7 @@ def test_a_committed_stage_is_not_run(experiment: Experiment) -> None:
     def fail(progress: object) -> None:
         raise AssertionError("ran")
 
-    spec, committed = experiment.dataset, {"num_train": 7, "num_held_out": 2, "num_samples": 9}
+    spec, committed = experiment.dataset, {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 2, "num_samples": 9}
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(spec)[:16]}/COMMITTED.json", committed)
     outcome = run_stage(experiment, StageRun(stage="build-dataset", seed=None, spec=spec, run=fail), SilentProgress())
     assert outcome.reused
@@ -137,7 +139,7 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment.dataset, experiment.features))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
         check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
@@ -183,20 +185,87 @@ def test_nothing_held_out_is_said_before_features_are_cached(experiment: Experim
     runs = stage_runs(experiment)
     built = next(runs)
     assert built.stage == "build-dataset"
-    experiment.store.write_json(f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
+    experiment.store.write_json(
+        f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {"rendered/charts": 16}}
+    )
     with pytest.raises(RecipeError, match=r"dataset\.held_out_fraction: found 0\.4, which holds out none of the 16 images"):
         next(runs)
 
 
 def test_a_dataset_with_nothing_held_out_can_still_be_shown_and_planned(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     key = fingerprint(experiment.dataset)[:16]
-    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_train": 7, "num_held_out": 0, "num_samples": 7, "seconds": 3})
+    experiment.store.write_json(
+        f"runs/build-dataset/{key}/COMMITTED.json", {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 0, "num_samples": 7, "seconds": 3}
+    )
     show_recipe("run", experiment)
     told = capsys.readouterr().out
     assert key in told
     assert "done" in told
     assert "later stages" in told
     assert [(line.fact, "holds out none" in line.value) for line in plan_lines(experiment) if line.topic == "stages"][-1] == ("later ones", True)
+
+
+ASKED = """
+[evaluation]
+metrics = ["anls", "exact_match"]
+
+[evaluation.dataset]
+sources = [{ kind = "rendered", family = "maps", num_images = 5 }]
+turns_per_image = 2
+legibility = { local_min_px = 3.0, global_max_px = 3.0 }
+
+[[schedule.align]]"""
+
+
+def test_a_dataset_to_be_asked_has_stages_of_its_own(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    plain = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "held_out_fraction = 0.4", "held_out_fraction = 0.4")
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    runs = list(stage_runs(experiment))
+    assert [run.name for run in runs[:5]] == [
+        "build-dataset",
+        "build-dataset (asked)",
+        "cache-features",
+        "cache-features (asked)",
+        "train-connector seed 0",
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+    # What is trained does not depend on what is asked; what is asked is another evaluation.
+    assert experiment.training(0) == plain.training(0)
+    assert experiment.dataset == plain.dataset
+    assert experiment.asked is not None
+    assert experiment.evaluation(0).dataset_fingerprint == fingerprint(experiment.asked[0]) != plain.evaluation(0).dataset_fingerprint
+    assert experiment.asked[1] == replace(experiment.features, dataset_fingerprint=fingerprint(experiment.asked[0]))
+    assert experiment.evaluation(0).metrics == ("anls", "exact_match")
+    assert [run.name for run in stage_runs(experiment, "build-dataset")] == ["build-dataset", "build-dataset (asked)"]
+
+
+def test_the_plan_tells_what_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    lines = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
+    assert lines["evaluation", "metrics"] == "anls, exact_match"
+    assert lines["evaluation", "images"] == "5 drawn, of a dataset of its own"
+    assert lines["evaluation", "questions"] == "at most 10"
+    assert lines["evaluation", "cache"] == "108 kB as fp16"  # 5 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
+    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["stages", "cache-features (asked)"].endswith("to do")
+
+
+def test_nothing_need_be_held_out_where_another_dataset_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder).replace("held_out_fraction = 0.4", "held_out_fraction = 1e-7")
+    (tmp_path / "none.toml").write_text(text.replace("[[schedule.align]]", ASKED, 1))
+    experiment = open_experiment(load_recipe(str(tmp_path / "none.toml")), Store(str(tmp_path / "root")), ExecutionSettings())
+    key = fingerprint(experiment.dataset)[:16]
+    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {}})
+    assert len(list(stage_runs(experiment))) == 10
+
+
+def test_room_is_checked_for_the_dataset_that_is_asked_too(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 16 * 300_000 + 400_000)  # enough for the training dataset alone
+    with pytest.raises(DiskSpaceError, match="needs up to"):
+        check_ready(experiment)
 
 
 def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
@@ -250,6 +319,32 @@ def test_models_that_cannot_be_loaded_are_refused_first(
         open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
 
 
+def test_a_language_model_without_a_template_takes_one_of_ours(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    """As Vicuna, whose tokenizer brings none."""
+    folder = shutil.copytree(tiny_language_model_folder, tmp_path / "language")
+    (folder / "chat_template.jinja").unlink()
+    named = f'model = "{folder}"'
+    with pytest.raises(RecipeError, match=r"no chat template.*language_model\.template \(vicuna_v1"):
+        with_change(tmp_path, tiny_encoder_folder, folder, "steps = 3", 'steps = 3\ntemplate = "plain"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "vicuna_v1"')
+    training = experiment.training(0)
+    assert training.language_model.template == "vicuna_v1"
+    assert [phase.template for phase in training.schedule.phases] == ["vicuna_v1", "vicuna_v1"]
+    other = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "plain"')
+    assert fingerprint(other.training(0)) != fingerprint(training)
+    with pytest.raises(RecipeError, match=rf"language model '{folder}': the template llama3 writes the tokens"):
+        with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "llama3"')
+
+
+def test_a_packaged_model_tells_which_templates_it_knows(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    named = f'model = "{tiny_language_model_folder}"'
+    smollm2 = 'model = "smollm2-135m-instruct"\ntemplate = '
+    with pytest.raises(RecipeError, match="does not know the tokens of the template llama3; allowed: own, chatml, vicuna_v1, plain"):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"llama3"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"chatml"')
+    assert experiment.training(0).language_model.template == "chatml"
+
+
 def test_more_visual_tokens_than_the_language_model_holds_are_refused(
     tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
 ) -> None:
@@ -297,10 +392,25 @@ def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment,
 @pytest.mark.parametrize("record", [[], {}, "done", {"num_samples": 16, "num_held_out": 3}])
 def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) -> None:
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(experiment.dataset)[:16]}/COMMITTED.json", record)
-    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train)"):
+    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train_by_source)"):
         list(stage_runs(experiment))
 
 
 def test_paths_are_shown_as_people_type_them() -> None:
     assert shown_path("file:///a%20b/c") == "/a b/c"
     assert shown_path("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_the_longest_sequence_can_be_set_and_no_longer_than_the_model(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    model = f'model = "{tiny_language_model_folder}"'
+
+    def opened(max_tokens: int) -> Experiment:
+        return with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, model, f"{model}\nmax_tokens = {max_tokens}")
+
+    assert opened(300).training(0).max_tokens == 300
+    with pytest.raises(RecipeError, match=r"language_model\.max_tokens: found 5000, but .* holds 2048 tokens"):
+        opened(5000)
+    with pytest.raises(RecipeError, match=r"but language_model\.max_tokens allows 30 tokens in all"):
+        opened(30)
