@@ -131,7 +131,7 @@ def test_a_layer_that_several_maps_hold_is_read_once():
     connector.measure_inputs(maps_of(images=3, seed=0), None)
     folded = fold_connector(connector)
     assert folded.layers == (0, 1, 2, 3, 4, 5)
-    weight, scale = connector.global_mlp.linear_1.weight.double(), connector.global_input.scale.double()
+    weight, scale = connector.global_mlp.linear_1.weight.detach().double(), connector.global_input.scale.double()
     for row in range(12):
         for layer in range(6):
             for channel in range(8):
