@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from model.chat import with_template
 from model.errors import LanguageModelError, first_line
-from model.specs import LanguageModelSpec
-from model.weights import unreadable_weights
+from model.specs import ChatTemplate, LanguageModelSpec
+from model.weights import absent_shards, cached_snapshot, unreadable_weights
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
@@ -31,10 +32,11 @@ __all__ = [
     "describe_folder",
     "embed",
     "embedding_rms",
-    "empty_network",
     "first_token",
+    "hold_in",
     "load_language_model",
     "load_tokenizer",
+    "local_folder",
     "resolve_folder",
 ]
 
@@ -74,17 +76,9 @@ def resolve_folder(name: str) -> Path:
     Raises:
         LanguageModelError: there is no such folder or id, or it lacks a part.
     """
-    if name == BUILTIN_LANGUAGE_MODEL:
-        return check_folder(Path(__file__).parent / "assets" / "language-model", name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = _named_folder(name)
+    if folder is not None:
         return check_folder(folder, name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "builtin:")):
-        raise LanguageModelError(
-            f"language model {name!r}: no such folder. Expected {BUILTIN_LANGUAGE_MODEL!r}, 'smollm2-135m-instruct', a folder in transformers' "
-            "layout or "
-            "a hub id like 'owner/name'"
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -95,6 +89,37 @@ def resolve_folder(name: str) -> Path:
             f"language model {name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Check the name and the "
             "connection, or give a folder"
         ) from error
+
+
+def local_folder(name: str) -> Path | None:
+    """Where a language model's files are on this machine, whole or in part. Asks no network.
+
+    Args:
+        name: as `resolve_folder` takes it.
+
+    Returns:
+        A folder, or what the hub's client has fetched of a hub id; None where there is nothing of it.
+
+    Raises:
+        LanguageModelError: the name is neither a folder nor one that a hub id can have.
+    """
+    return _named_folder(name) or cached_snapshot(name)
+
+
+def _named_folder(name: str) -> Path | None:
+    """The folder that a name stands for; None for a hub id."""
+    if name == BUILTIN_LANGUAGE_MODEL:
+        return Path(__file__).parent / "assets" / "language-model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "builtin:")):
+        raise LanguageModelError(
+            f"language model {name!r}: no such folder. Expected {BUILTIN_LANGUAGE_MODEL!r}, 'smollm2-135m-instruct', a folder in transformers' "
+            "layout or "
+            "a hub id like 'owner/name'"
+        )
+    return None
 
 
 def check_folder(folder: Path, name: str) -> Path:
@@ -117,22 +142,25 @@ def check_folder(folder: Path, name: str) -> Path:
     }
     if missing := [part for part, there in parts.items() if not there]:
         raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+    if absent := absent_shards(folder):
+        raise LanguageModelError(f"language model {name!r}: {folder} lacks {absent[0]}, which its index of weights names; copy or fetch it")
     if fault := unreadable_weights(folder):
         raise LanguageModelError(f"language model {name!r}: in {folder}, {fault}")
     return folder
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, template: ChatTemplate | None = "own") -> Any:
     """The tokenizer of a language model, good for conversations.
 
     Args:
         folder: in transformers' layout.
+        template: in which conversations are written; None leaves that to whoever asks for it by `with_template`.
 
     Returns:
-        It, with a chat template and an end token.
+        It, with an end token and, unless that is left, a chat template.
 
     Raises:
-        LanguageModelError: it cannot be read, or lacks one of them.
+        LanguageModelError: it cannot be read, has no end token, or cannot speak the template.
     """
     from transformers import AutoTokenizer
 
@@ -140,14 +168,12 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         raise LanguageModelError(f"language model {folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
-    if not tokenizer.chat_template:
-        raise LanguageModelError(
-            f"language model {folder}: its tokenizer has no chat template, so questions and answers have no form. Base models have none: take the "
-            "model's instruct version, or add a chat_template.jinja"
-        )
     if tokenizer.eos_token_id is None:
         raise LanguageModelError(f"language model {folder}: its tokenizer names no end token, so an answer would never end; set eos_token")
-    return tokenizer
+    try:
+        return tokenizer if template is None else with_template(tokenizer, template)
+    except LanguageModelError as error:
+        raise LanguageModelError(f"language model {folder}: {error}") from error
 
 
 def context_tokens(folder: Path) -> int:
@@ -213,24 +239,25 @@ def copy_model(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def load_language_model(folder: Path) -> LanguageModel:
+def load_language_model(folder: Path, template: ChatTemplate = "own") -> LanguageModel:
     """Load a model with its tokenizer, in fp32 on the CPU, dropout off.
 
     Args:
         folder: in transformers' layout.
+        template: in which its tokenizer writes conversations.
 
     Returns:
         The model.
 
     Raises:
-        LanguageModelError: it cannot be read, has no chat template, or its logits are more than its head on its last hidden state.
+        LanguageModelError: it cannot be read, cannot speak the template, or its logits are more than its head on its last hidden state.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars would spoil ours
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, template)
     try:
         network = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
@@ -291,21 +318,16 @@ def checkpoint_layers(network: nn.Module) -> None:
         )
 
 
-def empty_network(folder: Path) -> nn.Module:
-    """A model's layers without their numbers, on the meta device: milliseconds and no memory, whatever the size.
+def hold_in(network: nn.Module, dtype: torch.dtype) -> None:
+    """Hold a model's weights in another type, in place.
 
     Args:
-        folder: in transformers' layout.
-
-    Returns:
-        The network.
+        network: a causal language model.
+        dtype: of its parameters afterwards. Buffers stay, as where transformers loads a model in a type: rotary frequencies that are rounded to bf16
+            are off by up to 0.2 %, so that the angle of position 1000 may be off by a radian.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return network
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def decoder(network: nn.Module) -> Any:

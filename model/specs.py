@@ -23,10 +23,13 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "ChatTemplate",
     "CompressionSpec",
     "ConnectorSpec",
     "DCISpec",
+    "EncoderFamily",
     "EncoderSpec",
+    "ExportForm",
     "FeatureSpec",
     "FusionSpec",
     "GatedMixtureSpec",
@@ -43,9 +46,12 @@ __all__ = [
     "ScheduleSpec",
     "SelectorSpec",
     "SingleSpec",
+    "StockForm",
     "TextGuidedSelectorSpec",
+    "UnknownDigest",
     "canonical_json",
     "fingerprint",
+    "fingerprint_if_known",
     "spec_differences",
 ]
 
@@ -56,6 +62,24 @@ BLOCKS: tuple[Block, ...] = get_args(Block)
 """Everything that a phase can train, in the order in which parameter groups and records list it."""
 
 CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block != "language_model")
+
+
+ChatTemplate = Literal["own", "vicuna_v1", "llama3", "plain", "chatml"]
+"""How questions and answers become text: `own` is the tokenizer's, the others are the files in model/templates."""
+
+
+class UnknownDigest(str):
+    """Stands where the digest of bytes would, when those are not on this machine; its text says what they are, such as `the weights of owner/name`.
+
+    It has no canonical form, so nothing that holds it has a fingerprint. What is described without its bytes can be planned, and nothing else: every
+    key, table and folder is named by a fingerprint.
+    """
+
+    __slots__ = ()
+
+
+EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
+"""Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +115,13 @@ class EncoderSpec:
     model: str
     """Folder or hub id: where it is loaded from. Part of the identity too, so the same weights in another place are another encoder."""
     weights_sha256: str
-    family: Literal["clip", "siglip"]
+    family: EncoderFamily
     view_px: int
     patch_px: int
     width: int
     num_blocks: int
     prefix_tokens: int
-    """Tokens before the patches, removed from every map: 1 (CLS) for CLIP, 0 for SigLIP."""
+    """Tokens before the patches, removed from every map: 1 (CLS) for CLIP and DINOv2, registers besides where there are some, 0 for SigLIP."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_heads: int
@@ -113,7 +137,7 @@ class EncoderSpec:
 
     @property
     def grid(self) -> int:
-        """Patches on a side."""
+        """Patches on a side. Pixels behind the last whole patch are seen by none: 6 of SigLIP-SO400M/14's 384."""
         return self.view_px // self.patch_px
 
     @property
@@ -394,6 +418,13 @@ SelectorSpec = TextGuidedSelectorSpec | LearnableSelectorSpec
 
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
+ExportForm = Literal["folder", "llava-hf", "llava-next-hf", "loupe"]
+"""What an export is written as. `folder`: what `loupe ask` reads. `llava-hf`, `llava-next-hf`: transformers' own LLaVA and LLaVA-NeXT. `loupe`: a
+transformers model of Loupe's own classes."""
+
+StockForm = Literal["llava-hf", "llava-next-hf"]
+"""Forms that need no code of Loupe's."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalBranchSpec:
@@ -505,6 +536,18 @@ class ConnectorSpec:
         """What drops local tokens; None where nothing does."""
         return None if self.local_branch is None else self.local_branch.selector
 
+    @property
+    def projects_alike(self) -> bool:
+        """Whether tokens of both branches are fused alike and go straight into one and the same projector."""
+        local = self.local_branch
+        return (
+            local is not None
+            and local.projector == "shared"
+            and local.compression is None
+            and local.fusion == self.global_branch.fusion
+            and isinstance(self.global_branch.adapters, MLPSpec)
+        )
+
     def global_tokens(self, num_patches: int) -> int:
         """Visual tokens of a global view.
 
@@ -575,6 +618,8 @@ class LanguageModelSpec:
     """Folder, hub id or name: where it is loaded from. Part of the identity too."""
     weights_sha256: str
     """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+    template: ChatTemplate = "own"
+    """In which questions are asked of it: in evaluation, of the export, and in every phase that names no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -661,6 +706,19 @@ class PhaseSpec:
     """Which of the global branch's experts count: SliME trains the first alone, then the second alone, and the gate only in fine-tuning."""
     selector: bool = False
     """Whether the connector's selector drops local tokens. SliME's alignment keeps them all, its fine-tuning does not."""
+    sources: tuple[str, ...] = ()
+    """Which of the dataset's sources the phase sees, by their labels; empty means all. Both papers align on captions, fine-tune on
+    instructions."""
+    template: ChatTemplate = "own"
+    """In which the phase's conversations are written: the authors align on `plain` captions and fine-tune on `vicuna_v1` or `llama3`."""
+
+    def sees(self, source: str) -> bool:
+        """Whether the phase is shown samples of a source.
+
+        Args:
+            source: its label.
+        """
+        return not self.sources or source in self.sources
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -703,6 +761,13 @@ class PhaseSpec:
                 f"phase {self.name!r}: found evidence_weight {self.evidence_weight:g}, but branch shows no local views, on which it works; "
                 "allowed: 0. Leave it out, or give local or both a share of branch"
             )
+        if list(self.sources) != sorted(set(self.sources)):
+            raise SpecError(f"phase {self.name!r}: sources must be in order and each once, found {list(self.sources)}")
+        if self.template == "plain" and self.branch.blind > 0:
+            raise SpecError(
+                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would "
+                "hold nothing to answer from; allowed: no share of blind, or another template"
+            )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:
@@ -713,7 +778,7 @@ class PhaseSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSpec:
-    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one."""
+    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one. Without phases nothing is trained."""
 
     align: tuple[PhaseSpec, ...]
     sft: PhaseSpec | None
@@ -724,8 +789,8 @@ class ScheduleSpec:
             if "language_model" in phase.train:
                 raise SpecError(f"align phase {phase.name!r} trains the language model; only sft may")
         names = [phase.name for phase in self.phases]
-        if not names or len(set(names)) != len(names):
-            raise SpecError(f"phases need different names and at least one phase, found {names}")
+        if len(set(names)) != len(names):
+            raise SpecError(f"phases need different names, found {names}")
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
@@ -734,6 +799,8 @@ class ScheduleSpec:
 
 
 def _canonical(value: Any, path: str) -> SpecValue:
+    if isinstance(value, UnknownDigest):
+        raise CanonicalisationError(f"{path}: {value} are not on this machine, so what depends on them has no key; put them there")
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _canonical(getattr(value, field.name), f"{path}.{field.name}") for field in fields(value)}
     match value:
@@ -783,6 +850,32 @@ def fingerprint(spec: Any) -> str:
     if not is_dataclass(spec) or isinstance(spec, type) or not type(spec).__name__.endswith("Spec"):
         raise CanonicalisationError(f"only specs have a fingerprint, found {type(spec).__name__}")
     return hashlib.sha256(f"{type(spec).__name__}:{canonical_json(spec)}".encode()).hexdigest()
+
+
+def fingerprint_if_known(spec: Any) -> str:
+    """The fingerprint of a spec, for a plan of what cannot be run yet.
+
+    Args:
+        spec: as `fingerprint` takes it.
+
+    Returns:
+        64 hex digits, or the first UnknownDigest that the spec holds, again one.
+
+    Raises:
+        CanonicalisationError: as for `fingerprint`, but for unknown digests.
+    """
+    unknown = _first_unknown(spec)
+    return fingerprint(spec) if unknown is None else unknown
+
+
+def _first_unknown(value: Any) -> UnknownDigest | None:
+    if isinstance(value, UnknownDigest):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name) for field in fields(value)]
+    else:
+        items = list(value) if isinstance(value, tuple | list) else []
+    return next((unknown for item in items if (unknown := _first_unknown(item)) is not None), None)
 
 
 def spec_differences(stored: SpecValue, asked: SpecValue, path: str = "") -> list[str]:

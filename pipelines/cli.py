@@ -18,6 +18,8 @@ from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownComman
 from rich.table import Table
 
 from model.errors import ModelError, first_line
+from model.metrics import MetricName
+from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
@@ -52,10 +54,30 @@ Settings = Annotated[
 ]
 DryRun = Annotated[bool, Parameter(name="--dry-run", help="Check everything, print the plan, start nothing, write nothing.", negative=())]
 
+Form = Annotated[
+    ExportForm,
+    Parameter(
+        name="--to",
+        help="What to write: `folder`, which `loupe ask` reads; `llava-hf` or `llava-next-hf`, transformers' own LLaVA or LLaVA-NeXT, where the "
+        "connector folds into it; `loupe`, a transformers model of Loupe's classes.",
+    ),
+]
+
+Merge = Annotated[
+    bool,
+    Parameter(
+        name="--merge",
+        help="Add trained adapters to the language model's weights; forms other than `folder` hold them so always.",
+        negative=(),
+    ),
+]
+
 DEFAULT_ROOT = "loupe-data"
 
 
-def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool, merge: bool = False) -> list[dict[str, Any]]:
+def _run_until(
+    recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool, form: ExportForm = "folder", merge: bool = False
+) -> list[dict[str, Any]]:
     """Check the recipe, then run its flow up to a stage."""
     from pipelines.flow_server import start_flow_server
 
@@ -67,11 +89,12 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     from workers.storage import Store
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
-    experiment = open_experiment(file, Store(root), execution, merge_export=merge)
+    experiment = open_experiment(file, Store(root), execution, planning=dry_run, merge_export=merge)
+    experiment.check_form(form)
     if dry_run:
         from pipelines.plan import print_plan
 
-        print_plan(experiment, until)
+        print_plan(experiment, until, form)
         return []
     check_ready(experiment)
     assert server is not None
@@ -82,7 +105,9 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
 
     flow_recipe = _flow_recipe(file, recipe)
     try:
-        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until, merge=merge)
+        outcomes: list[dict[str, Any]] = loupe_flow(
+            recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until, form=form, merge=merge
+        )
     except httpx.HTTPError as error:
         raise FlowServerError(
             f"the flow's server at {server.url} went away ({first_line(error)}). What is done is kept: run the same command to go on."
@@ -167,11 +192,12 @@ def export(
     *,
     root: Root = DEFAULT_ROOT,
     settings: Settings = (),
-    merge: Annotated[bool, Parameter(name="--merge", help="Add trained adapters to the language model's weights.", negative=())] = False,
+    form: Form = "folder",
+    merge: Merge = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
-    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run, merge=merge)
+    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run, form=form, merge=merge)
     if outcomes:
         print(_shown(root, _recorded(outcomes[-1], "folder")))
 
@@ -217,12 +243,48 @@ def show(
     show_recipe(what, open_experiment(file, Store(root), execution_settings({}, file.recipe)), root)
 
 
+@app.command(name="import-weights")
+def import_weights(
+    *sources: Annotated[Path, Parameter(name="SOURCES", help="The folder of a released model, or its files (mm_projector.bin, sampler.bin).")],
+    recipe: Annotated[str, Parameter(name="--recipe", help="The recipe whose connector and encoder the weights are for: a name or a path.")],
+    root: Root = DEFAULT_ROOT,
+    connector_only: Annotated[
+        bool, Parameter(name="--connector-only", help="Leave the language model of a whole model where it is.", negative=())
+    ] = False,
+    dry_run: Annotated[bool, Parameter(name="--dry-run", help="Check the files, print the report, write nothing.", negative=())] = False,
+) -> None:
+    """Make the released weights of Dense Connector, SliME or LLaVA into a connector (and a language model) that recipes can name."""
+    from pipelines.importing import import_for_recipe
+
+    import_for_recipe(sources, load_recipe(recipe), root, connector_only=connector_only, dry_run=dry_run)
+
+
+@app.command
+def compare(
+    *runs: Annotated[
+        str,
+        Parameter(
+            name="RUN",
+            help="Two or more: a recipe, for all its seeds that are evaluated in the root, or the key of an evaluate stage, or the beginning of one.",
+        ),
+    ],
+    root: Root = DEFAULT_ROOT,
+    metric: Annotated[MetricName | None, Parameter(name="--metric", help="What to compare by; the first run's main metric when absent.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
+) -> None:
+    """Compare finished evaluations on the questions that they share: means, and differences to the first run, with 95 % intervals."""
+    from pipelines.compare import compare_runs, find_runs, print_comparison
+    from workers.storage import Store
+
+    print_comparison(compare_runs(find_runs(runs, Store(root)), metric), as_json=as_json)
+
+
 @app.command
 def recipes() -> None:
     """List the recipes that come with Loupe."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("what it does", overflow="fold")
     table.add_column("file", overflow="fold")
     for name, path in recipe_files().items():
         table.add_row(name, load_recipe(name).recipe.description, str(path))

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from math import ceil
 
 from rich.table import Table
 
 from model.errors import SpecError
+from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_known
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.stages import Experiment, check_ready, feature_bytes, shown_path, stage_runs
+from pipelines.recipe import Phase
+from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, most_local_views, num_drawn, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec, source_label
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -25,19 +28,20 @@ class PlanLine:
     value: str
 
 
-def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[PlanLine]:
+def plan_lines(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> Iterator[PlanLine]:
     """The facts of an experiment's plan, in the order of its stages.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Yields:
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records = _num_records(experiment)
-    yield from _dataset_lines(experiment, num_records)
+    images = _SourceImages.of(experiment, experiment.dataset)
+    yield from _dataset_lines(images)
     yield PlanLine(
         topic="features",
         fact="encoder",
@@ -46,22 +50,24 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "" if experiment.all_drawn else "up to "
-    value = f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {experiment.features.precision}"
-    yield PlanLine(topic="features", fact="cache", value=value)
+    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images))
     yield from _connector_lines(experiment)
+    if experiment.weights is not None:
+        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address} (sha256 {experiment.weights.sha256[:16]})")
+    if not recipe.schedule.phases:
+        yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:
-        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
-        seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
-        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
+        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{_length_text(phase, experiment, images)}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
+    yield from _evaluation_lines(experiment)
     yield from _execution_lines(experiment)
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
+    for part in experiment.missing:
+        yield PlanLine(topic="missing", fact=part.what, value=part.note)
     try:
-        for stage_run in stage_runs(experiment, until):
-            done = experiment.record(stage_run.stage, stage_run.spec) is not None
-            yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
+        for stage_run in stage_runs(experiment, until, form):
+            yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
@@ -78,60 +84,148 @@ def _execution_lines(experiment: Experiment) -> Iterator[PlanLine]:
             yield PlanLine(topic="execution", fact=field.name, value=f"{value}  (--set; the recipe suggests {suggested[field.name]})")
 
 
-def _num_records(experiment: Experiment) -> int:
-    """Records of the sources that have records."""
-    from workers.dataset.sources import read_records
+def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
+    digest = fingerprint_if_known(stage_run.spec)
+    if isinstance(digest, UnknownDigest):
+        return f"key unknown without {digest}"
+    done = experiment.record(stage_run.stage, stage_run.spec) is not None
+    return f"{stage_run.key}  {'done' if done else 'to do'}"
 
-    return sum(len(read_records(source)) for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec))
+
+def _length_text(phase: Phase, experiment: Experiment, images: "_SourceImages") -> str:
+    """How long a phase is, as far as the number of its training images is known."""
+    if phase.steps is not None:
+        return f"{phase.steps} steps of {phase.batch_size}, {phase.steps * phase.batch_size} images seen"
+    assert phase.epochs is not None
+    numbers = [images.by_source[label] for label in phase.source_labels(tuple(images.by_source)) or images.by_source]
+    known = [number for number in numbers if number is not None]
+    num_train = round(sum(known) * (1 - experiment.dataset.held_out_fraction))
+    steps = "" if len(known) < len(numbers) else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
+    return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
 
 
-def _dataset_lines(experiment: Experiment, num_records: int) -> Iterator[PlanLine]:
-    recipe, num_drawn = experiment.file.recipe, experiment.num_drawn
-    parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
-    yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
-    held_out = round((num_drawn + num_records) * recipe.dataset.held_out_fraction)
-    yield PlanLine(topic="dataset", fact="split", value=f"about {num_drawn + num_records - held_out} train, {held_out} held out")
-    asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records, "those of the records")]
-    yield PlanLine(topic="dataset", fact="questions", value=", ".join(text for number, text in asked if number))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SourceImages:
+    """How many images a dataset has, as far as its records can be read."""
+
+    dataset: DatasetSpec
+    by_source: dict[str, int | None]
+    """By the source's label; None where its records cannot be read."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, dataset: DatasetSpec) -> "_SourceImages":
+        from workers.dataset.sources import read_records
+
+        unreadable = {part.records for part in experiment.missing}
+        numbers: dict[str, int | None] = {}
+        for source in dataset.sources:
+            if isinstance(source, RenderedSourceSpec):
+                numbers[source_label(source)] = source.num_images
+            else:
+                numbers[source_label(source)] = None if source.records in unreadable else len(read_records(source))
+        return cls(dataset=dataset, by_source=numbers)
+
+    @property
+    def num_drawn(self) -> int:
+        """Pictures that are drawn."""
+        return num_drawn(self.dataset)
+
+    @property
+    def num_records(self) -> int:
+        """Images of records that can be read."""
+        return sum(number or 0 for number in self.by_source.values()) - self.num_drawn
+
+    @property
+    def num_unread(self) -> int:
+        """Sources whose records cannot be read."""
+        return sum(number is None for number in self.by_source.values())
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        parts = [
+            (self.num_drawn, f"{self.num_drawn} drawn"),
+            (self.num_records, f"{self.num_records} records read"),
+            (self.num_unread, f"those of {self.num_unread} source{'s' if self.num_unread > 1 else ''} that cannot be read"),
+        ]
+        return ", ".join(text for number, text in parts if number)
+
+    @property
+    def question_words(self) -> str:
+        """How many questions there are, for people."""
+        asked = [(self.num_drawn, f"at most {self.num_drawn * self.dataset.turns_per_image}"), (self.num_records, "those of the records")]
+        return ", ".join(text for number, text in asked if number)
+
+
+def _dataset_lines(images: _SourceImages) -> Iterator[PlanLine]:
+    yield PlanLine(topic="dataset", fact="images", value=images.words)
+    if not (total := images.num_drawn + images.num_records):
+        return
+    held_out = round(total * images.dataset.held_out_fraction)
+    yield PlanLine(topic="dataset", fact="split", value=f"about {total - held_out} train, {held_out} held out")
+    yield PlanLine(topic="dataset", fact="questions", value=images.question_words)
+
+
+def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
+    wanted = experiment.file.recipe.evaluation
+    yield PlanLine(topic="evaluation", fact="modes", value=", ".join(wanted.modes))
+    yield PlanLine(topic="evaluation", fact="metrics", value=", ".join(wanted.metrics))
+    if experiment.asked is None:
+        return
+    dataset, features = experiment.asked
+    images = _SourceImages.of(experiment, dataset)
+    yield PlanLine(topic="evaluation", fact="images", value=f"{images.words}, of a dataset of its own")
+    if images.question_words:
+        yield PlanLine(topic="evaluation", fact="questions", value=images.question_words)
+    yield PlanLine(topic="evaluation", fact="cache", value=_cache_text(features, images))
+
+
+def _cache_text(features: FeatureSpec, images: _SourceImages) -> str:
+    up_to = "" if all(isinstance(source, RenderedSourceSpec) for source in images.dataset.sources) else "up to "
+    num_maps = len(features.global_maps) + most_local_views(images.dataset) * len(features.local_maps)
+    each = num_maps * features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
+    total = f"{up_to}{bytes_text(feature_bytes(images.dataset, features, images.num_records))} as {features.precision}"
+    parts = [total] if images.num_drawn + images.num_records else []
+    if images.num_unread:
+        parts.append("those of the records that cannot be read")
+    return f"{', and '.join(parts)}; {up_to}{bytes_text(each)} an image"
 
 
 def _views_text(experiment: Experiment) -> str:
     if not experiment.all_drawn:
-        return f"1 global + 2 to {experiment.most_local_views()} local, by its shape and size"
+        fewest = min(columns * rows for columns, rows in experiment.dataset.views.candidate_grids)
+        return f"1 global + {fewest} to {experiment.most_local_views()} local, by its shape and size"
     views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, experiment.encoder.view_px, experiment.dataset.views)
     return f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)"
 
 
 def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
-    from model.connector import build_connector
-    from workers.language_models import count_adapters, language_model_hidden
+    from pipelines.path import image_facts, parameter_facts, path_facts, planned_connector
+    from workers.language_models import planned_shape
 
-    connector = build_connector(
-        experiment.connector, experiment.encoder, hidden=language_model_hidden(experiment.language_model.model), embedding_rms=1.0, seed=0
-    )
-    counts: dict[str, int] = {}
-    for name, parameter in connector.named_parameters():
-        block = name.split(".")[0]
-        counts[block] = counts.get(block, 0) + parameter.numel()
-    yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
-    global_tokens = connector.tokens_per_global_view
+    shape = planned_shape(experiment.language_model.model)
+    connector = planned_connector(experiment, shape)
     local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
-    yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
+    yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
-    if (lora := experiment.file.recipe.language_model.lora_spec()) is not None:
-        count = count_adapters(experiment.language_model.model, lora)
-        size = "parameters are counted once the model is converted" if count is None else f"{count:,} parameters"
-        targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
-        yield PlanLine(topic="connector", fact="adapters", value=f"rank {lora.rank}, alpha {lora.alpha:g}, on {targets}: {size}")
+    by_topic = {
+        "path": path_facts(experiment, connector, shape),
+        "image": image_facts(experiment, connector),
+        "parameters": parameter_facts(experiment, connector, shape),
+    }
+    for topic, facts in by_topic.items():
+        for fact, value in facts:
+            yield PlanLine(topic=topic, fact=fact, value=value)
 
 
-def print_plan(experiment: Experiment, until: StageName = "report") -> None:
+def print_plan(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> None:
     """Print the plan, once nothing is seen that would keep it from being carried out.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Raises:
         WorkerError: as for `check_ready`.
@@ -143,7 +237,7 @@ def print_plan(experiment: Experiment, until: StageName = "report") -> None:
     for heading in ("topic", "fact", "value"):
         table.add_column(heading, overflow="fold")
     topic = ""
-    for line in plan_lines(experiment, until):
+    for line in plan_lines(experiment, until, form):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
     console.print(table)

@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -20,15 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from model.errors import SpecError
+from model.metrics import MetricName
 from model.specs import (
     BLOCKS,
     CONNECTOR_BLOCKS,
     AdapterSpec,
     Block,
     BranchMix,
+    ChatTemplate,
     CompressionSpec,
     ConnectorSpec,
     DCISpec,
+    EncoderFamily,
     EncoderSpec,
     FeatureSpec,
     FusionSpec,
@@ -44,16 +47,18 @@ from model.specs import (
     SingleSpec,
     STISpec,
     TextGuidedSelectorSpec,
-    fingerprint,
+    fingerprint_if_known,
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
-from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions
+from pipelines.inheritance import read_recipe
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions, source_label
 from workers.execution import ExecutionSettings
 
 __all__ = ["Execution", "Recipe", "RecipeFile", "load_recipe", "recipe_files"]
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+SCHEDULES_FOLDER = Path(__file__).parent / "schedules"
 
 SHOWN_MISTAKES = 8
 """More than these are counted, not told: most of them follow from one misunderstanding."""
@@ -151,18 +156,23 @@ class Legibility(Table):
     """What is asked for as small detail is at most this high in the global view: not readable."""
 
 
-class Dataset(Table):
-    """Where samples come from, and how they are split."""
+class AskedDataset(Table):
+    """Where samples come from."""
 
     sources: Annotated[
         tuple[Annotated[RenderedSource | LlavaJsonSource, Field(discriminator="kind")], ...],
         Field(min_length=1),
     ]
     seed: Seed = 0
-    held_out_fraction: Part = 0.1
-    """Share of the images kept for evaluation."""
     turns_per_image: Count = 6
     legibility: Legibility = Legibility()
+
+
+class Dataset(AskedDataset):
+    """Where samples come from, and how they are split."""
+
+    held_out_fraction: Part = 0.1
+    """Share of the images kept for evaluation."""
 
 
 class Encoder(Table):
@@ -279,21 +289,40 @@ class DCIFusion(Table):
             SpecError: groups that cannot be equal.
 
         Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
+        Differs: the authors have SO400M alone of SigLIP; where the layers before the base one do not share out, as in towers of 12 or 24 blocks,
+        the base one is included. They have neither SigLIP 2, which does as SigLIP does, nor DINOv2, which does as CLIP does.
         """
         base = _base(self.base, encoder)
         if not isinstance(self.groups, int):
             return DCISpec(base=base, groups=self.groups)
-        num_layers = base + 1 if encoder.family == "clip" else base
-        if num_layers % self.groups:
+        allowed = [base + 1] if _groups_include_base(encoder.family) else [base, base + 1]
+        num_layers = next((number for number in allowed if number % self.groups == 0), None)
+        if num_layers is None:
+            num_layers = allowed[0]
             edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
             unequal = [[first, last - 1] for first, last in itertools.pairwise(edges) if first < last]
-            divisors = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
+            divisors = [number for number in range(1, max(allowed) + 1) if any(total % number == 0 for total in allowed)]
             raise SpecError(
                 f"fusion.groups: found {self.groups}, but {encoder.model} has the {num_layers} layers 0..{num_layers - 1} to share out, which do not "
                 f"divide into {self.groups} equal groups; allowed: one of {divisors}, or groups by their first and last layers, such as {unequal}"
             )
         edges = [number * num_layers // self.groups for number in range(self.groups + 1)]
         return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
+
+
+def _groups_include_base(family: EncoderFamily) -> bool:
+    """Whether a family's DCI groups always cover the base layer as well.
+
+    The authors' two encoders share their layers out evenly either way: CLIP-L has 24 layers up to its base one, SO400M has 26 before it. SigLIP 2's
+    are SigLIP's. DINOv2's numbers of blocks are 12, 24 and 40: up to the base layer, itself included, they halve, as CLIP's do.
+    """
+    match family:
+        case "clip" | "dinov2" | "dinov2_with_registers":
+            return True
+        case "siglip" | "siglip2":
+            return False
+        case _:
+            assert_never(family)
 
 
 def _base(layer: int | None, encoder: EncoderSpec) -> int:
@@ -417,6 +446,8 @@ class Connector(Table):
     """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
+    weights: Word | None = None
+    """Path or URL of a connector.safetensors that training starts from, as `loupe import-weights` and every training run write it."""
 
 
 class Lora(Table):
@@ -439,6 +470,10 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
+    template: ChatTemplate = "own"
+    """How questions and answers become text, wherever a phase names no other."""
+    max_tokens: Count | None = None
+    """Longest sequence in training; the model's own limit when absent."""
     lora: Lora | None = None
     """Absent, fine-tuning that trains the language model trains every weight of it."""
 
@@ -480,6 +515,10 @@ class Phase(Table):
     """Which of the global branch's experts count in this phase."""
     selector: Switch | None = None
     """Whether the selector drops tokens; when absent, not in alignment, and in fine-tuning where there is one."""
+    sources: Annotated[tuple[Word, ...], Field(min_length=1)] | None = None
+    """Which of the dataset's sources the phase sees; all when absent."""
+    template: ChatTemplate | None = None
+    """How questions and answers become text in this phase; the language model's when absent."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -544,12 +583,33 @@ class Phase(Table):
             case _:
                 assert_never(self.branch)
 
-    def spec(self, connector: ConnectorSpec, num_train_samples: int | None, *, fine_tunes: bool) -> PhaseSpec:
+    def source_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """The sources that the phase names, by their labels.
+
+        Args:
+            labels: of all of the dataset's sources.
+
+        Returns:
+            In order; empty for all.
+
+        Raises:
+            SpecError: there is no such source, or more than one.
+        """
+        found = set()
+        for name in self.sources or ():
+            matching = [label for label in labels if name in (label, label.partition("/")[2])]
+            if len(matching) != 1:
+                raise SpecError(f"sources: found {name!r}, which names {len(matching)} of the dataset's sources; allowed: {', '.join(labels)}")
+            found.add(matching[0])
+        return tuple(sorted(found))
+
+    def spec(self, connector: ConnectorSpec, *, labels: Sequence[str], num_train_images: Mapping[str, int] | None, fine_tunes: bool) -> PhaseSpec:
         """The phase over this connector's blocks.
 
         Args:
             connector: whose blocks are trained.
-            num_train_samples: training images; needed for a phase that counts in epochs, None while unknown.
+            labels: of the dataset's sources.
+            num_train_images: training images by source; needed for a phase that counts in epochs, None while unknown.
             fine_tunes: whether it is the last phase, schedule.sft.
 
         Returns:
@@ -570,21 +630,24 @@ class Phase(Table):
                 "branch leaves global_mlp of train without effect: samples see local views at most, and those have a projector of their own; "
                 "leave it out of train (for connector, name the other blocks), or give global or both a share of branch"
             )
+        sources = self.source_labels(labels)
         if self.steps is not None:
             steps = self.steps
-        elif num_train_samples is None:
+        elif num_train_images is None:
             raise SpecError(
                 "the length is in epochs, and the number of training images is known only once the dataset is built; run `loupe build-dataset` first"
             )
         else:
             assert self.epochs is not None
-            steps = max(1, ceil(self.epochs * num_train_samples / self.batch_size))
+            num_images = sum(number for label, number in num_train_images.items() if not sources or label in sources)
+            steps = max(1, ceil(self.epochs * num_images / self.batch_size))
         return PhaseSpec(
             name=self.shown_name,
             train=self.blocks(connector),
             branch=mix,
             steps=steps,
             batch_size=self.batch_size,
+            sources=sources,
             learning_rate=self.learning_rate,
             language_model_learning_rate=self.language_model_learning_rate,
             warmup_fraction=self.warmup_fraction,
@@ -592,16 +655,63 @@ class Phase(Table):
             evidence_weight=self.evidence_weight,
             experts=self.experts,
             selector=fine_tunes and connector.selector is not None and mix.shows_local if self.selector is None else self.selector,
+            template=self.template or "own",
         )
+
+
+def schedule_presets() -> dict[str, Path]:
+    """The schedules that come with Loupe, by name."""
+    return {path.stem: path for path in sorted(SCHEDULES_FOLDER.glob("*.toml"))}
+
+
+def _from_preset(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that names a preset, with the preset's phases as if they were written out, and changed as it says."""
+    presets, name = schedule_presets(), schedule["preset"]
+    if name not in presets:
+        hint = _closest(str(name), list(presets)) if isinstance(name, str) else ""
+        text = "preset: found {found}; {hint}allowed: {allowed}"
+        raise PydanticCustomError("told", text, {"found": repr(name), "hint": hint, "allowed": ", ".join(presets)})
+    if written := [key for key in ("align", "sft") if key in schedule]:
+        text = "found {key} beside preset = {name}, which has its own phases; change those with [schedule.change.NAME], or leave preset out"
+        raise PydanticCustomError("told", text, {"key": written[0], "name": repr(name)})
+    by_name = _preset_phases(name)
+    changes = schedule.get("change", {})
+    for phase_name, change in changes.items() if isinstance(changes, dict) else ():
+        if phase_name not in by_name:
+            text = "change: found {found}; {hint}phases of preset {name}: {allowed}"
+            context = {"found": repr(phase_name), "hint": _closest(phase_name, list(by_name)), "name": repr(name), "allowed": ", ".join(by_name)}
+            raise PydanticCustomError("told", text, context)
+        if isinstance(change, dict):
+            by_name[phase_name].update(change)
+            if "steps" in change:
+                by_name[phase_name].pop("epochs", None)
+    *align, sft = by_name.values()
+    repeats = tomllib.loads(presets[name].read_text(encoding="utf-8")).get("repeats", 1)
+    return {"repeats": repeats, **schedule, **_with_tuples({"align": align, "sft": sft})}
 
 
 class Schedule(Table):
     """The alternating schedule: alignment phases, `repeats` times in turns, then joint fine-tuning."""
 
+    preset: Literal["alternating", "dense_connector", "slime"] | None = None
+    """A schedule that comes with Loupe, in place of `align` and `sft`."""
+    change: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Keys of the preset's phases that are to be other, by the phase's name."""
     align: tuple[Phase, ...] = ()
     repeats: Count = 1
     """How often the alignment phases run, one after the other: 2 turns A, B into A, B, A, B."""
     sft: Phase | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_preset_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if "preset" in data:
+            return _from_preset(data)
+        if "change" in data:
+            raise PydanticCustomError("told", "found change without preset, whose phases it would change; add preset, or write the phases themselves")
+        return data
 
     @property
     def align_phases(self) -> tuple[Phase, ...]:
@@ -616,11 +726,15 @@ class Schedule(Table):
 
 
 class Evaluation(Table):
-    """What is asked of the held-out images."""
+    """What is asked of the held-out images, or of another dataset's, and how answers are scored."""
 
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("exact_match",)
+    """The first is the one that reports show."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("blind", "global", "local", "both")
     max_questions: Count | None = None
     """All questions when absent."""
+    dataset: AskedDataset | None = None
+    """Asked instead of the held-out images; all of its images are, but those that the run was trained on."""
 
 
 def _setting(hint: Any) -> Any:
@@ -662,7 +776,8 @@ class Recipe(Table):
     features: Features = Features()
     connector: Connector
     language_model: LanguageModel
-    schedule: Schedule
+    schedule: Schedule = Schedule()
+    """Without phases, `connector.weights` are evaluated and exported as they are."""
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
     """Settings that suit this experiment; no part of its identity."""
@@ -688,10 +803,26 @@ class Recipe(Table):
             raise PydanticCustomError("not_allowed", "different numbers")
         return seeds
 
+    @model_validator(mode="after")
+    def _have_weights_from_somewhere(self) -> "Recipe":
+        if not self.schedule.phases and self.connector.weights is None:
+            raise PydanticCustomError(
+                "told",
+                "schedule: found no phase; allowed: at least one, [[schedule.align]] or [schedule.sft], or connector.weights, to evaluate and export "
+                "those as they are",
+            )
+        return self
+
     @property
     def uses_epochs(self) -> bool:
         """Whether a phase's length depends on the number of training images."""
         return any(phase.epochs is not None for phase in self.schedule.phases)
+
+    @property
+    def templates(self) -> frozenset[ChatTemplate]:
+        """All in which conversations are written."""
+        default = self.language_model.template
+        return frozenset((default, *(phase.template or default for phase in self.schedule.phases)))
 
     def view_spec(self) -> ViewSpec:
         """How views are cut."""
@@ -718,7 +849,7 @@ class Recipe(Table):
         return spec
 
     def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
-        """The dataset, seen through this encoder's view size.
+        """The dataset that is trained on, seen through this encoder's view size.
 
         Args:
             encoder: whose view size decides what can be read where.
@@ -730,8 +861,30 @@ class Recipe(Table):
         Raises:
             SpecError: a JSON file has another digest than the recipe expects.
         """
+        return self._dataset_spec("dataset", self.dataset, self.dataset.held_out_fraction, encoder, records_sha256)
+
+    def evaluation_dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec | None:
+        """The dataset that is asked, all of it held out; None where the held-out images of the other one are asked.
+
+        Args:
+            encoder: as for `dataset_spec`.
+            records_sha256: as for `dataset_spec`.
+
+        Returns:
+            The dataset's spec.
+
+        Raises:
+            SpecError: as for `dataset_spec`.
+        """
+        if self.evaluation.dataset is None:
+            return None
+        return self._dataset_spec("evaluation.dataset", self.evaluation.dataset, 1.0, encoder, records_sha256)
+
+    def _dataset_spec(
+        self, path: str, dataset: AskedDataset, held_out_fraction: float, encoder: EncoderSpec, records_sha256: dict[str, str]
+    ) -> DatasetSpec:
         sources: list[RenderedSourceSpec | LlavaJsonSourceSpec] = []
-        for source in self.dataset.sources:
+        for source in dataset.sources:
             match source:
                 case RenderedSource():
                     sources.append(RenderedSourceSpec(family=source.family, num_images=source.num_images))
@@ -739,28 +892,28 @@ class Recipe(Table):
                     digest = records_sha256[source.records]
                     if source.records_sha256 not in ("", digest):
                         raise SpecError(
-                            f"dataset.sources: {source.records} has the digest {digest}, the recipe expects {source.records_sha256}; "
+                            f"{path}.sources: {source.records} has the digest {digest}, the recipe expects {source.records_sha256}; "
                             "use the file the recipe was written for, or change records_sha256"
                         )
                     sources.append(LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256=digest))
                 case _:
                     assert_never(source)
-        legibility = self.dataset.legibility
+        legibility = dataset.legibility
         return DatasetSpec(
             sources=tuple(sources),
-            seed=self.dataset.seed,
-            held_out_fraction=self.dataset.held_out_fraction,
+            seed=dataset.seed,
+            held_out_fraction=held_out_fraction,
             view_px=encoder.view_px,
             views=self.view_spec(),
             legibility=LegibilitySpec(local_min_px=legibility.local_min_px, global_max_px=legibility.global_max_px),
-            turns_per_image=self.dataset.turns_per_image,
+            turns_per_image=dataset.turns_per_image,
             material=material_versions() if any(isinstance(source, RenderedSourceSpec) for source in sources) else (),
         )
 
     def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:
         """The cache that the connector reads: the union of its maps per branch."""
         return FeatureSpec(
-            dataset_fingerprint=fingerprint(dataset),
+            dataset_fingerprint=fingerprint_if_known(dataset),
             encoder=encoder,
             views=self.view_spec(),
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),
@@ -768,13 +921,25 @@ class Recipe(Table):
             precision=self.features.precision,
         )
 
-    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_samples: int | None = None) -> ScheduleSpec:
+    @property
+    def source_labels(self) -> tuple[str, ...]:
+        """The dataset's sources as rows and phases name them."""
+        return tuple(
+            source_label(
+                RenderedSourceSpec(family=source.family, num_images=source.num_images)
+                if isinstance(source, RenderedSource)
+                else LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256="0" * 64)
+            )
+            for source in self.dataset.sources
+        )
+
+    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_images: Mapping[str, int] | None = None) -> ScheduleSpec:
         """The schedule of one seed.
 
         Args:
             connector: whose blocks the phases train.
             seed: of initialisation, order and noise.
-            num_train_samples: training images, None while unknown.
+            num_train_images: training images by their source's label, None while unknown.
 
         Returns:
             The schedule's spec.
@@ -785,7 +950,8 @@ class Recipe(Table):
 
         def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
-                return phase.spec(connector, num_train_samples, fine_tunes=fine_tunes)
+                written = phase.model_copy(update={"template": phase.template or self.language_model.template})
+                return written.spec(connector, labels=self.source_labels, num_train_images=num_train_images, fine_tunes=fine_tunes)
 
         schedule = self.schedule
         align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))
@@ -800,18 +966,43 @@ class RecipeFile:
 
     path: Path
     text: str
+    """Its own text, and behind it that of what it extends."""
     recipe: Recipe
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes that come with Loupe, by name."""
-    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
+    """The recipes that come with Loupe, by name; those in a folder, such as `components/sti`, with its name in front."""
+    found = {path.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): path for path in RECIPES_FOLDER.rglob("*.toml")}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))
+
+
+def _written_place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """Where a preset's phase was changed in the file, for a place within that phase."""
+    schedule = data.get("schedule") if isinstance(data, dict) else None
+    if not isinstance(schedule, dict) or "preset" not in schedule or location[:1] != ("schedule",):
+        return location
+    match location[1:]:
+        case ("sft", *rest):
+            number, inside = -1, rest
+        case ("align", int(number), *rest):
+            inside = rest
+        case _:
+            return location
+    phase = tuple(_preset_phases(schedule["preset"]))[number]
+    return ("schedule", "change", phase, *inside)
+
+
+def _preset_phases(name: str) -> dict[str, dict[str, Any]]:
+    """The phases of a preset by their names, in order; the last one fine-tunes."""
+    preset = tomllib.loads(schedule_presets()[name].read_text(encoding="utf-8"))
+    return {phase.get("name", "sft"): phase for phase in (*preset["align"], preset["sft"])}
 
 
 def _field_path(location: tuple[int | str, ...], data: Any, *, names_missing_key: bool) -> str:
     """Dotted path in the file. Pydantic's location also names union members, which stand nowhere in the file; those are left out."""
     path = ""
     here = data
+    location = _written_place(location, data)
     for position, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
@@ -852,6 +1043,7 @@ _LIST_EXAMPLES = {
     "layers": "[2, 5]",
     "grids": "[[1, 2], [2, 1], [2, 2]]",
     "train": '["global_mlp"]',
+    "metrics": '["exact_match", "anls"]',
     "modes": '["blind", "both"]',
     "seeds": "[0, 1]",
 }
@@ -960,19 +1152,12 @@ def load_recipe(name_or_path: str) -> RecipeFile:
         The recipe with its file.
 
     Raises:
-        RecipeError: no such file, no TOML, or something in it that is not allowed. The message names file, field, what was found and what is allowed.
+        RecipeError: no such file, no TOML, or something in it, or in what it extends, that is not allowed. The message names file, field, what was
+            found and what is allowed.
     """
     path = _recipe_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check its permissions") from error
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path} is no valid TOML: {error}. Mend that place; strings need quotes, tables their brackets.") from error
+    read = read_recipe(path, _recipe_path)
+    text, data = read.text, read.data
     try:
         recipe = Recipe.model_validate(_with_tuples(data))
     except ValidationError as error:

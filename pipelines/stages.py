@@ -6,38 +6,55 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from model.errors import ModelError, SpecError
-from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
+from model.errors import FoldingError, ModelError, SpecError
+from model.specs import (
+    ChatTemplate,
+    ConnectorSpec,
+    EncoderSpec,
+    ExportForm,
+    FeatureSpec,
+    LanguageModelSpec,
+    UnknownDigest,
+    fingerprint,
+    fingerprint_if_known,
+)
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
-from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
+    from workers.export_forms import FormExportSpec
     from workers.exporting import ExportSpec
+    from workers.training.initial_weights import WeightsFile
 
 
 __all__ = [
+    "BYTES_PER_NUMBER",
     "STAGES",
     "Experiment",
+    "MissingPart",
     "ReportSpec",
     "StageOutcome",
     "StageRun",
     "check_ready",
     "feature_bytes",
     "fetches_language_model",
+    "most_local_views",
+    "num_drawn",
     "open_experiment",
     "run_stage",
     "shown_path",
@@ -47,7 +64,10 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
-_PLANNED_WITH = ("num_samples", "num_train", "num_held_out")
+BYTES_PER_NUMBER = {"fp16": 2, "fp32": 4}
+"""By the precision of stored features."""
+
+_PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
 
 _IMAGE_BYTES_GUESS = 300_000
@@ -79,6 +99,13 @@ class StageOutcome:
     """The commit record as JSON."""
     reused: bool
     """Whether it was there before."""
+    asked: bool = False
+    """As of the stage's run."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return _stage_name(self.stage, self.seed, asked=self.asked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +117,8 @@ class StageRun:
     spec: Any
     run: Callable[[Progress], Any]
     """Runs the stage and returns its record, a dataclass."""
+    asked: bool = False
+    """Whether it builds or caches the dataset that is asked alone, `[evaluation.dataset]`."""
 
     @property
     def key(self) -> str:
@@ -99,7 +128,25 @@ class StageRun:
     @property
     def name(self) -> str:
         """For people: the stage, with its seed where it has one."""
-        return self.stage if self.seed is None else f"{self.stage} seed {self.seed}"
+        return _stage_name(self.stage, self.seed, asked=self.asked)
+
+
+def _stage_name(stage: StageName, seed: int | None, *, asked: bool) -> str:
+    if asked:
+        return f"{stage} (asked)"
+    return stage if seed is None else f"{stage} seed {seed}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MissingPart:
+    """Something that a recipe names and this machine does not have."""
+
+    what: str
+    """Such as `weights of openai/clip-vit-large-patch14-336`."""
+    note: str
+    """What follows from it."""
+    records: str | None = None
+    """Address of a source's records, where those are what is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,14 +158,30 @@ class Experiment:
     execution: ExecutionSettings
     encoder: EncoderSpec
     language_model: LanguageModelSpec
+    context_tokens: int
+    """Longest sequence that the language model allows."""
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    asked: tuple[DatasetSpec, FeatureSpec] | None = None
+    """The dataset that is asked instead of the held-out images, and its features."""
+    missing: tuple[MissingPart, ...] = ()
+    """Only in plans: what holds an unknown digest in its place has no fingerprint, so no stage runs without it."""
+    weights: "WeightsFile | None" = None
+    """What training starts from; None for random weights."""
     merge_export: bool = False
-    """Whether the export holds adapters merged into the language model."""
+    """Whether the standard export holds adapters merged into the language model."""
+
+    @property
+    def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
+        """Each dataset with its features, and whether it is asked alone."""
+        trained = (self.dataset, self.features, False)
+        return (trained,) if self.asked is None else (trained, (*self.asked, True))
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
-        """The committed record of a stage as JSON; None when it is not done."""
+        """The committed record of a stage as JSON; None when it is not done, or when nobody can tell for want of a key."""
+        if isinstance(fingerprint_if_known(spec), UnknownDigest):
+            return None
         path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
         record = self.store.read_json(path) if self.store.exists(path) else None
         if record is None:
@@ -131,21 +194,19 @@ class Experiment:
         return record
 
     @property
-    def num_drawn(self) -> int:
-        """Pictures that are drawn; other sources' images are not among them."""
-        return sum(source.num_images for source in self.dataset.sources if isinstance(source, RenderedSourceSpec))
-
-    @property
     def all_drawn(self) -> bool:
-        """Whether there are no other images than drawn ones."""
-        return all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources)
+        """Whether there are no other images than drawn ones, to train on or to ask."""
+        return all(_all_drawn(dataset) for dataset, _, _ in self.data)
 
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
-        spec = self.dataset.views
-        if self.all_drawn:
-            return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
-        return spec.max_local_views
+        return max(most_local_views(dataset) for dataset, _, _ in self.data)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: what the language model allows, or less where the recipe says so."""
+        asked = self.file.recipe.language_model.max_tokens
+        return self.context_tokens if asked is None else asked
 
     def most_local_tokens(self) -> int:
         """Visual tokens of local views that an image has at most, before any selection."""
@@ -169,19 +230,21 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train = None
+        num_train_images = None
         if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train = int(built["num_train"])
-        return self._training(seed, num_train)
+            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, num_train_images)
 
-    def _training(self, seed: int, num_train: int | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
         return TrainingSpec(
-            dataset_fingerprint=fingerprint(self.dataset),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
             language_model=self.language_model,
             lora=self.file.recipe.language_model.lora_spec(),
+            max_tokens=self.file.recipe.language_model.max_tokens,
+            initial_weights_sha256=None if self.weights is None else self.weights.sha256,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -193,10 +256,11 @@ class Experiment:
 
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
-            training_fingerprint=fingerprint(training),
-            dataset_fingerprint=fingerprint(self.dataset),
+            training_fingerprint=fingerprint_if_known(training),
+            dataset_fingerprint=fingerprint_if_known(self.dataset if self.asked is None else self.asked[0]),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
+            metrics=wanted.metrics,
         )
 
     def check(self) -> None:
@@ -211,7 +275,7 @@ class Experiment:
         self._check_split()
         self._check_adapters()
         for seed in recipe.seeds:
-            training = self._training(seed, num_train=1)
+            training = self._training(seed, dict.fromkeys(recipe.source_labels, 1))
             self._evaluation(training)
         if self.connector.local_branch is None and not set(recipe.evaluation.modes) - {"local", "both"}:
             raise RecipeError(
@@ -229,14 +293,22 @@ class Experiment:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
         from workers.evaluation import MAX_NEW_TOKENS
 
-        context = _context_tokens(self.language_model.model)
+        context = self.context_tokens
+        asked = self.file.recipe.language_model.max_tokens
+        if asked is not None and asked > context:
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
+                "allowed: at most that many"
+            )
+        context = self.max_sequence_tokens
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
+            holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but language model {self.language_model.model} holds {context} tokens in all; lower "
-                "connector.local.compression.queries or the number of local views, or take a language model with a longer context"
+                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
+                "take a language model with a longer context"
             )
 
     def _check_adapters(self) -> None:
@@ -254,12 +326,27 @@ class Experiment:
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
-        fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
-        if self.all_drawn and not 1 <= num_images * fraction <= num_images - 1:
+        fraction, num_images = self.dataset.held_out_fraction, num_drawn(self.dataset)
+        fewest = 1 if self.asked is None else 0
+        if _all_drawn(self.dataset) and not fewest <= num_images * fraction <= num_images - 1:
             raise RecipeError(
                 f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
                 f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
             )
+
+    def check_other_dataset(self, training: TrainingSpec) -> None:
+        """Before a training run: whether the dataset that is asked alone can be asked.
+
+        Args:
+            training: about to run.
+
+        Raises:
+            EvaluationError: names what cannot be asked.
+        """
+        from workers.evaluation import check_other_dataset
+
+        if self.asked is not None:
+            check_other_dataset(self._evaluation(training), training, self.store, self.execution)
 
     def export(self) -> "ExportSpec":
         """What is exported: the first seed's connector, whichever seed did best."""
@@ -267,10 +354,38 @@ class Experiment:
 
         seed = self.file.recipe.seeds[0]
         return ExportSpec(
-            training_fingerprint=fingerprint(self.training(seed)),
-            evaluation_fingerprint=fingerprint(self.evaluation(seed)),
+            training_fingerprint=fingerprint_if_known(self.training(seed)),
+            evaluation_fingerprint=fingerprint_if_known(self.evaluation(seed)),
             merge=self.merge_export,
         )
+
+    def export_form(self, form: ExportForm) -> "FormExportSpec":
+        """The same connector in another form."""
+        from workers.export_forms import FormExportSpec
+
+        standard = self.export()
+        return FormExportSpec(training_fingerprint=standard.training_fingerprint, evaluation_fingerprint=standard.evaluation_fingerprint, form=form)
+
+    def check_form(self, form: ExportForm) -> None:
+        """Refuse a form that this recipe's export can never have, before anything is trained.
+
+        Args:
+            form: of the export.
+
+        Raises:
+            RecipeError: names what stands in the way.
+        """
+        if self.merge_export and form != "folder":
+            raise RecipeError(
+                f"recipe {self.file.path}: --merge goes with --to folder; what --to {form} writes holds adapters merged always. Leave --merge out"
+            )
+        if form in ("llava-hf", "llava-next-hf"):
+            from model.folding import check_foldable
+
+            try:
+                check_foldable(form, self.connector, self.encoder, self.dataset.views)
+            except FoldingError as error:
+                raise RecipeError(f"recipe {self.file.path}: {error}") from error
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
@@ -280,13 +395,36 @@ class Experiment:
         return ReportSpec(
             recipe_name=self.file.recipe.name,
             recipe_sha256=hashlib.sha256(self.file.text.encode()).hexdigest(),
-            dataset_fingerprint=fingerprint(self.dataset),
-            feature_fingerprint=fingerprint(self.features),
-            training_fingerprints=tuple(fingerprint(self.training(seed)) for seed in seeds),
-            evaluation_fingerprints=tuple(fingerprint(self.evaluation(seed)) for seed in seeds),
-            export_fingerprint=fingerprint(self.export()),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
+            feature_fingerprint=fingerprint_if_known(self.features),
+            training_fingerprints=tuple(fingerprint_if_known(self.training(seed)) for seed in seeds),
+            evaluation_fingerprints=tuple(fingerprint_if_known(self.evaluation(seed)) for seed in seeds),
+            export_fingerprint=fingerprint_if_known(self.export()),
             template_sha256=template_sha256(),
         )
+
+
+def num_drawn(dataset: DatasetSpec) -> int:
+    """Pictures of a dataset that are drawn; other sources' images are not among them."""
+    return sum(source.num_images for source in dataset.sources if isinstance(source, RenderedSourceSpec))
+
+
+def most_local_views(dataset: DatasetSpec) -> int:
+    """Local views that an image of a dataset has at most.
+
+    Args:
+        dataset: its spec.
+
+    Returns:
+        Those of a drawn picture, or the rule's most where other images are among the sources.
+    """
+    if _all_drawn(dataset):
+        return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, dataset.view_px, dataset.views).local_views)
+    return dataset.views.max_local_views
+
+
+def _all_drawn(dataset: DatasetSpec) -> bool:
+    return all(isinstance(source, RenderedSourceSpec) for source in dataset.sources)
 
 
 @cache
@@ -297,20 +435,24 @@ def _describe_encoder(name: str) -> EncoderSpec:
 
 
 @cache
-def _context_tokens(language_model: str) -> int:
+def _context_tokens(language_model: str, templates: frozenset[ChatTemplate]) -> int:
     """A run resolves its recipe in the command and again in the flow; loading a tokenizer takes longest of it all."""
     from workers.language_models import check_usable
 
-    return check_usable(language_model)
+    return check_usable(language_model, sorted(templates))
 
 
-def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings, *, merge_export: bool = False) -> Experiment:
+def open_experiment(
+    file: RecipeFile, store: Store, execution: ExecutionSettings, *, planning: bool = False, merge_export: bool = False
+) -> Experiment:
     """Resolve a recipe: find and fingerprint its models, make all specs, check them against each other.
 
     Args:
         file: the checked recipe.
         store: where its results are or will be.
         execution: settings of the run.
+        planning: for a plan alone: fetch nothing, and go on without weights, tokenizers and records that are not here, as far as the shapes are
+            known. What is missing then stands in `Experiment.missing`, and what depends on it has no key, so no stage can run.
         merge_export: whether its export holds adapters merged into the language model.
 
     Returns:
@@ -319,33 +461,119 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
     Raises:
         RecipeError: something in the recipe does not fit the models it names.
     """
-    from workers.language_models import describe_language_model
-
     recipe = file.recipe
     try:
-        encoder = _describe_encoder(recipe.encoder.model)
-        connector = recipe.connector_spec(encoder)
-        dataset = recipe.dataset_spec(encoder, _records_sha256(file))
-        features = recipe.feature_spec(dataset, encoder, connector)
+        models = _planned_models(file) if planning else _whole_models(file)
+        connector = recipe.connector_spec(models.encoder)
+        digests, missing_sources = _planned_sources(file) if planning else (_records_sha256(file), ())
+        dataset, asked = recipe.dataset_spec(models.encoder, digests), recipe.evaluation_dataset_spec(models.encoder, digests)
+        features = recipe.feature_spec(dataset, models.encoder, connector)
+        weights = None
+        if recipe.connector.weights is not None:
+            weights = _checked_weights(recipe.connector.weights, connector, models.encoder, recipe.language_model.model)
         experiment = Experiment(
             file=file,
             store=store,
             execution=execution,
-            encoder=encoder,
-            language_model=describe_language_model(recipe.language_model.model),
+            encoder=models.encoder,
+            language_model=models.language_model,
+            context_tokens=models.context_tokens,
             connector=connector,
             dataset=dataset,
             features=features,
+            asked=None if asked is None else (asked, recipe.feature_spec(asked, models.encoder, connector)),
+            missing=(*models.missing, *missing_sources),
+            weights=weights,
             merge_export=merge_export,
         )
         experiment.check()
-    except (ModelError, SourceError, StorageError) as error:
+    except (ModelError, SourceError, StorageError, TrainingError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Models:
+    """The models that a recipe names."""
+
+    encoder: EncoderSpec
+    language_model: LanguageModelSpec
+    context_tokens: int
+    missing: tuple[MissingPart, ...] = ()
+
+
+def _whole_models(file: RecipeFile) -> _Models:
+    """With all their files, fetched if need be."""
+    from workers.language_models import describe_language_model
+
+    recipe, wanted = file.recipe, file.recipe.language_model
+    return _Models(
+        encoder=_describe_encoder(recipe.encoder.model),
+        language_model=describe_language_model(wanted.model, wanted.template),
+        context_tokens=_context_tokens(wanted.model, recipe.templates),
+    )
+
+
+def _planned_models(file: RecipeFile) -> _Models:
+    """With what of them is here."""
+    from model.encoder import plan_encoder
+    from workers.language_models import plan_language_model
+
+    encoder = plan_encoder(file.recipe.encoder.model)
+    wanted = file.recipe.language_model
+    language = plan_language_model(wanted.model, wanted.template, sorted(file.recipe.templates))
+    missing = []
+    if isinstance(encoder.weights_sha256, UnknownDigest):
+        missing.append(MissingPart(what=f"weights of {encoder.model}", note=_absent(encoder.model)))
+    missing += [MissingPart(what=f"{part} of {language.spec.model}", note=_absent(language.spec.model)) for part in language.missing]
+    return _Models(encoder=encoder, language_model=language.spec, context_tokens=language.context_tokens, missing=tuple(missing))
+
+
+def _absent(model: str) -> str:
+    from workers.language_models import PACKAGED
+
+    if Path(model).expanduser().is_dir():
+        return "not in that folder; the run itself needs them there"
+    if model in PACKAGED:
+        return "not here, and a plan fetches nothing; the run itself fetches and converts their package"
+    return "not here, and a plan fetches nothing; the run itself fetches them from the hub"
+
+
+def _planned_sources(file: RecipeFile) -> tuple[dict[str, str], tuple[MissingPart, ...]]:
+    """Digests of the sources' records as far as they can be read or are given, by address; and what is missing."""
+    from workers.dataset.sources import plan_llava_json
+
+    digests: dict[str, str] = {}
+    missing = []
+    for source in _llava_sources(file):
+        planned = plan_llava_json(source.records, source.images, source.records_sha256)
+        digests[source.records] = planned.spec.records_sha256
+        if planned.unreadable is not None:
+            note = f"cannot be read, so their images are unknown and the plan counts none of them ({planned.unreadable})"
+            missing.append(MissingPart(what=f"records {source.records}", note=note, records=source.records))
+        if not planned.has_images:
+            missing.append(MissingPart(what=f"images {source.images}", note="no such folder here; the run itself needs it"))
+    return digests, tuple(missing)
+
+
+def _llava_sources(file: RecipeFile) -> list[LlavaJsonSource]:
+    """Those of the training dataset, and of the one that is asked."""
+    datasets = [dataset for dataset in (file.recipe.dataset, file.recipe.evaluation.dataset) if dataset is not None]
+    return [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
+
+
+def _checked_weights(address: str, connector: ConnectorSpec, encoder: EncoderSpec, language_model: str) -> "WeightsFile":
+    """Initial weights that fit the recipe."""
+    from workers.language_models import planned_shape
+    from workers.training.initial_weights import check_weights, open_weights
+
+    weights, tensors = open_weights(address)
+    check_weights(tensors, address, connector, encoder, planned_shape(language_model).hidden)
+    return weights
+
+
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
-    sources = [source for source in file.recipe.dataset.sources if isinstance(source, LlavaJsonSource)]
+    sources = _llava_sources(file)
     if not sources:
         return {}
     from workers.dataset.sources import describe_llava_json
@@ -353,7 +581,7 @@ def _records_sha256(file: RecipeFile) -> dict[str, str]:
     return {source.records: describe_llava_json(source.records, source.images).records_sha256 for source in sources}
 
 
-def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[StageRun]:
+def stage_runs(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> Iterator[StageRun]:
     """The stages of an experiment in order, up to and including one.
 
     Specs of later stages are made only once the earlier ones are done, since a schedule in epochs needs the built dataset.
@@ -361,41 +589,35 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
     Args:
         experiment: whose stages.
         until: the last one.
+        form: what the export is written as; the standard one is left out where it is another.
 
     Yields:
         Stages ready to run.
     """
     store, execution, seeds = experiment.store, experiment.execution, experiment.file.recipe.seeds
     last = STAGES.index(until)
-
-    def build(progress: Progress) -> Any:
-        from workers.dataset.build import build_dataset
-
-        return build_dataset(experiment.dataset, store, execution, progress)
-
-    yield StageRun(stage="build-dataset", seed=None, spec=experiment.dataset, run=build)
+    for dataset, _, asked in experiment.data:
+        yield _build_run(experiment, dataset, asked=asked)
 
     built = experiment.record("build-dataset", experiment.dataset)
-    if last >= STAGES.index("evaluate") and built is not None and not built["num_held_out"]:
+    if last >= STAGES.index("evaluate") and built is not None and experiment.asked is None and not built["num_held_out"]:
         raise RecipeError(
             f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
             f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
         )
 
-    def cache_(progress: Progress) -> Any:
-        from workers.caching.build import cache_features
-
-        return cache_features(experiment.features, store, execution, progress)
-
     if last >= STAGES.index("cache-features"):
-        yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
+        for _, features, asked in experiment.data:
+            yield _cache_run(experiment, features, asked=asked)
     if last >= STAGES.index("train-connector"):
         for seed in seeds:
             yield _train_run(experiment, seed)
     if last >= STAGES.index("evaluate"):
         for seed in seeds:
             yield _evaluate_run(experiment, seed)
-    if last >= STAGES.index("export"):
+    if last >= STAGES.index("export") and form != "folder":
+        yield _form_run(experiment, form)
+    elif last >= STAGES.index("export"):
 
         def export_(progress: Progress) -> Any:
             from workers.exporting import export
@@ -413,12 +635,45 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield StageRun(stage="report", seed=None, spec=experiment.report(), run=report_)
 
 
+def _form_run(experiment: Experiment, form: ExportForm) -> StageRun:
+    spec = experiment.export_form(form)
+
+    def export_(progress: Progress) -> Any:
+        from workers.export_forms import export_form
+
+        return export_form(spec, experiment.training(experiment.file.recipe.seeds[0]), experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="export", seed=None, spec=spec, run=export_)
+
+
+def _build_run(experiment: Experiment, dataset: DatasetSpec, *, asked: bool) -> StageRun:
+    def build(progress: Progress) -> Any:
+        from workers.dataset.build import build_dataset
+
+        return build_dataset(dataset, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="build-dataset", seed=None, spec=dataset, run=build, asked=asked)
+
+
+def _cache_run(experiment: Experiment, features: FeatureSpec, *, asked: bool) -> StageRun:
+    def cache_(progress: Progress) -> Any:
+        from workers.caching.build import cache_features
+
+        return cache_features(features, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="cache-features", seed=None, spec=features, run=cache_, asked=asked)
+
+
 def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
+        from workers.training.initial_weights import keep_weights
         from workers.training.run import train_connector
 
+        experiment.check_other_dataset(spec)
+        if experiment.weights is not None:
+            keep_weights(experiment.store, experiment.weights)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)
@@ -445,10 +700,14 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
 
     Returns:
         Its outcome.
+
+    Raises:
+        CanonicalisationError: the experiment was opened for a plan, and the stage depends on what is missing.
     """
+    key = stage_run.key
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
-    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+    return StageOutcome(stage=stage_run.stage, key=key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
 
 
 def shown_path(url: str) -> str:
@@ -456,21 +715,21 @@ def shown_path(url: str) -> str:
     return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
-def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
-    """Bytes of the cached features of all pictures that are drawn, and of as many others at most.
+def feature_bytes(dataset: DatasetSpec, features: FeatureSpec, num_records: int = 0) -> int:
+    """Bytes of the cached features of all pictures of a dataset that are drawn, and of as many others at most.
 
     Args:
-        experiment: whose sources, views and maps.
+        dataset: whose sources.
+        features: which views and maps.
         num_records: other images, counted with the most views that the rule gives.
 
     Returns:
         Bytes.
     """
-    features, num_drawn = experiment.features, experiment.num_drawn
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
-    num_local_views = num_drawn * len(drawn.local_views) + num_records * features.views.max_local_views
-    per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
-    return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
+    num_local_views = num_drawn(dataset) * len(drawn.local_views) + num_records * features.views.max_local_views
+    per_map = features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
+    return per_map * ((num_drawn(dataset) + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 
 def check_ready(experiment: Experiment, *, write: bool = True) -> None:
@@ -498,7 +757,7 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    needed = feature_bytes(experiment) + experiment.num_drawn * _IMAGE_BYTES_GUESS
+    needed = sum(feature_bytes(dataset, features) + num_drawn(dataset) * _IMAGE_BYTES_GUESS for dataset, features, _ in experiment.data)
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -167,7 +167,26 @@ def draw_square(family: str, number: int, spec: Any) -> Any:
     return Rendered(png=data.getvalue(), width_px=112, height_px=56, turns=turns, licence="Apache-2.0", detail_score=0.5)
 
 
-def build_small_store(root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, **changes: Any) -> tuple[Any, Any]:
+def draw_spoilt_square(family: str, number: int, spec: Any) -> Any:
+    """As `draw_square`, but every seventh picture's last question holds a mark of the prompt: it can be neither trained on nor asked."""
+    from dataclasses import replace
+
+    drawn = draw_square(family, number, spec)
+    if number % 7 != 3:
+        return drawn
+    return replace(drawn, turns=(drawn.turns[0], replace(drawn.turns[1], question="Left or <|end|> right?")))
+
+
+def build_small_store(
+    root: str,
+    encoder_folder: Path,
+    language_model_folder: Path,
+    *,
+    num_images: int = 24,
+    renderer: Any = draw_square,
+    views: Any = None,
+    **changes: Any,
+) -> tuple[Any, Any]:
     """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
     from model.specs import FeatureSpec, fingerprint
@@ -180,18 +199,19 @@ def build_small_store(root: str, encoder_folder: Path, language_model_folder: Pa
     from workers.storage import Store
 
     store = Store(root)
+    views = views or ViewSpec(max_slices=2)
     dataset = DatasetSpec(
         sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
         seed=0,
         held_out_fraction=0.3,
         view_px=56,
-        views=ViewSpec(max_slices=2),
+        views=views,
         legibility=LegibilitySpec(local_min_px=6.0, global_max_px=4.0),
         turns_per_image=2,
     )
     execution = ExecutionSettings(device="cpu")
-    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=draw_square)
-    connector = tiny_connector_spec()
+    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=renderer)
+    connector = changes.pop("connector", None) or tiny_connector_spec()
     maps = connector.global_branch.fusion.maps
     features = FeatureSpec(
         dataset_fingerprint=fingerprint(dataset),
@@ -202,3 +222,34 @@ def build_small_store(root: str, encoder_folder: Path, language_model_folder: Pa
     )
     cache_features(features, store, execution, SilentProgress(), cluster=InlineCluster())
     return store, tiny_training_spec(language_model_folder, features=features, connector=connector, **changes)
+
+
+def write_tiny_export(folder: Path, encoder_folder: Path, language_model_folder: Path) -> Path:
+    """An export folder over the tiny models, its connector as it is before training."""
+    import shutil
+
+    import safetensors.torch
+
+    from model.connector import build_connector
+    from model.encoder import describe_encoder
+    from model.export import ExportConfig, write_config, write_manifest
+    from model.views import ViewSpec
+
+    encoder, connector = describe_encoder(str(encoder_folder)), tiny_connector_spec()
+    write_config(
+        folder,
+        ExportConfig(
+            connector=connector,
+            encoder=encoder,
+            views=ViewSpec(max_slices=4),
+            feature_precision="fp16",
+            precision="fp32",
+            language_model_precision="fp32",
+        ),
+    )
+    built = build_connector(connector, encoder, hidden=64, embedding_rms=0.02, seed=3)
+    safetensors.torch.save_file(built.state_dict(), folder / "connector.safetensors")
+    shutil.copytree(encoder_folder, folder / "encoder")
+    shutil.copytree(language_model_folder, folder / "language_model")
+    write_manifest(folder)
+    return folder

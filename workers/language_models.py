@@ -17,18 +17,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from model.architectures import LanguageModelArchitecture, known_language_model, known_language_models
 from model.errors import LanguageModelError
-from model.specs import LanguageModelSpec, LoraSpec
+from model.specs import ChatTemplate, LanguageModelSpec, LoraSpec, UnknownDigest
 from workers.errors import LanguageModelPrepareError
 from workers.execution import cache_folder
+
+if TYPE_CHECKING:
+    from model.counting import LanguageModelShape
 
 __all__ = [
     "PACKAGED",
     "PackagedModel",
+    "PlannedLanguageModel",
     "check_convertible",
     "check_usable",
     "count_adapters",
@@ -36,6 +42,8 @@ __all__ = [
     "is_prepared",
     "language_model_folder",
     "language_model_hidden",
+    "plan_language_model",
+    "planned_shape",
     "verified_folder",
 ]
 
@@ -55,6 +63,8 @@ class PackagedModel:
     max_tokens: int
     """Longest sequence."""
     licence: str
+    templates: tuple[ChatTemplate, ...]
+    """Those that its tokenizer has the tokens for."""
 
     @property
     def identity(self) -> str:
@@ -70,16 +80,18 @@ PACKAGED: dict[str, PackagedModel] = {
         hidden=576,
         max_tokens=8192,
         licence="Apache-2.0",
+        templates=("own", "chatml", "vicuna_v1", "plain"),
     )
 }
 """Names that stand for a packaged model."""
 
 
-def describe_language_model(name: str) -> LanguageModelSpec:
+def describe_language_model(name: str, template: ChatTemplate = "own") -> LanguageModelSpec:
     """The identity of a language model. Fetches nothing but a hub id's files.
 
     Args:
         name: builtin, folder, hub id, or a packaged model's name.
+        template: in which questions are asked of it.
 
     Returns:
         The spec.
@@ -88,10 +100,10 @@ def describe_language_model(name: str) -> LanguageModelSpec:
         LanguageModelError: there is no such model, or its folder lacks a part.
     """
     if name in PACKAGED:
-        return LanguageModelSpec(model=name, weights_sha256=PACKAGED[name].identity)
+        return LanguageModelSpec(model=name, weights_sha256=PACKAGED[name].identity, template=template)
     from model.language_model import describe_folder, resolve_folder
 
-    return describe_folder(resolve_folder(name), name)
+    return replace(describe_folder(resolve_folder(name), name), template=template)
 
 
 def language_model_hidden(name: str) -> int:
@@ -116,47 +128,157 @@ def language_model_hidden(name: str) -> int:
     return int(config["hidden_size"])
 
 
-def check_usable(name: str) -> int:
+def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
     """Find out before any work is spent whether a language model can hold conversations, as far as can be told without its weights.
 
     Args:
-        name: as for `describe_language_model`. A packaged model passes: what it is is known.
+        name: as for `describe_language_model`. Of a packaged model all is known without looking.
+        templates: in which conversations will be written.
 
     Returns:
         The longest sequence that it allows, in tokens.
 
     Raises:
-        LanguageModelError: there is no such model, or its config or tokenizer is not good for conversations.
+        LanguageModelError: there is no such model, or its config or tokenizer is not good for conversations in one of the templates.
     """
     if name in PACKAGED:
+        known = PACKAGED[name].templates
+        if missing := [template for template in templates if template not in known]:
+            raise LanguageModelError(f"language model {name!r} does not know the tokens of the template {missing[0]}; allowed: {', '.join(known)}")
         return PACKAGED[name].max_tokens
-    from model.language_model import context_tokens, load_tokenizer, resolve_folder
+    from model.language_model import context_tokens, resolve_folder
 
     folder = resolve_folder(name)
-    load_tokenizer(folder)
+    _check_templates(folder, name, templates)
     return context_tokens(folder)
 
 
+def _check_templates(folder: Path, name: str, templates: Collection[ChatTemplate]) -> None:
+    from model.chat import with_template
+    from model.language_model import load_tokenizer
+
+    tokenizer = load_tokenizer(folder, None)
+    for template in templates:
+        try:
+            with_template(tokenizer, template)
+        except LanguageModelError as error:
+            raise LanguageModelError(f"language model {name!r}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedLanguageModel:
+    """What is known of a language model on this machine without fetching anything."""
+
+    spec: LanguageModelSpec
+    """With an UnknownDigest where its files are not all here."""
+    context_tokens: int
+    """Longest sequence that it allows."""
+    missing: tuple[str, ...]
+    """Parts that are not here, in words."""
+
+
+def plan_language_model(name: str, template: ChatTemplate, templates: Collection[ChatTemplate]) -> PlannedLanguageModel:
+    """Describe a language model for a plan: from its files where they are here, and else from what is known of its architecture.
+
+    Args:
+        name: as for `describe_language_model`.
+        template: the model's own among the recipe's.
+        templates: all in which conversations will be written.
+
+    Returns:
+        What is known.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known, or what is here is not good for conversations.
+    """
+    if name in PACKAGED:
+        missing = () if is_prepared(name) else ("weights", "tokenizer")
+        spec = describe_language_model(name, template)
+        return PlannedLanguageModel(spec=spec, context_tokens=check_usable(name, templates), missing=missing)
+    from model.language_model import context_tokens
+    from model.weights import absent_shards
+
+    folder = _folder_with_config(name)
+    if folder is None:
+        unknown = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the weights of {name}"), template=template)
+        return PlannedLanguageModel(spec=unknown, context_tokens=_known(name).context_tokens, missing=("weights", "tokenizer"))
+    has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if has_tokenizer:
+        _check_templates(folder, name, templates)
+    absent = tuple(part for part, there in (("weights", has_weights), ("tokenizer", has_tokenizer)) if not there)
+    if absent:
+        spec = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the {' and the '.join(absent)} of {name}"), template=template)
+    else:
+        from model.language_model import describe_folder
+
+        spec = replace(describe_folder(folder, name), template=template)
+    return PlannedLanguageModel(spec=spec, context_tokens=context_tokens(folder), missing=absent)
+
+
+def planned_shape(name: str) -> "LanguageModelShape":
+    """Sizes of a language model, from its config where that is here, and else from what is known of its architecture. Reads no weights.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Returns:
+        The shape.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known.
+    """
+    from model.counting import LanguageModelShape, language_model_shape
+
+    folder = _folder_with_config(name)
+    if folder is not None:
+        return language_model_shape(folder)
+    known = _known(name)
+    return LanguageModelShape(context_tokens=known.context_tokens, hidden=known.hidden, num_parameters=known.num_parameters)
+
+
 @functools.cache
-def count_adapters(name: str, lora: LoraSpec) -> int | None:
-    """How many parameters a language model's adapters would have, found out from its config alone, before any work is spent.
+def count_adapters(name: str, lora: LoraSpec) -> int:
+    """How many parameters a language model's adapters would have. Looks where `planned_shape` does.
 
     Args:
         name: as for `describe_language_model`.
         lora: the adapters.
 
     Returns:
-        Their number; None for a packaged model that is not converted yet, of which nothing can be looked at.
+        Their number.
 
     Raises:
-        LanguageModelError: a target matches no linear layer.
+        LanguageModelError: a target matches no linear layer, or there is nothing of the model here and it is not known.
     """
-    if not is_prepared(name):
-        return None
-    from model.language_model import empty_network
+    from model.counting import empty_language_model
     from model.lora import num_adapter_parameters
 
-    return num_adapter_parameters(empty_network(language_model_folder(name)), lora)
+    return num_adapter_parameters(empty_language_model(_folder_with_config(name) or _known(name)), lora)
+
+
+def _folder_with_config(name: str) -> Path | None:
+    """Where a language model's config is on this machine; None for a hub id that has none here, and for a packaged model, of which all is known."""
+    if name in PACKAGED:
+        return None
+    from model.language_model import check_folder, local_folder
+
+    folder = local_folder(name)
+    if folder is None or (folder / "config.json").is_file():
+        return folder
+    if name.startswith("builtin:") or Path(name).expanduser().is_dir():
+        check_folder(folder, name)  # it lacks a config, and this says so
+    return None
+
+
+def _known(name: str) -> LanguageModelArchitecture:
+    known = known_language_model(name)
+    if known is None:
+        raise LanguageModelError(
+            f"language model {name!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no "
+            f"network. Known are {', '.join(known_language_models())}"
+        )
+    return known
 
 
 def is_prepared(name: str) -> bool:

@@ -1,23 +1,26 @@
 """From a trained tiny run to counts, an export folder and an answer, in one process."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model.errors import ExportError, ImageError, SpecError
+from model.errors import ConversationError, ExportError, ImageError, SpecError
 from model.export import load_export
-from model.metrics import exact_match
+from model.metrics import anls, exact_match
 from model.specs import LoraSpec, fingerprint
-from tests.tiny_training import build_small_store, tiny_schedule
+from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
 from workers.dataset.samples import read_samples
-from workers.errors import EvaluationError, ExportingError, TrainingError
-from workers.evaluation import EvaluationSpec, evaluate
+from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, TrainingError
+from workers.evaluation import EvaluationSpec, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
-from workers.exporting import ExportSpec, export
+from workers.exporting import ExportSpec, export, model_card
+from workers.quarantine import read_quarantine
 from workers.storage import Store
 from workers.training.assemble import load_trained
 from workers.training.run import train_connector, train_stage
@@ -39,7 +42,12 @@ def trained(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
 
 
 def evaluation_spec(spec, **changes):
-    values = {"training_fingerprint": fingerprint(spec), "dataset_fingerprint": spec.dataset_fingerprint, "max_new_tokens": 4}
+    values = {
+        "training_fingerprint": fingerprint(spec),
+        "dataset_fingerprint": spec.dataset_fingerprint,
+        "max_new_tokens": 4,
+        "metrics": ("exact_match", "anls"),
+    }
     return EvaluationSpec(**(values | changes))
 
 
@@ -65,7 +73,81 @@ def test_the_training_record(trained):
     assert train_connector(spec, store, EXECUTION, SilentProgress()) == record
 
 
-def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(trained, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
+    """A run over a dataset with questions that can be neither trained on nor asked, in both splits, asked in another template than aligned."""
+    root = tmp_path_factory.mktemp("spoilt") / "root"
+    store, spec = build_small_store(
+        str(root), tiny_encoder_folder, tiny_language_model_folder, num_images=40, renderer=draw_spoilt_square, schedule=tiny_schedule(steps=1)
+    )
+    spec = replace(
+        spec,
+        schedule=replace(spec.schedule, sft=replace(spec.schedule.sft, template="vicuna_v1")),
+        language_model=replace(spec.language_model, template="vicuna_v1"),
+    )
+    for stage in ("align", "sft"):
+        train_stage(spec, store, EXECUTION, stage, threads=1)
+    record = train_connector(spec, store, EXECUTION, SilentProgress())
+    wanted = evaluation_spec(spec)
+    return store, spec, record, wanted, evaluate(wanted, spec, store, EXECUTION, SilentProgress())
+
+
+def test_questions_that_cannot_be_asked_are_refused_and_counted(spoilt):
+    store, spec, record, wanted, evaluated = spoilt
+    held_out = read_samples(store, spec.dataset_fingerprint, "held_out")
+    bad = [sample for sample in held_out if "<|end|>" in sample.turns[1].question]
+    assert bad
+    assert evaluated.num_quarantined == len(bad)
+    assert evaluated.quarantined_by_reason == {"conversation_marks": len(bad)}
+    assert evaluated.num_questions + evaluated.num_quarantined == sum(len(sample.turns) for sample in held_out)
+    rows = read_quarantine(store, "evaluate", fingerprint(wanted)[:16])
+    assert [(row.item, row.index, row.reason) for row in rows] == [(f"{sample.sample_id}#1", sample.index, "conversation_marks") for sample in bad]
+    assert "'<|end|>', which has a meaning of its own" in rows[0].detail
+    answered = {row["question_id"] for row in pq.read_table(store.local_path(evaluated.answers)).to_pylist()}
+    assert not answered & {row.item for row in rows}
+    assert len(answered) == evaluated.num_questions
+    assert record.num_images + record.num_quarantined == len(read_samples(store, spec.dataset_fingerprint, "train"))
+    assert record.num_quarantined > 0
+
+
+def test_the_export_speaks_the_language_model_s_template(spoilt):
+    """And it is checked with a question that can be asked, whatever the first one is."""
+    store, spec, _, wanted, evaluated = spoilt
+    made = export(
+        ExportSpec(training_fingerprint=fingerprint(spec), evaluation_fingerprint=fingerprint(wanted)), spec, store, EXECUTION, SilentProgress()
+    )
+    assert "<|end|>" not in made.check_question
+    model = load_export(store.local_path(made.folder))
+    assert "ASSISTANT:" in model.model.tokenizer.chat_template
+    images = {sample.sample_id: store.read_bytes(sample.image_path) for sample in read_samples(store, spec.dataset_fingerprint, "held_out")}
+    rows = pq.read_table(store.local_path(evaluated.answers)).to_pylist()
+    for row in rows[:8]:
+        assert model.ask(images[row["sample_id"]], row["question"], row["mode"], max_new_tokens=4).text == row["answer"]
+
+
+def test_an_export_is_checked_with_the_first_question_that_can_be_asked(spoilt):
+    from workers.exporting import _check
+
+    store, spec, *_ = spoilt
+
+    class Asked:
+        """Refuses all questions but one, as an export refuses marks."""
+
+        def __init__(self, allowed):
+            self.allowed = allowed
+
+        def ask(self, data, question, mode, *, max_new_tokens):
+            if question != self.allowed:
+                raise ConversationError("conversation_marks", "a mark")
+            return SimpleNamespace(text="yes")
+
+    _, turn, answer = _check(Asked("Which colour?"), spec, store)
+    assert (turn.question, answer) == ("Which colour?", "yes")
+    with pytest.raises(ExportingError, match="no question that the export can be asked"):
+        _check(Asked("nothing"), spec, store)
+
+
+def test_too_many_questions_that_cannot_be_asked_stop_the_run_before_its_first_step(trained, tmp_path, monkeypatch):
     from workers import evaluation
     from workers.training import run
 
@@ -76,18 +158,14 @@ def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(tra
         shutil.rmtree(store.local_path(folder))
     real = evaluation.read_samples
 
-    def spoilt(*arguments):
+    def all_spoilt(*arguments):
         samples = list(real(*arguments))
         if arguments[-1] == "held_out":
-            turns = (*samples[1].turns[:-1], replace(samples[1].turns[-1], question="what does <image> mean?"))
-            samples[1] = replace(samples[1], turns=turns)
+            samples = [replace(sample, turns=tuple(replace(turn, question="what does <image> mean?") for turn in sample.turns)) for sample in samples]
         return samples
 
-    monkeypatch.setattr("workers.dataset.samples.read_samples", spoilt)
-    held_out = spoilt(store, spec.dataset_fingerprint, "held_out")
-    with pytest.raises(
-        EvaluationError, match=rf"question {len(held_out[1].turns)} of sample {held_out[1].sample_id} .*cannot be asked: .*<image>.*remove it"
-    ):
+    monkeypatch.setattr("workers.dataset.samples.read_samples", all_spoilt)
+    with pytest.raises(ErrorBudgetError, match=r"(\d+) of \1 inputs were refused.*conversation_marks.*#0: the question .*<image>.*remove it"):
         run.train_stage(spec, store, EXECUTION, "align", threads=1)
     assert not store.list("checkpoints")
 
@@ -124,16 +202,121 @@ def test_counts_add_up_and_answers_are_on_record(trained, evaluated):
     rows = pq.read_table(store.local_path(record.answers)).to_pylist()
     assert len(rows) == 4 * record.num_questions
     assert len({(row["question_id"], row["mode"]) for row in rows}) == len(rows)
-    assert all(row["correct"] == exact_match(row["answer"], row["expected"]) for row in rows)
-    for mode in (*record.modes, "majority"):
-        by_group = {(count.family, count.detail, count.kind): count for count in record.counts if count.mode == mode}
+    assert all(row["exact_match"] == exact_match(row["answer"], (row["expected"],)) for row in rows)
+    assert all(row["anls"] == anls(row["answer"], (row["expected"],)) for row in rows)
+    assert record.metrics == ("exact_match", "anls")
+    assert record.of_training_dataset
+    assert (record.num_images_trained_on, record.trained_on, record.figures) == (0, "", ())
+    for metric, mode in itertools.product(record.metrics, (*record.modes, "majority")):
+        by_group = {(score.family, score.detail, score.kind): score for score in record.scores if (score.metric, score.mode) == (metric, mode)}
         assert by_group["", "", ""].total == record.num_questions
-        assert by_group["", "", ""].correct == by_group["", "small", ""].correct + by_group["", "large", ""].correct
-        kinds = [count for key, count in by_group.items() if key[2]]
-        assert sum(count.total for count in kinds) == record.num_questions
+        assert by_group["", "", ""].points == pytest.approx(by_group["", "small", ""].points + by_group["", "large", ""].points)
+        kinds = [score for key, score in by_group.items() if key[2]]
+        assert sum(score.total for score in kinds) == record.num_questions
         if mode != "majority":
-            assert sum(count.correct for count in kinds) == sum(row["correct"] for row in rows if row["mode"] == mode)
-        assert all(0 <= count.low <= count.fraction <= count.high <= 1 for count in by_group.values())
+            assert sum(score.points for score in kinds) == pytest.approx(sum(row[metric] for row in rows if row["mode"] == mode))
+        assert all(0 <= score.low <= score.fraction <= score.high <= 1 for score in by_group.values())
+
+
+def other_dataset(store, spec, num_images, *, renderer=None):
+    """A dataset of squares that is only asked, built and cached in this process; its first pictures are those of the training dataset."""
+    from tests.tiny_training import draw_square
+    from workers.caching.build import cache_features
+    from workers.dataset.build import build_dataset
+    from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
+    from workers.runtime import InlineCluster
+
+    dataset = DatasetSpec(
+        sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
+        seed=1,
+        held_out_fraction=1.0,
+        view_px=56,
+        views=spec.features.views,
+        legibility=LegibilitySpec(local_min_px=6.0, global_max_px=4.0),
+    )
+    build_dataset(dataset, store, EXECUTION, SilentProgress(), cluster=InlineCluster(), renderer=renderer or draw_square)
+    features = replace(spec.features, dataset_fingerprint=fingerprint(dataset))
+    cache_features(features, store, EXECUTION, SilentProgress(), cluster=InlineCluster())
+    return dataset
+
+
+def test_another_dataset_is_asked_but_for_what_was_trained_on(trained, tmp_path):
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 30)
+    wanted = evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset), modes=("blind", "both"))
+    check_other_dataset(wanted, spec, store, EXECUTION)
+    record = evaluate(wanted, spec, store, EXECUTION, SilentProgress())
+    seen = {sample.image_sha256 for sample in read_samples(store, spec.dataset_fingerprint, "train")}
+    there = read_samples(store, record.dataset_fingerprint)
+    assert {sample.split for sample in there} == {"held_out"}
+    overlap = [sample for sample in there if sample.image_sha256 in seen]
+    assert len(overlap) == len(seen) > 0  # all 24 are among these 30
+    assert not record.of_training_dataset
+    assert (record.num_images_trained_on, record.num_questions_trained_on) == (len(overlap), 2 * len(overlap))
+    assert (record.num_images, record.num_questions) == (30 - len(overlap), 2 * (30 - len(overlap)))
+    rows = pq.read_table(store.local_path(record.answers)).to_pylist()
+    assert {row["image_sha256"] for row in rows} == {sample.image_sha256 for sample in there} - seen
+    listed = store.read_json(record.trained_on)
+    assert {item["image_sha256"] for item in listed} == seen
+    card = model_card(spec, trained[2], record, ["x"])
+    assert f"{len(overlap)} more images were not asked, since they are in the training split." in card
+    assert f"of dataset `{fingerprint(dataset)[:16]}`" in card
+
+
+def test_held_out_images_of_the_training_dataset_answer_alike_in_another(trained, evaluated, tmp_path):
+    """The same image and question, reached through another dataset and cache: the same answer."""
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 26)
+    record = evaluate(evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset)), spec, store, EXECUTION, SilentProgress())
+
+    def answers(where, path):
+        rows = pq.read_table(where.local_path(path)).to_pylist()
+        return {(row["image_sha256"], row["question"], row["mode"]): row["answer"] for row in rows}
+
+    ours, theirs = answers(store, record.answers), answers(trained[0], evaluated[1].answers)
+    assert len(theirs.keys() & ours.keys()) == len(theirs)
+    assert theirs.items() <= ours.items()
+
+
+def test_a_dataset_that_was_all_trained_on_is_refused_before_training_and_after(trained, tmp_path):
+    from tests.tiny_training import draw_square
+
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    numbers = [int(sample.sample_id.split("-")[1]) for sample in read_samples(store, spec.dataset_fingerprint, "train")]
+    dataset = other_dataset(store, spec, 3, renderer=lambda family, number, what: draw_square(family, numbers[number], what))
+    wanted = evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset))
+    for refuse in (
+        lambda: check_other_dataset(wanted, spec, store, EXECUTION),
+        lambda: evaluate(wanted, spec, store, EXECUTION, SilentProgress()),
+    ):
+        with pytest.raises(EvaluationError, match="nothing to ask: the run was trained on all of its 3 images"):
+            refuse()
+
+
+def test_another_dataset_none_of_whose_questions_can_be_asked_is_told_before_training(trained, tmp_path):
+    from tests.tiny_training import draw_square
+
+    def spoilt(family, number, what):
+        drawn = draw_square(family, number + 100, what)
+        return replace(drawn, turns=tuple(replace(turn, question=f"{turn.question} <image>") for turn in drawn.turns))
+
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 2, renderer=spoilt)
+    with pytest.raises(ErrorBudgetError, match="conversation_marks"):
+        check_other_dataset(evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset)), spec, store, EXECUTION)
+
+
+@pytest.mark.parametrize("metric", ["yes_no", "multiple_choice"])
+def test_a_metric_that_says_nothing_is_refused(trained, metric):
+    store, spec, _ = trained
+    with pytest.raises(
+        EvaluationError, match=rf"metrics: {metric} says nothing about any of the .*'Which colour\?' with the answer '\w+'; take another"
+    ):
+        evaluate(evaluation_spec(spec, metrics=("exact_match", metric)), spec, store, EXECUTION, SilentProgress())
 
 
 def test_answers_do_not_depend_on_the_batch(trained, evaluated, tmp_path):
@@ -160,6 +343,8 @@ def test_an_evaluation_of_another_run_is_refused(trained):
         evaluate(evaluation_spec(spec, training_fingerprint="0" * 64), spec, store, EXECUTION, SilentProgress())
     with pytest.raises(SpecError, match="each once"):
         evaluation_spec(spec, modes=("blind", "blind"))
+    with pytest.raises(SpecError, match=r"evaluation\.metrics must name some of .*each once; found \[\]"):
+        evaluation_spec(spec, metrics=())
     other = replace(spec, schedule=tiny_schedule(steps=2, seed=5))
     with pytest.raises(TrainingError, match="no whole trained weights"):
         evaluate(evaluation_spec(other), other, store, EXECUTION, SilentProgress())
@@ -183,9 +368,13 @@ def test_an_export_answers_as_the_evaluation_did(trained, evaluated, exported):
 def test_the_card_tells_what_the_records_hold(trained, evaluated, exported):
     store, _, record = trained
     card = (store.local_path(exported[1].folder) / "README.md").read_text()
-    total = next(count for count in evaluated[1].counts if count.mode == "both" and not (count.family or count.detail or count.kind))
-    assert f"| all | {total.total} |" in card
-    assert f"{total.fraction:.1%}" in card
+    totals = [score for score in evaluated[1].scores if score.mode == "both" and not (score.family or score.detail or score.kind)]
+    assert [total.metric for total in totals] == ["exact_match", "anls"]
+    for total in totals:
+        assert f"`{total.metric}`: {evaluated[1].rules[total.metric]}." in card
+        assert f"| all | {total.total} |" in card
+        assert f"{total.fraction:.1%} ({total.low:.0%} to {total.high:.0%})" in card
+    assert "\n\n\n" not in card
     for phase in record.phases:
         assert f"| {phase.name} | {', '.join(phase.train)} | {phase.steps} |" in card
     assert "Apache-2.0" in card
@@ -234,11 +423,11 @@ def test_a_config_of_another_version_is_refused(trained, exported, tmp_path):
     config = json.loads((folder / "loupe_config.json").read_text())
     (folder / "loupe_config.json").write_text(json.dumps(config | {"format_version": config["format_version"] + 1}))
     write_manifest(folder)
-    with pytest.raises(ExportError, match="format version 4, this Loupe reads 3"):
+    with pytest.raises(ExportError, match=rf"format version {config['format_version'] + 1}"):
         load_export(folder)
     (folder / "loupe_config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "views"}))
     write_manifest(folder)
-    with pytest.raises(ExportError, match="KeyError: 'views'"):
+    with pytest.raises(ExportError, match=r"needs the field .views."):
         load_export(folder)
 
 
@@ -268,9 +457,11 @@ def test_live_features_train_to_the_same_losses(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_adapters(trained, tmp_path_factory):
-    """The same run with adapters, in a copy of its store: alignment is found anew, fine-tuning trains them. In bf16, as real models are."""
+    """The same run with adapters, in a copy of its store: alignment is found anew, fine-tuning trains them. In bf16, as real models are, and asked in
+    a template that is not the base's own."""
     store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path_factory.mktemp("lora") / "root")))
-    spec = replace(trained[1], lora=LoraSpec(rank=4, alpha=8.0, dropout=0.05), precision="bf16")
+    asked_in = replace(trained[1].language_model, template="vicuna_v1")
+    spec = replace(trained[1], lora=LoraSpec(rank=4, alpha=8.0, dropout=0.05), precision="bf16", language_model=asked_in)
     for stage in ("align", "sft"):
         train_stage(spec, store, replace(EXECUTION, zero_stage=3, gradient_checkpointing=True), stage, threads=1)
     record = train_connector(spec, store, EXECUTION, SilentProgress())
@@ -298,9 +489,14 @@ def test_a_run_with_adapters_leaves_the_adapters_alone(with_adapters):
     assert all(torch.equal(model.language_model.get_parameter(name), tensor) for name, tensor in tensors.items())
 
 
+def chat_template_of(exported):
+    return exported.model.tokenizer.chat_template
+
+
 def test_merged_or_not_an_export_answers_alike(with_adapters):
     store, spec, _, exports = with_adapters
     beside, merged = (load_export(exports[merge]) for merge in (False, True))
+    assert "USER: " in chat_template_of(merged) == chat_template_of(beside)
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
     assert sum("lora" in name for name, _ in beside.model.named_parameters()) == 2 * 2 * 7
     ours = load_trained(spec, store)
@@ -335,7 +531,8 @@ def test_an_unmerged_export_is_peft_s_layout_beside_the_base_s_own_files(with_ad
         found = stock(ids).logits.float()
         ours = load_export(folder).model.language_model(ids).logits.float()
     assert float((found - ours).abs().max()) < 2e-2
-    assert "adapters of rank 4, alpha 8" in (folder / "README.md").read_text()
+    assert "adapters of rank 4, alpha 8, in `adapter/`" in (folder / "README.md").read_text()
+    assert "adapters of rank 4, alpha 8, merged into it" in (exports[True] / "README.md").read_text()
 
 
 def test_adapters_on_another_base_are_refused(with_adapters, tmp_path):

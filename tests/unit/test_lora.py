@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import LanguageModelError, SpecError
-from model.language_model import checkpoint_layers, load_language_model
+from model.language_model import checkpoint_layers, load_language_model, load_tokenizer
 from model.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -21,8 +21,21 @@ from model.lora import (
     target_layers,
 )
 from model.schedule import LANGUAGE_MODEL_BASE, block_hashes, parameters_by_block, proven_parameters
-from model.specs import LoraSpec, fingerprint
-from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
+from model.specs import (
+    BranchMix,
+    CompressionSpec,
+    DCISpec,
+    GatedMixtureSpec,
+    GlobalBranchSpec,
+    LearnableSelectorSpec,
+    LocalBranchSpec,
+    LoraSpec,
+    PhaseSpec,
+    ScheduleSpec,
+    TextGuidedSelectorSpec,
+    fingerprint,
+)
+from tests.tiny_training import FakeFeatures, fake_samples, tiny_connector_spec, tiny_schedule, tiny_training_spec
 from tests.unit.test_training_loop import Interrupted, lines, run
 from workers.errors import TrainingError
 from workers.storage import Store
@@ -390,8 +403,34 @@ def test_a_model_whose_layers_drop_in_training_is_refused(tmp_path):
         checkpoint_layers(network)
 
 
-def test_every_block_runs_whatever_a_batch_shows(spec):
+FUSION = DCISpec(base=5, groups=((0, 2), (3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("local", "also"),
+    [
+        (LocalBranchSpec(fusion=FUSION, compression=CompressionSpec(queries=4)), ("compression",)),
+        (LocalBranchSpec(fusion=FUSION, compression=None, merge="spatial_unpad", newline=True), ("newline",)),
+        (LocalBranchSpec(fusion=FUSION, compression=None, output_grid=2, selector=LearnableSelectorSpec()), ("selector",)),
+        (LocalBranchSpec(fusion=FUSION, compression=None, projector="own", merge="spatial"), ("local_mlp",)),
+        (LocalBranchSpec(fusion=FUSION, compression=CompressionSpec(queries=4), selector=TextGuidedSelectorSpec()), ("compression",)),
+    ],
+    ids=["compression", "newline", "learnable-selector", "own-projector", "text-guided-selector"],
+)
+def test_every_block_runs_whatever_a_batch_shows(tiny_language_model_folder, local, also):
     """Blank views give every parameter a gradient, and change neither loss nor any gradient that was there."""
+    mix = BranchMix(both=0.25, global_only=0.25, local_only=0.25, blind=0.25)
+    train = ("global_mlp", "resampler", "gate", *also, "language_model")
+    selects = local.selector is not None
+    sft = PhaseSpec(name="tuning", train=train, branch=mix, steps=6, batch_size=4, learning_rate=2e-3, selector=selects)
+    resized = GlobalBranchSpec(fusion=FUSION, adapters=GatedMixtureSpec(), output_grid=local.output_grid)
+    spec = tiny_training_spec(
+        tiny_language_model_folder,
+        lora=LoraSpec(rank=4, alpha=8.0, dropout=0.1),
+        connector=tiny_connector_spec(global_branch=resized, local_branch=local),
+        schedule=ScheduleSpec(align=(), sft=sft),
+    )
+    assert set(spec.connector.blocks) == set(train) - {"language_model"}
     model = assemble_model(spec, freeze_language_model=False)
     builder = BatchBuilder(
         samples=fake_samples(),
@@ -399,12 +438,12 @@ def test_every_block_runs_whatever_a_batch_shows(spec):
         features=spec.features,
         connector=model.connector,
         schedule=spec.schedule,
-        tokenizer=model.tokenizer,
+        tokenizer=load_tokenizer(tiny_language_model_folder, None),
         max_tokens=model.max_tokens,
     )
     sft = len(spec.schedule.align)
     seen = set()
-    for step in range(3):
+    for step in range(6):
         for batch in builder.build(sft, step, micro_batch_size=1).micro_batches:
             results = []
             for model.runs_every_block in (False, True):
@@ -419,4 +458,4 @@ def test_every_block_runs_whatever_a_batch_shows(spec):
             assert all(gradient is not None for gradient in every.values())
             for name, gradient in every.items():
                 assert torch.equal(gradient, torch.zeros_like(gradient) if some[name] is None else some[name]), name
-    assert len(seen) >= 3
+    assert len(seen) == 4

@@ -11,7 +11,18 @@ import pytest
 from model.errors import SpecError
 from model.specs import BranchMix, EncoderSpec, LoraSpec, MapSpec, fingerprint
 from pipelines.errors import RecipeError
-from pipelines.recipe import _LIST_EXAMPLES, Execution, Recipe, RenderedSource, Table, load_recipe, recipe_files
+from pipelines.recipe import (
+    _LIST_EXAMPLES,
+    DCIFusion,
+    Execution,
+    Recipe,
+    RenderedSource,
+    Schedule,
+    Table,
+    load_recipe,
+    recipe_files,
+    schedule_presets,
+)
 from workers.execution import ExecutionSettings
 
 MINIMAL = """
@@ -97,11 +108,11 @@ def load(tmp_path: Path, text: str) -> Recipe:
 @pytest.mark.parametrize("name", sorted(recipe_files()))
 def test_shipped_recipes_are_valid_and_named_as_their_files(name: str) -> None:
     recipe = load_recipe(name).recipe
-    assert recipe.name == name
+    assert recipe.name == name.replace("/", "-")
     assert recipe.description
     connector = recipe.connector_spec(encoder_spec())
     for seed in recipe.seeds:
-        assert recipe.schedule_spec(connector, seed, num_train_samples=100).phases
+        assert recipe.schedule_spec(connector, seed, num_train_images={"rendered/charts": 100}).phases
     assert recipe.dataset_spec(encoder_spec(), {}).sources
 
 
@@ -119,13 +130,49 @@ def test_specs_come_out_as_written(tmp_path: Path) -> None:
     features = recipe.feature_spec(dataset, encoder, connector)
     assert features.dataset_fingerprint == fingerprint(dataset)
     assert features.global_maps == features.local_maps == connector.global_branch.fusion.maps
-    schedule = recipe.schedule_spec(connector, seed=5, num_train_samples=30)
+    schedule = recipe.schedule_spec(connector, seed=5, num_train_images={"rendered/charts": 30})
     assert schedule.seed == 5
     assert schedule.align[0].train == ("global_mlp",)
     assert schedule.sft is not None
     assert schedule.sft.train == ("global_mlp", "resampler", "gate", "compression", "language_model")
     assert schedule.sft.steps == 8  # ceil(2 * 30 / 8)
     assert schedule.sft.branch == BranchMix(both=0.5, global_only=0.5)
+
+
+def test_a_phase_s_template_is_the_language_model_s_unless_it_names_one(tmp_path: Path) -> None:
+    connector = load(tmp_path, MINIMAL).connector_spec(encoder_spec())
+    model = 'model = "some/language-model"'
+
+    def templates(text: str) -> list[str]:
+        recipe = load(tmp_path, text)
+        spec = recipe.schedule_spec(connector, seed=0, num_train_images={"rendered/charts": 10})
+        assert recipe.templates == {recipe.language_model.template, *(phase.template for phase in spec.phases)}
+        return [phase.template for phase in spec.phases]
+
+    assert templates(MINIMAL) == ["own", "own"]
+    vicuna = MINIMAL.replace(model, f'{model}\ntemplate = "vicuna_v1"')
+    assert templates(vicuna) == ["vicuna_v1", "vicuna_v1"]
+    assert templates(vicuna.replace("steps = 3", 'steps = 3\ntemplate = "plain"')) == ["plain", "vicuna_v1"]
+    assert templates(vicuna.replace("epochs = 2", 'epochs = 2\ntemplate = "own"')) == ["vicuna_v1", "own"]
+    blind = vicuna.replace('branch = "global"', 'branch = "blind"\ntemplate = "plain"').replace('["global_mlp"]', '["language_model"]')
+    with pytest.raises(SpecError, match=r"schedule\.align\[0\]: phase 'language_model': template plain leaves out what is asked"):
+        templates(blind)
+
+
+def test_a_dataset_to_be_asked_is_all_held_out(tmp_path: Path) -> None:
+    asked = "[evaluation]\nmetrics = ['anls']\n[evaluation.dataset]\nsources = [{ kind = 'rendered', family = 'maps', num_images = 3 }]\nseed = 4\n"
+    recipe = load(tmp_path, MINIMAL + asked)
+    encoder = encoder_spec()
+    spec = recipe.evaluation_dataset_spec(encoder, {})
+    assert spec is not None
+    assert (spec.held_out_fraction, spec.seed, spec.view_px, spec.views) == (1.0, 4, 112, recipe.view_spec())
+    assert [source.family for source in spec.sources] == ["maps"]
+    assert recipe.dataset_spec(encoder, {}).held_out_fraction == 0.1
+    assert recipe.evaluation.metrics == ("anls",)
+    plain = load(tmp_path, MINIMAL)
+    assert plain.evaluation_dataset_spec(encoder, {}) is None
+    assert plain.evaluation.metrics == ("exact_match",)
+    assert plain.dataset_spec(encoder, {}) == recipe.dataset_spec(encoder, {})
 
 
 def test_equal_groups_include_the_base_layer_for_clip_and_stop_before_it_for_siglip(tmp_path: Path) -> None:
@@ -150,7 +197,8 @@ def test_suggested_settings_are_no_identity(tmp_path: Path) -> None:
     encoder = encoder_spec()
     connector = plain.connector_spec(encoder)
     assert suggesting.connector_spec(encoder) == connector
-    assert fingerprint(suggesting.schedule_spec(connector, 0, 9)) == fingerprint(plain.schedule_spec(connector, 0, 9))
+    images = dict.fromkeys(plain.source_labels, 9)
+    assert fingerprint(suggesting.schedule_spec(connector, 0, images)) == fingerprint(plain.schedule_spec(connector, 0, images))
     assert fingerprint(suggesting.dataset_spec(encoder, {})) == fingerprint(plain.dataset_spec(encoder, {}))
 
 
@@ -219,6 +267,12 @@ MISTAKES = [
     ("{ queries = 4 }", "4", r"connector\.local\.compression: found 4; allowed: a table, written \[connector\.local\.compression\]$"),
     ("[dataset]", "[dataset]\nheld_out_fraction = nan", r"held_out_fraction: found NaN; allowed: a finite number greater than 0 and less than 1$"),
     ("steps = 3", "steps = 3\nevidence_weight = -1.0", r"evidence_weight: found -1\.0; allowed: a finite number from 0 up$"),
+    (
+        "steps = 3",
+        'steps = 3\ntemplate = "vicuna"',
+        r"align\[0\]\.template: found 'vicuna'; did you mean 'vicuna_v1'\? allowed: own, vicuna",
+    ),
+    ('guage-model"', 'guage-model"\ntemplate = 3', r"language_model\.template: found 3; allowed: own, vicuna_v1, llama3, plain, chatml$"),
     ("steps = 3", "steps = true", r"steps: found true; allowed: a whole number from 1 up$"),
     ('model = "some/folder"', 'model = ""', r'encoder\.model: found ""; allowed: text in quotes, of at least 1 character$'),
     (
@@ -253,6 +307,28 @@ MISTAKES = [
         r'micro_batch_size: found "4"; allowed: a whole number from 0',
     ),
     ("[schedule.sft]", "[execution]\ngradient_checkpointing = 1\n[schedule.sft]", r"gradient_checkpointing: found 1; allowed: true or false$"),
+    (
+        "[dataset]",
+        '[evaluation]\nmetrics = ["anls", "anlz"]\n[dataset]',
+        r"evaluation\.metrics\[1\]: found 'anlz'; did you mean 'anls'\? allowed: exact",
+    ),
+    (
+        "[dataset]",
+        "[evaluation]\nmetrics = []\n[dataset]",
+        r'evaluation\.metrics: found \[\]; allowed: a list of at least 1, such as \["exact_match", ',
+    ),
+    ("[dataset]", "[evaluation.dataset]\nseed = 1\n[dataset]", r"evaluation\.dataset\.sources: found nothing; this key is required"),
+    ("[dataset]", "[evaluation]\ndataset = 3\n[dataset]", r"evaluation\.dataset: found 3; allowed: a table, written \[evaluation\.dataset\]$"),
+    (
+        "[dataset]",
+        "[evaluation.dataset]\nheld_out_fraction = 0.5\nsources = [{ kind = 'rendered', family = 'maps', num_images = 3 }]\n[dataset]",
+        r"evaluation\.dataset: found the unknown key 'held_out_fraction'; allowed here: sources, seed, turns_per_image, legibility",
+    ),
+    (
+        "[dataset]",
+        "[evaluation.dataset]\nsources = [{ kind = 'rendered', family = 'map', num_images = 3 }]\n[dataset]",
+        r"evaluation\.dataset\.sources\[0\]\.family: found 'map'; did you mean 'maps'\?",
+    ),
     ('family = "charts"', 'family = "chart"', r"dataset\.sources\[0\]\.family: found 'chart'; did you mean 'charts'\?"),
 ]
 
@@ -279,7 +355,7 @@ def test_mistakes_that_are_not_told_are_counted(tmp_path: Path) -> None:
     assert str(caught.value).count("\n") == 8
 
 
-@pytest.mark.parametrize("key", ["sources", "layers", "train", "modes", "seeds"])
+@pytest.mark.parametrize("key", ["sources", "layers", "train", "metrics", "modes", "seeds"])
 def test_examples_of_lists_are_lists(key: str) -> None:
     assert isinstance(tomllib.loads(f"x = {_LIST_EXAMPLES[key]}")["x"], list)
 
@@ -340,12 +416,12 @@ def test_phases_that_would_train_nothing_are_refused(tmp_path: Path, changes: di
         text = text.replace(right, wrong, 1)
     recipe = load(tmp_path, text)
     with pytest.raises(SpecError, match=message):
-        recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, 10)
+        recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, {"rendered/charts": 10})
 
 
 def test_a_shared_projector_trains_on_local_views_alone(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL.replace('branch = "global"', 'branch = "local"'))
-    assert recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, 10).align[0].train == ("global_mlp",)
+    assert recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, {"rendered/charts": 10}).align[0].train == ("global_mlp",)
 
 
 def test_the_readme_names_every_key_and_setting() -> None:
@@ -362,11 +438,11 @@ def test_the_readme_names_every_key_and_setting() -> None:
 def test_blocks_and_branches_that_the_connector_lacks_are_refused(tmp_path: Path) -> None:
     no_gate = load(tmp_path, MINIMAL.replace('"gated_mixture"', '"mlp"').replace('train = ["global_mlp"]', 'train = ["resampler"]'))
     with pytest.raises(SpecError, match=r"schedule\.align\[0\]: train names resampler, which this connector does not have"):
-        no_gate.schedule_spec(no_gate.connector_spec(encoder_spec()), 0, 10)
+        no_gate.schedule_spec(no_gate.connector_spec(encoder_spec()), 0, {"rendered/charts": 10})
     local = MINIMAL.index("[connector.local]")
     no_local = load(tmp_path, MINIMAL[:local] + MINIMAL[MINIMAL.index("[language_model]") :])
     with pytest.raises(SpecError, match=r"schedule\.sft: branch uses local views, but the recipe has no \[connector\.local\]"):
-        no_local.schedule_spec(no_local.connector_spec(encoder_spec()), 0, 10)
+        no_local.schedule_spec(no_local.connector_spec(encoder_spec()), 0, {"rendered/charts": 10})
 
 
 def test_layers_beyond_the_encoder_are_refused(tmp_path: Path) -> None:
@@ -388,3 +464,106 @@ def test_the_families_are_those_that_can_be_rendered() -> None:
     from workers.dataset.rendering import FAMILIES
 
     assert get_args(RenderedSource.model_fields["family"].annotation) == FAMILIES
+
+
+SLIME = '[schedule]\npreset = "slime"\n'
+
+
+def with_schedule(text: str) -> str:
+    """The minimal recipe with another schedule."""
+    return MINIMAL[: MINIMAL.index("[[schedule.align]]")] + text
+
+
+@pytest.mark.parametrize("name", sorted(schedule_presets()))
+def test_every_preset_is_a_schedule(tmp_path: Path, name: str) -> None:
+    text = with_schedule(f'[schedule]\npreset = "{name}"\n')
+    if name == "dense_connector":
+        text = text[: text.index("[connector.local]")] + text[text.index("[language_model]") :]
+        text = text.replace("gated_mixture", "mlp")
+    recipe = load(tmp_path, text)
+    spec = recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, {"rendered/charts": 512})
+    assert spec.sft is not None
+    assert "language_model" in spec.sft.train
+
+
+def test_every_preset_can_be_named() -> None:
+    assert choices(Schedule.model_fields["preset"].annotation) == set(schedule_presets())
+
+
+def test_the_authors_four_runs(tmp_path: Path) -> None:
+    """methods.md B7: what trains, at which rate and batch size, for how long, and what the selector does."""
+    changes = '[schedule.change.I-a]\nsources = ["charts"]\n[schedule.change.III]\nlearning_rate = 1e-5\nsteps = 7\n'
+    text = with_schedule(SLIME + changes).replace("queries = 4 }", 'queries = 4 }\nselector = { kind = "text_guided" }')
+    text = text.replace("num_images = 4 }]", 'num_images = 4 }, { kind = "rendered", family = "maps", num_images = 4 }]')
+    recipe = load(tmp_path, text)
+    schedule = recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 3, {"rendered/charts": 512, "rendered/maps": 2048})
+    found = [(p.name, p.train, p.batch_size, p.steps, p.learning_rate, p.experts, p.selector, p.sources) for p in schedule.phases]
+    everything = ("global_mlp", "resampler", "gate", "compression", "language_model")
+    assert found == [
+        ("I-a", ("global_mlp",), 256, 2, 1e-3, "mlp", False, ("rendered/charts",)),
+        ("I-b", ("resampler",), 256, 10, 1e-3, "resampler", False, ()),
+        ("II", ("compression",), 256, 10, 1e-3, "mixture", False, ()),
+        ("III", everything, 128, 7, 1e-5, "mixture", True, ()),
+    ]
+    assert [(p.branch.global_only, p.branch.local_only, p.branch.both) for p in schedule.phases] == [(1, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert {p.warmup_fraction for p in schedule.phases} == {0.03}
+
+
+def test_repeats_alternate(tmp_path: Path) -> None:
+    recipe = load(tmp_path, with_schedule('[schedule]\npreset = "alternating"\nrepeats = 3\n'))
+    schedule = recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, {"rendered/charts": 512})
+    assert [phase.name for phase in schedule.phases] == ["global", "local", "global 2", "local 2", "global 3", "local 3", "sft"]
+    assert [phase.train for phase in schedule.align] == [("global_mlp", "resampler", "gate"), ("compression",)] * 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ('[schedule]\npreset = "slim"', r"schedule: preset: found 'slim'; did you mean 'slime'\? allowed: alternating, dense_connector, slime"),
+        (
+            SLIME + "[schedule.change.III-a]\nsteps = 3",
+            r"schedule: change: found 'III-a'; did you mean 'III'\? phases of preset 'slime': I-a, I-b, II, III",
+        ),
+        (SLIME + "[schedule.sft]\nsteps = 3", r"schedule: found sft beside preset = 'slime'"),
+        ("[schedule.change.III]\nsteps = 3", r"schedule: found change without preset"),
+        (
+            SLIME + '[schedule.change.III]\nlearning_rate = "fast"',
+            r"schedule\.change\.III\.learning_rate: found \"fast\"; allowed: a finite number greater than 0",
+        ),
+        (
+            SLIME + "[schedule.change.III]\nlerning_rate = 1.0",
+            r"schedule\.change\.III: found the unknown key 'lerning_rate'; did you mean 'learning_rate'",
+        ),
+    ],
+)
+def test_presets_that_cannot_be(tmp_path: Path, schedule: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path, with_schedule(schedule))
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ('rule = "slime"\nmax_side = 3', "found max_side, which rule = 'slime' does not have; allowed: max_slices, or rule = 'slime_paper'"),
+        ('rule = "anyres"\ngrids = [[0, 1]]', r"views\.grids: found .*; allowed: grids of \[columns, rows\] of 1 to 12"),
+        ('rule = "anyres"\ngrids = [[1, 2], [1, 2]]', r"each once; found \[\[1, 2\], \[1, 2\]\]"),
+    ],
+)
+def test_views_that_cannot_be(tmp_path: Path, views: str, message: str) -> None:
+    with pytest.raises((RecipeError, SpecError), match=message):
+        load(tmp_path, MINIMAL + f"\n[views]\n{views}\n").view_spec()
+
+
+def test_groups_that_do_not_divide_are_refused_with_what_would(tmp_path: Path) -> None:
+    encoder = encoder_spec()
+    with pytest.raises(
+        SpecError, match=r"found 3, but .* has the 8 layers 0\.\.7 .* allowed: one of \[1, 2, 4, 8\], .* such as \[\[0, 2\], \[3, 4\], \[5, 7\]\]"
+    ):
+        DCIFusion(kind="dci", groups=3).spec(encoder)
+
+
+def test_sources_of_a_phase_must_be_the_dataset_s(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL)
+    phase = recipe.schedule.phases[0].model_copy(update={"sources": ("map",)})
+    with pytest.raises(SpecError, match="found 'map', which names 0 of the dataset's sources; allowed: rendered/charts"):
+        phase.source_labels(recipe.source_labels)

@@ -64,7 +64,12 @@ def test_figures_are_for_people(experiment: Experiment, capsys: pytest.CaptureFi
 
 
 def test_a_long_error_stands_below_the_table(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
-    commit(experiment, "build-dataset", experiment.dataset, {"num_train": 7, "num_held_out": 0, "num_samples": 7, "seconds": "no number"})
+    commit(
+        experiment,
+        "build-dataset",
+        experiment.dataset,
+        {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 0, "num_samples": 7, "seconds": "no number"},
+    )
     show_recipe("run", experiment)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{experiment.file.recipe.name} in {experiment.store.local_path()}"
@@ -90,7 +95,7 @@ def test_an_image_can_be_pasted_into_ask(experiment: Experiment, capsys: pytest.
         for path in ("images/a b.png", "file:///far/c%20d.png", "s3://b/e.png")
     ]
     monkeypatch.setattr("workers.dataset.samples.read_samples", lambda store, key: samples)
-    commit(experiment, "build-dataset", experiment.dataset, {"num_train": 3, "num_held_out": 0, "num_samples": 3})
+    commit(experiment, "build-dataset", experiment.dataset, {"num_train_by_source": {"rendered/charts": 3}, "num_held_out": 0, "num_samples": 3})
     monkeypatch.setenv("COLUMNS", "40")
     show_recipe("dataset", experiment)
     out = capsys.readouterr().out

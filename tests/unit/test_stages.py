@@ -55,7 +55,9 @@ def test_a_packaged_language_model_is_fetched_before_any_work_and_only_for_work_
     assert fetches_language_model(packaged, "train-connector")
     for run in stage_runs(packaged):
         assert fetches_language_model(packaged, "report") == (run.stage != "report")
-        packaged.store.write_json(f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train": 6, "num_held_out": 2})
+        packaged.store.write_json(
+            f"runs/{run.stage}/{run.key}/COMMITTED.json", {"num_samples": 8, "num_train_by_source": {"rendered/charts": 6}, "num_held_out": 2}
+        )
     assert not fetches_language_model(packaged, "report")
 
 
@@ -80,6 +82,35 @@ def test_stages_come_in_order_with_different_keys(experiment: Experiment) -> Non
     assert [run.stage for run in stage_runs(experiment, "cache-features")] == ["build-dataset", "cache-features"]
 
 
+def test_forms_are_stages_of_their_own_in_the_export_s_place(experiment: Experiment) -> None:
+    standard = list(stage_runs(experiment, "export"))
+    keys = {standard[-1].key}
+    for form in ("llava-hf", "llava-next-hf", "loupe"):
+        runs = list(stage_runs(experiment, "export", form))
+        assert [(run.stage, run.key) for run in runs[:-1]] == [(run.stage, run.key) for run in standard[:-1]]
+        assert runs[-1].stage == "export"
+        keys.add(runs[-1].key)
+    assert len(keys) == 4
+
+
+def test_a_form_that_a_recipe_can_never_have_is_refused_first(
+    experiment: Experiment, tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    for form in ("folder", "loupe"):
+        experiment.check_form(form)
+    for form in ("llava-hf", "llava-next-hf"):
+        with pytest.raises(RecipeError, match=rf"recipe .*tiny\.toml: --to {form}: .* does not compute this connector"):
+            experiment.check_form(form)
+    path = tmp_path / "folds.toml"
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder)
+    text = text.replace('adapters = { kind = "gated_mixture" }', 'adapters = { kind = "mlp" }').replace("compression = { queries = 4 }\n", "")
+    text = text.replace("[connector.local]", '[connector.local]\nmerge = "spatial_unpad"\nnewline = true').replace(
+        "[connector.global]", '[views]\nrule = "anyres"\n\n[connector]\nseparator = ""\n\n[connector.global]'
+    )
+    path.write_text(text)
+    open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings()).check_form("llava-next-hf")
+
+
 def test_seeds_change_training_alone(experiment: Experiment) -> None:
     assert fingerprint(experiment.training(0)) != fingerprint(experiment.training(1))
     assert experiment.training(0).features == experiment.training(1).features == experiment.features
@@ -89,7 +120,7 @@ def test_a_committed_stage_is_not_run(experiment: Experiment) -> None:
     def fail(progress: object) -> None:
         raise AssertionError("ran")
 
-    spec, committed = experiment.dataset, {"num_train": 7, "num_held_out": 2, "num_samples": 9}
+    spec, committed = experiment.dataset, {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 2, "num_samples": 9}
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(spec)[:16]}/COMMITTED.json", committed)
     outcome = run_stage(experiment, StageRun(stage="build-dataset", seed=None, spec=spec, run=fail), SilentProgress())
     assert outcome.reused
@@ -109,7 +140,7 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment.dataset, experiment.features))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
         check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
@@ -155,20 +186,87 @@ def test_nothing_held_out_is_said_before_features_are_cached(experiment: Experim
     runs = stage_runs(experiment)
     built = next(runs)
     assert built.stage == "build-dataset"
-    experiment.store.write_json(f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train": 16})
+    experiment.store.write_json(
+        f"runs/build-dataset/{built.key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {"rendered/charts": 16}}
+    )
     with pytest.raises(RecipeError, match=r"dataset\.held_out_fraction: found 0\.4, which holds out none of the 16 images"):
         next(runs)
 
 
 def test_a_dataset_with_nothing_held_out_can_still_be_shown_and_planned(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     key = fingerprint(experiment.dataset)[:16]
-    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_train": 7, "num_held_out": 0, "num_samples": 7, "seconds": 3})
+    experiment.store.write_json(
+        f"runs/build-dataset/{key}/COMMITTED.json", {"num_train_by_source": {"rendered/charts": 7}, "num_held_out": 0, "num_samples": 7, "seconds": 3}
+    )
     show_recipe("run", experiment)
     told = capsys.readouterr().out
     assert key in told
     assert "done" in told
     assert "later stages" in told
     assert [(line.fact, "holds out none" in line.value) for line in plan_lines(experiment) if line.topic == "stages"][-1] == ("later ones", True)
+
+
+ASKED = """
+[evaluation]
+metrics = ["anls", "exact_match"]
+
+[evaluation.dataset]
+sources = [{ kind = "rendered", family = "maps", num_images = 5 }]
+turns_per_image = 2
+legibility = { local_min_px = 3.0, global_max_px = 3.0 }
+
+[[schedule.align]]"""
+
+
+def test_a_dataset_to_be_asked_has_stages_of_its_own(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    plain = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "held_out_fraction = 0.4", "held_out_fraction = 0.4")
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    runs = list(stage_runs(experiment))
+    assert [run.name for run in runs[:5]] == [
+        "build-dataset",
+        "build-dataset (asked)",
+        "cache-features",
+        "cache-features (asked)",
+        "train-connector seed 0",
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+    # What is trained does not depend on what is asked; what is asked is another evaluation.
+    assert experiment.training(0) == plain.training(0)
+    assert experiment.dataset == plain.dataset
+    assert experiment.asked is not None
+    assert experiment.evaluation(0).dataset_fingerprint == fingerprint(experiment.asked[0]) != plain.evaluation(0).dataset_fingerprint
+    assert experiment.asked[1] == replace(experiment.features, dataset_fingerprint=fingerprint(experiment.asked[0]))
+    assert experiment.evaluation(0).metrics == ("anls", "exact_match")
+    assert [run.name for run in stage_runs(experiment, "build-dataset")] == ["build-dataset", "build-dataset (asked)"]
+
+
+def test_the_plan_tells_what_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    lines = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
+    assert lines["evaluation", "metrics"] == "anls, exact_match"
+    assert lines["evaluation", "images"] == "5 drawn, of a dataset of its own"
+    assert lines["evaluation", "questions"] == "at most 10"
+    assert lines["evaluation", "cache"] == "108 kB as fp16; 21.5 kB an image"  # 5 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
+    assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
+    assert lines["stages", "cache-features (asked)"].endswith("to do")
+
+
+def test_nothing_need_be_held_out_where_another_dataset_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder).replace("held_out_fraction = 0.4", "held_out_fraction = 1e-7")
+    (tmp_path / "none.toml").write_text(text.replace("[[schedule.align]]", ASKED, 1))
+    experiment = open_experiment(load_recipe(str(tmp_path / "none.toml")), Store(str(tmp_path / "root")), ExecutionSettings())
+    key = fingerprint(experiment.dataset)[:16]
+    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {}})
+    assert len(list(stage_runs(experiment))) == 10
+
+
+def test_room_is_checked_for_the_dataset_that_is_asked_too(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 16 * 300_000 + 400_000)  # enough for the training dataset alone
+    with pytest.raises(DiskSpaceError, match="needs up to"):
+        check_ready(experiment)
 
 
 def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
@@ -186,7 +284,7 @@ def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None
     assert lines["dataset", "images"] == "16 drawn"
     assert lines["features", "views of an image"].startswith("1 global + 3 x 2 local")
     # 16 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
-    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
     assert lines["connector", "visual tokens"] == "16 global + 24 local"
     assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
     assert lines["stages", "build-dataset"].endswith("to do")
@@ -220,6 +318,32 @@ def test_models_that_cannot_be_loaded_are_refused_first(
     path.write_text(tiny_recipe(folders["encoder"], folders["language model"]))
     with pytest.raises(RecipeError, match=message):
         open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
+
+
+def test_a_language_model_without_a_template_takes_one_of_ours(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    """As Vicuna, whose tokenizer brings none."""
+    folder = shutil.copytree(tiny_language_model_folder, tmp_path / "language")
+    (folder / "chat_template.jinja").unlink()
+    named = f'model = "{folder}"'
+    with pytest.raises(RecipeError, match=r"no chat template.*language_model\.template \(vicuna_v1"):
+        with_change(tmp_path, tiny_encoder_folder, folder, "steps = 3", 'steps = 3\ntemplate = "plain"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "vicuna_v1"')
+    training = experiment.training(0)
+    assert training.language_model.template == "vicuna_v1"
+    assert [phase.template for phase in training.schedule.phases] == ["vicuna_v1", "vicuna_v1"]
+    other = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "plain"')
+    assert fingerprint(other.training(0)) != fingerprint(training)
+    with pytest.raises(RecipeError, match=rf"language model '{folder}': the template llama3 writes the tokens"):
+        with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "llama3"')
+
+
+def test_a_packaged_model_tells_which_templates_it_knows(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    named = f'model = "{tiny_language_model_folder}"'
+    smollm2 = 'model = "smollm2-135m-instruct"\ntemplate = '
+    with pytest.raises(RecipeError, match="does not know the tokens of the template llama3; allowed: own, chatml, vicuna_v1, plain"):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"llama3"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"chatml"')
+    assert experiment.training(0).language_model.template == "chatml"
 
 
 def test_more_visual_tokens_than_the_language_model_holds_are_refused(
@@ -269,7 +393,7 @@ def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment,
 @pytest.mark.parametrize("record", [[], {}, "done", {"num_samples": 16, "num_held_out": 3}])
 def test_a_record_that_is_none_is_named(experiment: Experiment, record: object) -> None:
     experiment.store.write_json(f"runs/build-dataset/{fingerprint(experiment.dataset)[:16]}/COMMITTED.json", record)
-    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train)"):
+    with pytest.raises(RecordError, match=r"COMMITTED\.json (should be a stage's record, found|lacks num_train_by_source)"):
         list(stage_runs(experiment))
 
 
@@ -290,8 +414,13 @@ def test_adapters_are_planned_and_change_training_alone(experiment: Experiment, 
     assert fingerprint(adapted.training(0)) != fingerprint(experiment.training(0))
     planned = {line.fact: line.value for line in plan_lines(adapted)}
     count = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
-    assert planned["adapters"] == f"rank 4, alpha 8, on all-linear: {count:,} parameters"
-    assert fingerprint(replace(adapted, merge_export=True).export()) != fingerprint(adapted.export())
+    assert planned["adapters"] == f"{count:,}: rank 4, alpha 8, on all-linear"
+    merging = replace(adapted, merge_export=True)
+    assert fingerprint(merging.export()) != fingerprint(adapted.export())
+    merging.check_form("folder")
+    adapted.check_form("loupe")
+    with pytest.raises(RecipeError, match=r"--merge goes with --to folder; what --to loupe writes holds adapters merged always\. Leave --merge out"):
+        merging.check_form("loupe")
 
 
 @pytest.mark.parametrize(
@@ -333,3 +462,18 @@ def test_settings_that_are_not_the_default_are_planned_with_who_set_them(experim
     ]
     assert not [line for line in plan_lines(experiment) if line.topic == "execution"]
     assert fingerprint(suggesting.training(0)) == fingerprint(experiment.training(0))
+
+
+def test_the_longest_sequence_can_be_set_and_no_longer_than_the_model(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    model = f'model = "{tiny_language_model_folder}"'
+
+    def opened(max_tokens: int) -> Experiment:
+        return with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, model, f"{model}\nmax_tokens = {max_tokens}")
+
+    assert opened(300).training(0).max_tokens == 300
+    with pytest.raises(RecipeError, match=r"language_model\.max_tokens: found 5000, but .* holds 2048 tokens"):
+        opened(5000)
+    with pytest.raises(RecipeError, match=r"but language_model\.max_tokens allows 30 tokens in all"):
+        opened(30)

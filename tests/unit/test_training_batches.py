@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import threading
 from dataclasses import replace
 
@@ -95,6 +96,28 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_language_model_folder, ti
         builder.build(0, 0, world=3)
 
 
+def test_every_phase_writes_in_its_own_template(tiny_language_model_folder, tiny_tokenizer):
+    schedule = tiny_schedule()
+    align = (replace(schedule.align[0], template="plain"), *schedule.align[1:])
+    schedule = replace(schedule, align=align, sft=replace(schedule.sft, template="vicuna_v1"))
+    samples = [replace(sample, turns=sample.turns[:1]) for sample in fake_samples()]
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples, schedule=schedule)
+    texts = [tiny_tokenizer.decode(builder.build(phase, 0, micro_batch_size=1).micro_batches[0].text_ids) for phase in (0, 1, 4)]
+    assert re.fullmatch(r"<\|begin\|>\d+\n", texts[0])
+    assert re.fullmatch(r"<\|user\|>\nWhich number\?<\|end\|><\|assistant\|>\d+<\|end\|>", texts[1])
+    assert re.fullmatch(r"<\|begin\|>A chat .* USER: \nWhich number\? ASSISTANT: \d+<\|end\|>", texts[2], re.DOTALL)
+    labels = builder.build(0, 0).micro_batches[0].label_ids
+    assert re.fullmatch(r"(\d+\n){4}", tiny_tokenizer.decode(labels))
+
+
+def test_a_conversation_that_screening_should_have_left_out_is_named(tiny_language_model_folder, tiny_tokenizer):
+    samples = fake_samples()
+    samples[5] = replace(samples[5], turns=(replace(samples[5].turns[0], question="<image>"),))
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples)
+    with pytest.raises(TrainingError, match=r"sample fake-5 \(fake\) cannot be trained on: the question of turn 1"):
+        builder.conversation(5, "own")
+
+
 def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):
     with pytest.raises(TrainingError, match="no image"):
         make_builder(tiny_language_model_folder, tiny_tokenizer, samples=[])
@@ -102,13 +125,13 @@ def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):
 
 def test_the_spec_s_parts_must_fit(tiny_language_model_folder):
     spec = tiny_training_spec(tiny_language_model_folder)
+    with pytest.raises(SpecError, match=r"template plain leaves out what is asked.*found both 0, global 0.5, local 0, blind 0.5"):
+        replace(tiny_schedule().align[0], template="plain", branch=BranchMix(global_only=0.5, blind=0.5))
     phase = PhaseSpec(name="p", train=("local_mlp",), branch=BranchMix(both=1.0), steps=1, batch_size=1, learning_rate=1.0)
     with pytest.raises(SpecError, match=r"trains \['local_mlp'\]"):
         tiny_training_spec(tiny_language_model_folder, schedule=ScheduleSpec(align=(phase,), sft=None))
     with pytest.raises(SpecError, match="different datasets"):
         tiny_training_spec(tiny_language_model_folder, dataset_fingerprint="e" * 64)
-    from dataclasses import replace
-
     with pytest.raises(SpecError, match=r"needs the maps \['mean_0_2'\]"):
         replace(spec, features=replace(spec.features, local_maps=(spec.features.local_maps[0], spec.features.local_maps[2])))
     with pytest.raises(SpecError, match="no local branch"):
@@ -154,3 +177,53 @@ def test_evidence_lands_on_the_local_token_that_shows_it(tiny_language_model_fol
     assert {place for place, _ in pairs} == {(len(plan.local_views) - 1) * queries + row * grid + row}
     assert {word for _, word in pairs} == words
     assert len(pairs) == len(words)  # asked twice, meant once
+
+
+def test_phases_over_some_sources_see_those_alone_and_every_one_as_often(tiny_language_model_folder, tiny_tokenizer):
+    """Two phases share the captions and pass on where the first stopped; a phase over everything in between does not move them."""
+    samples = [replace(sample, source="llava_json/captions" if k % 3 else "llava_json/chat") for k, sample in enumerate(fake_samples(12))]
+    captions = [k for k in range(12) if k % 3]
+
+    def phase(name, sources, steps):
+        values = {"train": ("global_mlp",), "branch": BranchMix(global_only=1.0), "batch_size": 2, "learning_rate": 1e-3}
+        return PhaseSpec(name=name, sources=sources, steps=steps, **values)
+
+    only = ("llava_json/captions",)
+    schedule = ScheduleSpec(align=(phase("a", only, 3), phase("b", (), 2), phase("c", only, 1), phase("d", ("llava_json/chat",), 4)), sft=None)
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples, schedule=schedule)
+    seen = [[index for step in range(p.steps) for index in builder._indices(k, step)] for k, p in enumerate(schedule.align)]
+    assert sorted(seen[0] + seen[2]) == captions
+    assert len(set(seen[1])) == 4
+    assert sorted(seen[3]) == sorted([0, 3, 6, 9] * 2)
+    with pytest.raises(TrainingError, match=r"phase 'x' sees the sources llava_json/none alone.*found those of llava_json/captions, llava_json/chat"):
+        make_builder(
+            tiny_language_model_folder,
+            tiny_tokenizer,
+            samples=samples,
+            schedule=ScheduleSpec(align=(phase("x", ("llava_json/none",), 1),), sft=None),
+        )
+
+
+def test_the_selector_s_noise_is_a_function_of_the_position(tiny_language_model_folder, tiny_tokenizer):
+    from model.specs import TextGuidedSelectorSpec
+    from tests.tiny_training import tiny_connector_spec
+
+    plain = tiny_connector_spec()
+    connector = replace(plain, local_branch=replace(plain.local_branch, selector=TextGuidedSelectorSpec(top_p=0.7)))
+    schedule = tiny_schedule()
+    schedule = replace(schedule, align=(), sft=replace(schedule.sft, selector=True, branch=BranchMix(both=1.0)))
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, connector=connector, schedule=schedule)
+    whole = builder.build(0, 1).micro_batches[0]
+    assert whole.selects
+    assert whole.selector_noise.shape == (
+        4,
+        max(len(order) for order in [builder.connector.local_order(builder.view_plan(s)) for s in builder.samples]),
+    )
+    parts = [builder.build(0, 1, rank=rank, world=2).micro_batches[0].selector_noise for rank in range(2)]
+    for row in range(4):
+        part = parts[row // 2][row % 2]
+        assert torch.equal(whole.selector_noise[row, : len(part)], part)
+    assert not torch.equal(whole.selector_noise, builder.build(0, 0).micro_batches[0].selector_noise)
+    off = replace(schedule, sft=replace(schedule.sft, selector=False))
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, connector=connector, schedule=off)
+    assert not builder.build(0, 0).micro_batches[0].selects

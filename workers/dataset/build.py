@@ -19,7 +19,7 @@ from workers.dataset.sources import Item, Renderer, load_item, read_records
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
 from workers.errors import IncompleteError, ObjectNotFoundError, SourceError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import QuarantineRow, check_budget, quarantine_table, quarantine_to_table
+from workers.quarantine import QuarantineRow, check_budget, commit_quarantine
 from workers.runtime import Cluster, ray_runtime
 from workers.storage import Store
 from workers.tables import Table, TableFile
@@ -39,6 +39,8 @@ class DatasetRecord:
     num_items: int
     num_samples: int
     num_train: int
+    num_train_by_source: dict[str, int]
+    """By the source's label; an image of several sources counts for the first one."""
     num_held_out: int
     num_turns: int
     num_small_turns: int
@@ -292,7 +294,7 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
             f"dataset {stage.key}: {num_items} items were expected, found {len(samples)} samples, {num_duplicates} duplicates "
             f"and {len(quarantined)} refused"
         )
-    _commit_quarantine(stage, quarantined)
+    commit_quarantine(stage, quarantined)
     table = samples_table(store)
     table.ensure()
     partition = {"dataset": stage.key}
@@ -313,6 +315,7 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         num_items=num_items,
         num_samples=len(samples),
         num_train=sum(sample.split == "train" for sample in samples),
+        num_train_by_source=dict(Counter(sample.source for sample in samples if sample.split == "train")),
         num_held_out=sum(sample.split == "held_out" for sample in samples),
         num_turns=len(turns),
         num_small_turns=sum(turn.detail == "small" for turn in turns),
@@ -324,12 +327,3 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         num_units=len(units),
         seconds=0.0,
     )
-
-
-def _commit_quarantine(stage: Stage, rows: Sequence[QuarantineRow]) -> None:
-    if not rows:
-        return
-    table = quarantine_table(stage.store)
-    table.ensure()
-    file = table.write_file({"stage": stage.name, "key": stage.key}, "rows.parquet", [quarantine_to_table(rows)])
-    table.commit([file])

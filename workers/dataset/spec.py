@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from model.errors import SpecError
+from model.specs import UnknownDigest
 from model.views import ViewSpec
 
 __all__ = [
@@ -64,7 +65,8 @@ class LlavaJsonSourceSpec:
     """sha256 (hex) of the JSON file, so that edited records are another dataset."""
 
     def __post_init__(self) -> None:
-        if len(self.records_sha256) != 64 or set(self.records_sha256) - set("0123456789abcdef"):
+        is_digest = len(self.records_sha256) == 64 and not set(self.records_sha256) - set("0123456789abcdef")
+        if not is_digest and not isinstance(self.records_sha256, UnknownDigest):
             raise SpecError(f"source {self.records!r}: records_sha256 must be 64 hex digits, found {self.records_sha256!r}")
 
 
@@ -103,7 +105,8 @@ class DatasetSpec:
     sources: tuple[SourceSpec, ...]
     seed: int
     held_out_fraction: float
-    """Share of the images kept for evaluation; decided by each image's hash, so no image is ever on both sides."""
+    """Share of the images kept for evaluation; decided by each image's hash, so no image is ever on both sides. 1 keeps all: a dataset that is only
+    asked."""
     view_px: int
     """Side of the encoder's view that the images are made for."""
     views: ViewSpec
@@ -118,8 +121,8 @@ class DatasetSpec:
         labels = [source_label(source) for source in self.sources]
         if not labels or len(set(labels)) != len(labels):
             raise SpecError(f"dataset.sources must name at least one source and each once, found {labels}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise SpecError(f"dataset.held_out_fraction must lie in [0, 1), found {self.held_out_fraction}")
+        if not 0 <= self.held_out_fraction <= 1:
+            raise SpecError(f"dataset.held_out_fraction must lie in [0, 1], found {self.held_out_fraction}")
         if self.turns_per_image < 1 or self.view_px < 1:
             raise SpecError(f"dataset.turns_per_image and dataset.view_px must be at least 1, found {self.turns_per_image} and {self.view_px}")
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from model.connector import build_connector
-from model.language_model import embedding_rms, load_language_model
+from model.language_model import embedding_rms, hold_in, load_language_model
 from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
@@ -72,7 +72,7 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     Raises:
         LanguageModelError: the language model is missing or another by now.
     """
-    language_model = load_language_model(verified_folder(spec.language_model))
+    language_model = load_language_model(verified_folder(spec.language_model), spec.language_model.template)
     connector = build_connector(
         spec.connector,
         spec.features.encoder,
@@ -82,7 +82,7 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     )
     network = language_model.network
     if (freeze_language_model or spec.lora is not None) and spec.precision == "bf16":
-        network.to(torch.bfloat16)
+        hold_in(network, torch.bfloat16)
     if freeze_language_model:
         network.requires_grad_(requires_grad=False)
     elif spec.lora is not None:

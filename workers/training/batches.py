@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.adapters import NUM_EXPERTS
-from model.chat import Conversation, tokenise_conversation
+from model.chat import Conversation, tokenise_conversation, with_template
 from model.connector import Connector
 from model.errors import ConversationError
-from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, ScheduleSpec
+from model.specs import BranchMix, ChatTemplate, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
 from model.views import Box, ViewPlan
 from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
@@ -32,7 +32,7 @@ from workers.caching.units import view_plan
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
-__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
+__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_conversation", "sample_index", "stack_maps"]
 
 _ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE, _DROPOUT = 1, 2, 3, 4, 5
 """Streams of random numbers that must not meet."""
@@ -131,6 +131,26 @@ def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[Ma
     return tuple(dict.fromkeys(connector.global_branch.fusion.maps)), tuple(dict.fromkeys(local))
 
 
+def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, connector: Connector, max_tokens: int) -> Conversation:
+    """A sample's conversation, beside all of its image's visual tokens.
+
+    Args:
+        sample: whose turns and image.
+        tokenizer: with the template of the phase.
+        features: tell how many local views the image has.
+        connector: tells how many tokens a view makes.
+        max_tokens: the language model's longest sequence.
+
+    Returns:
+        Its tokens.
+
+    Raises:
+        ConversationError: it cannot be trained on.
+    """
+    room = room_for_text(max_tokens, connector, view_plan(features, sample))
+    return tokenise_conversation(tokenizer, [(turn.question, turn.answer) for turn in sample.turns], room)
+
+
 class BatchBuilder:
     """Makes the batches of any step, in any order.
 
@@ -140,11 +160,11 @@ class BatchBuilder:
         features: what the source's features are.
         connector: tells how many tokens a view makes and which maps it needs.
         schedule: phases and seed.
-        tokenizer: with a chat template.
+        tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
 
     Raises:
-        TrainingError: there are no samples.
+        TrainingError: there are no samples, or none of the sources that a phase sees.
     """
 
     def __init__(
@@ -163,33 +183,25 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
-        self._conversations: dict[int, Conversation] = {}
+        self._by_sources = {phase.sources: _of_sources(samples, phase) for phase in schedule.phases}
+        self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
+        self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
     def view_plan(self, sample: Sample) -> ViewPlan:
         """The views of an image, by the view rule alone."""
         return view_plan(self.features, sample)
 
-    def conversation(self, index: int) -> Conversation:
-        """Tokens of a sample's conversation; kept, since every pass needs them again."""
-        if index not in self._conversations:
+    def conversation(self, index: int, template: ChatTemplate) -> Conversation:
+        """Tokens of a sample's conversation in a phase's template; kept, since every pass needs them again."""
+        if (index, template) not in self._conversations:
             sample = self.samples[index]
-            room = room_for_text(self._max_tokens, self.connector, self.view_plan(sample))
-            turns = [(turn.question, turn.answer) for turn in sample.turns]
             try:
-                self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
-            except ConversationError as error:
+                made = sample_conversation(sample, self._tokenizers[template], self.features, self.connector, self._max_tokens)
+            except ConversationError as error:  # screening leaves such samples out
                 raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
-        return self._conversations[index]
-
-    def check(self) -> None:
-        """Tokenise every conversation, so that one that cannot be trained on stops the run before its first step and not at some later one.
-
-        Raises:
-            TrainingError: names the sample and what is wrong with it.
-        """
-        for index in range(len(self.samples)):
-            self.conversation(index)
+            self._conversations[index, template] = made
+        return self._conversations[index, template]
 
     def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
         """The batches of one step for one rank.
@@ -216,8 +228,8 @@ class BatchBuilder:
             )
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
-        indices = [sample_index(seed, position, len(self.samples)) for position in positions]
-        supervised = sum(self.conversation(index).num_supervised for index in indices)
+        indices = self._indices(phase_index, step)
+        supervised = sum(self.conversation(index, phase.template).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
             shown = [branch_mode(phase.branch, seed, phase_index, position) in ("local", "both") for position in positions]
@@ -232,6 +244,14 @@ class BatchBuilder:
             chosen = range(start, min(start + size, mine.stop))
             micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
+
+    def _indices(self, phase_index: int, step: int) -> list[int]:
+        """The samples of a step. Passes go on where the last phase over the same sources left them, so every sample is seen as often as any other."""
+        phases, phase = self.schedule.phases, self.schedule.phases[phase_index]
+        shown = self._by_sources[phase.sources]
+        seen = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if earlier.sources == phase.sources)
+        first = seen + step * phase.batch_size
+        return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Maps of images at even distances in the frozen order, to measure the connector's inputs on: the first ones are all of one source.
@@ -319,7 +339,7 @@ class BatchBuilder:
                     start = layout.first_view[place] * layout.tokens_per_local_view
                     pairs += [(start + token, word) for token, word in self.evidence(index)]
         return plan_sequences(
-            [self.conversation(index) for index in indices],
+            [self.conversation(index, phase.template) for index in indices],
             modes,
             range(len(indices)),
             layout,
@@ -358,6 +378,17 @@ class BatchBuilder:
                 for place, features in zip(places, self.source.fetch(images, want_global=want_global, want_local=want_local), strict=True):
                     found[place] = features
         return found
+
+
+def _of_sources(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
+    """Places of the samples that a phase sees."""
+    found = [place for place, sample in enumerate(samples) if phase.sees(sample.source)]
+    if not found:
+        raise TrainingError(
+            f"phase {phase.name!r} sees the sources {', '.join(phase.sources)} alone, of which the train split holds no image; found those of "
+            f"{', '.join(sorted({sample.source for sample in samples}))}"
+        )
+    return found
 
 
 def _is_noisy(connector: Connector) -> bool:

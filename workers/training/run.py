@@ -24,7 +24,7 @@ from model.schedule import steps_before
 from model.specs import CONNECTOR_BLOCKS, fingerprint
 from workers.commits import Stage, from_json
 from workers.errors import ClusterError, ObjectNotFoundError, StorageError, TrainingError, WorkerError, WorkFailedError
-from workers.execution import ExecutionSettings, Progress
+from workers.execution import ExecutionSettings, Progress, SilentProgress
 from workers.runtime import ray_runtime
 from workers.storage import Store
 from workers.training.spec import PhaseRecord, TrainingRecord, TrainingSpec
@@ -61,6 +61,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         The record, committed.
 
     Raises:
+        ErrorBudgetError: too many conversations cannot be trained on.
         TrainingError: the run cannot start, resume or go on.
         ClusterError: workers died more often than max_failures allows.
     """
@@ -70,6 +71,9 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
     schedule = spec.schedule
     total = steps_before(schedule.phases, len(schedule.phases))
     with stage.attempt() as timer:
+        from workers.training.screening import screen
+
+        screening = screen(spec, store, execution, progress)
         with _following(store, stage, total, progress) as losses:
             for name in _STAGES:
                 phases = _phases(spec, name)
@@ -80,7 +84,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
         step_seconds = sum(record.seconds for record in records)
-        facts = store.read_json(stage.path("facts.json"))
+        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "device": "none"}
         record = TrainingRecord(
             training_fingerprint=fingerprint(spec),
             folder=f"checkpoints/{stage.key}/final",
@@ -89,6 +93,8 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             steps=total,
             samples=samples,
             num_images=facts["num_images"],
+            num_quarantined=len(screening.rows),
+            quarantined_by_reason=screening.by_reason,
             parameters=parameters,
             seconds=timer.seconds,
             samples_per_second=samples / max(step_seconds, 1e-9),
@@ -147,12 +153,8 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
     from workers.training.assemble import final_folder
     from workers.training.checkpoints import write_checked
 
-    last = [name for name in _STAGES if _phases(spec, name)][-1]
-    saved = _last_checkpoint(spec, store, last)
-    if saved is None:
-        raise TrainingError(f"the last checkpoint of stage {last} below {store.url('checkpoints')} is damaged; remove it and run again")
     parts: dict[str, dict[str, Any]] = {}
-    for name, tensor in saved.model.items():
+    for name, tensor in _final_weights(spec, store).items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in parts.items()}
@@ -163,6 +165,21 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
         parameters["language_model"] = sum(tensor.numel() for tensor in parts["language_model"].values())
     digests = write_checked(store, final_folder(spec), files)
     return digests, {block: count for block, count in parameters.items() if count}, sum(len(data) for data in files.values())
+
+
+def _final_weights(spec: TrainingSpec, store: Store) -> dict[str, Any]:
+    """What the last phase left; without phases, what training would have started from."""
+    stages = [name for name in _STAGES if _phases(spec, name)]
+    if not stages:
+        from workers.training.initial_weights import initial_tensors
+
+        assert spec.initial_weights_sha256 is not None
+        return {f"connector.{name}": tensor for name, tensor in initial_tensors(store, spec.initial_weights_sha256).items()}
+    saved = _last_checkpoint(spec, store, stages[-1])
+    if saved is None:
+        raise TrainingError(f"the last checkpoint of stage {stages[-1]} below {store.url('checkpoints')} is damaged; remove it and run again")
+    weights: dict[str, Any] = saved.model
+    return weights
 
 
 @contextlib.contextmanager
@@ -348,15 +365,17 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     import torch
     import torch.distributed as dist
 
-    from model.language_model import checkpoint_layers
+    from model.language_model import checkpoint_layers, load_tokenizer
     from workers.dataset.samples import read_samples
     from workers.evaluation import check_questions
+    from workers.language_models import language_model_folder
     from workers.training.assemble import choose_device, training_data
     from workers.training.batches import BatchBuilder
     from workers.training.checkpoints import CheckpointFolder
     from workers.training.engine import DeepSpeedEngine, solo_process_group
     from workers.training.loop import run_stage, stage_phases
     from workers.training.progress_log import MetricsLog
+    from workers.training.screening import screen
 
     torch.set_num_threads(threads)
     solo_process_group()
@@ -366,27 +385,29 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     run_folder = f"runs/train-connector/{key}"
     name = "align" if stage == "align" else "sft"
     phases = [spec.schedule.phases[index] for index in stage_phases(spec.schedule, "align" if stage == "align" else "sft")]
+    refused = screen(spec, store, execution, SilentProgress()).refused
     data = training_data(spec, store, "train", device=device.type, verify=rank == 0)
+    samples = [sample for sample in data.samples if sample.index not in refused]
     model, trainable = _starting_model(spec, store, name, device)
     builder = BatchBuilder(
-        samples=data.samples,
+        samples=samples,
         source=data.source,
         features=spec.features,
         connector=model.connector,
         schedule=spec.schedule,
-        tokenizer=model.tokenizer,
-        max_tokens=model.max_tokens,
+        tokenizer=load_tokenizer(language_model_folder(spec.language_model.model), None),
+        max_tokens=spec.longest_sequence(model.max_tokens),
     )
-    builder.check()
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
         if rank == 0:
-            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
-        global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
-        model.connector.measure_inputs(
-            {name: maps.to(device) for name, maps in global_maps.items()},
-            None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
-        )
+            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features, execution)
+        if spec.initial_weights_sha256 is None:  # else the measured numbers are among them
+            global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
+            model.connector.measure_inputs(
+                {name: maps.to(device) for name, maps in global_maps.items()},
+                None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
+            )
     # Optimizer state and gradients of the connector alone are not worth sharing out, a frozen language model is.
     zero_stage = execution.zero_stage if name == "sft" or execution.zero_stage == 3 else 0
     if execution.gradient_checkpointing:
@@ -400,7 +421,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     )
     metrics = None
     if rank == 0:
-        store.write_json(f"{run_folder}/facts.json", {"num_images": len(data.samples), "device": _device_name(device)})
+        store.write_json(f"{run_folder}/facts.json", {"num_images": len(samples), "device": _device_name(device)})
         metrics = MetricsLog(store, run_folder, total_steps=steps_before(spec.schedule.phases, len(spec.schedule.phases)))
     try:
         run_stage(
@@ -409,7 +430,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
             builder=builder,
             checkpoints=checkpoints,
             metrics=metrics,
-            context={"training_fingerprint": fingerprint(spec), "num_images": len(data.samples)},
+            context={"training_fingerprint": fingerprint(spec), "num_images": len(samples)},
             checkpoint_every_steps=execution.checkpoint_every_steps,
             micro_batch_size=execution.micro_batch_size,
             device=device,
@@ -422,14 +443,13 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
 
 def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The model that a stage starts from, and the blocks that its optimizer knows."""
-    from workers.training.assemble import assemble_model
     from workers.training.checkpoints import load_weights
 
     if stage == "align":
-        return assemble_model(spec, freeze_language_model=True, device=device), spec.connector.blocks
+        return _assembled(spec, store, freeze_language_model=True, device=device), spec.connector.blocks
     assert spec.schedule.sft is not None
     trains = spec.schedule.sft.train
-    model = assemble_model(spec, freeze_language_model="language_model" not in trains, device=device)
+    model = _assembled(spec, store, freeze_language_model="language_model" not in trains, device=device)
     if spec.schedule.align:
         aligned = _last_checkpoint(spec, store, "align")
         if aligned is None:
@@ -438,6 +458,17 @@ def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -
             )
         load_weights(model, aligned.model)
     return model, trains
+
+
+def _assembled(spec: TrainingSpec, store: Store, *, freeze_language_model: bool, device: Any) -> Any:
+    """The model as it is before the first phase: with the seed's weights, or those that the recipe names."""
+    from workers.training.assemble import assemble_model
+    from workers.training.initial_weights import start_from
+
+    model = assemble_model(spec, freeze_language_model=freeze_language_model, device=device)
+    if spec.initial_weights_sha256 is not None:
+        start_from(model.connector, store, spec.initial_weights_sha256, spec.features.encoder)
+    return model
 
 
 def _device_name(device: Any) -> str:

@@ -32,6 +32,18 @@ class TrainingSpec:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type, also below
     adapters."""
+    initial_weights_sha256: str | None = None
+    """sha256 (hex) of the connector.safetensors that training starts from, kept in the root; None starts from the seed's random weights."""
+    max_tokens: int | None = None
+    """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
+
+    def longest_sequence(self, context_tokens: int) -> int:
+        """Tokens that a training sequence may have.
+
+        Args:
+            context_tokens: the language model's limit.
+        """
+        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
 
     def __post_init__(self) -> None:
         local = self.connector.local_branch
@@ -46,6 +58,8 @@ class TrainingSpec:
                     f"connector.{branch} needs the maps {missing}, but the features hold {[map_spec.name for map_spec in held]}; add them to the "
                     "features"
                 )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise SpecError(f"language_model.max_tokens must be at least 1, found {self.max_tokens}")
         if self.dataset_fingerprint != self.features.dataset_fingerprint:
             raise SpecError("training and its features name different datasets; cache the features of the dataset that is trained on")
         if self.lora is not None and (self.schedule.sft is None or "language_model" not in self.schedule.sft.train):
@@ -54,6 +68,8 @@ class TrainingSpec:
                 f"language_model.lora asks for adapters, but {trained}, so nothing would train them; add language_model to schedule.sft.train, or "
                 "leave lora out"
             )
+        if not self.schedule.phases and self.initial_weights_sha256 is None:
+            raise SpecError("the schedule has no phases, and without connector.weights there is nothing to evaluate; add at least one of the two")
         for phase in self.schedule.phases:
             known = (*self.connector.blocks, "language_model")
             if missing_blocks := [block for block in phase.train if block not in known]:
@@ -97,6 +113,10 @@ class TrainingRecord:
     steps: int
     samples: int
     num_images: int
+    """That it trained on."""
+    num_quarantined: int
+    """Samples of the train split that no phase saw, since their conversation cannot be trained on."""
+    quarantined_by_reason: dict[str, int]
     parameters: dict[str, int]
     """Number of parameters by block."""
     seconds: float
