@@ -418,9 +418,9 @@ SelectorSpec = TextGuidedSelectorSpec | LearnableSelectorSpec
 
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
-ExportForm = Literal["folder", "llava-hf", "llava-next-hf", "loupe"]
-"""What an export is written as. `folder`: what `loupe ask` reads. `llava-hf`, `llava-next-hf`: transformers' own LLaVA and LLaVA-NeXT. `loupe`: a
-transformers model of Loupe's own classes."""
+ExportForm = Literal["folder", "llava", "llava-hf", "llava-next-hf", "loupe"]
+"""What an export is written as. `folder`: what `loupe ask` reads. `llava`: the authors' `mm_projector.bin` and its kin. `llava-hf`, `llava-next-hf`:
+transformers' own LLaVA and LLaVA-NeXT. `loupe`: a transformers model of Loupe's own classes."""
 
 StockForm = Literal["llava-hf", "llava-next-hf"]
 """Forms that need no code of Loupe's."""

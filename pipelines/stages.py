@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 from urllib.parse import unquote, urlsplit
 
-from model.errors import FoldingError, ModelError, SpecError
+from model.errors import ExportError, FoldingError, ModelError, SpecError
 from model.specs import (
     ChatTemplate,
     ConnectorSpec,
@@ -356,13 +356,22 @@ class Experiment:
         Raises:
             RecipeError: names what stands in the way.
         """
-        if form in ("llava-hf", "llava-next-hf"):
-            from model.folding import check_foldable
+        try:
+            match form:
+                case "llava-hf" | "llava-next-hf":
+                    from model.folding import check_foldable
 
-            try:
-                check_foldable(form, self.connector, self.encoder, self.dataset.views)
-            except FoldingError as error:
-                raise RecipeError(f"recipe {self.file.path}: {error}") from error
+                    check_foldable(form, self.connector, self.encoder, self.dataset.views)
+                case "llava":
+                    from model.released_export import check_computable
+
+                    check_computable(self.connector, self.encoder)
+                case "folder" | "loupe":
+                    pass
+                case _:
+                    assert_never(form)
+        except (FoldingError, ExportError) as error:
+            raise RecipeError(f"recipe {self.file.path}: --to {form}: {error}") from error
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
