@@ -88,7 +88,7 @@ def tiny_training_spec(language_model_folder: Path, *, features: Any = None, **c
 
 def fake_samples(count: int = TINY_TRAIN_IMAGES) -> list[Any]:
     """Samples of two aspect ratios and one to three turns."""
-    from workers.dataset.samples import Sample, Turn
+    from workers.dataset.samples import ImageRef, Sample, Turn
 
     samples = []
     for number in range(count):
@@ -101,10 +101,12 @@ def fake_samples(count: int = TINY_TRAIN_IMAGES) -> list[Any]:
             Sample(
                 sample_id=f"fake-{number}",
                 index=number,
-                image_sha256=hashlib.sha256(str(number).encode()).hexdigest(),
-                image_path=f"images/{number}.png",
-                width_px=112 if number % 3 else 56,
-                height_px=56 if number % 3 else 112,
+                image=ImageRef(
+                    sha256=hashlib.sha256(str(number).encode()).hexdigest(),
+                    path=f"images/{number}.png",
+                    width_px=112 if number % 3 else 56,
+                    height_px=56 if number % 3 else 112,
+                ),
                 family="fake",
                 source="fake",
                 split="train",
