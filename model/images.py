@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from model.errors import ImageError, SpecError
 from model.views import Branch, ViewPlan
 
-__all__ = ["REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score"]
+__all__ = ["DEFAULT_LIMITS", "REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score", "upright_rgb"]
 
 Reason = Literal["empty", "too_many_bytes", "not_an_image", "too_many_pixels", "extreme_aspect", "truncated", "undecodable"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -95,7 +95,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
             try:
                 image.seek(0)
                 image.load()
-                return _to_rgb(image)
+                return upright_rgb(image)
             except MemoryError:
                 raise
             except Image.DecompressionBombError as error:  # a frame may be larger than its file's header says
@@ -107,7 +107,18 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 raise _refuse(reason, f"the pixels cannot be decoded: {type(error).__name__}: {text}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture, or the frame it stands at, upright and in RGB; see `decode_image`.
+
+    Args:
+        image: in any mode.
+
+    Returns:
+        Mode RGB.
+
+    Raises:
+        ValueError: 32-bit samples, which have no defined white.
+    """
     profile = image.info.get("icc_profile")
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):

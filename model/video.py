@@ -1,0 +1,187 @@
+"""Video without training on any: some frames of it stand in for a picture.
+
+`frames`: every frame is a global view; its tokens are pooled and follow those of the frame before, in the one place that a picture has.
+`grid`: the frames tile the canvas of a picture, each one local view, and the mean of their features is the global view.
+
+Input: a video's bytes, or frames. Output: frames to encode, and what becomes of their tokens. Invariant: the same bytes give the same frames; a video
+shorter than the wanted number of frames repeats some.
+
+Source: `frames`: FreeVA as Dense Connector uses it (section 3.4 and its evaluation code). `grid`: SliME's note on video.
+"""
+
+import io
+from collections.abc import Iterator
+from itertools import pairwise
+from math import isqrt
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageSequence, UnidentifiedImageError
+from torch import Tensor
+
+from model.errors import ImageError, SpecError
+from model.images import DEFAULT_LIMITS, ImageLimits, upright_rgb
+from model.views import ViewPlan, ViewSpec, plan_views
+
+__all__ = ["VideoLayout", "frame_places", "grid_plan", "pool_frames", "read_frames"]
+
+VideoLayout = Literal["frames", "grid"]
+
+MAX_FRAMES = 100_000
+"""An hour at 28 frames a second. What promises more is refused before it is decoded."""
+
+
+def frame_places(num_frames: int, wanted: int) -> tuple[int, ...]:
+    """The middle frames of equal parts of a video.
+
+    Args:
+        num_frames: of the video.
+        wanted: how many.
+
+    Returns:
+        Places from 0, ascending; some repeat where there are fewer frames than wanted.
+
+    Raises:
+        SpecError: no frames, or none wanted.
+
+    Source: FreeVA's sampling: the parts' borders are rounded, and so is what lies between two.
+    """
+    if num_frames < 1 or wanted < 1:
+        raise SpecError(f"a video needs at least one frame, and at least one must be wanted; found {num_frames} and {wanted}")
+    borders = [round(part * (num_frames - 1) / wanted) for part in range(wanted + 1)]
+    return tuple((first + last) // 2 for first, last in pairwise(borders))
+
+
+def pool_frames(tokens: Float[Tensor, "frames tokens hidden"], pool: int) -> Float[Tensor, "one pooled hidden"]:
+    """Every frame's tokens, the largest of each `pool` neighbours, one frame behind the other.
+
+    Args:
+        tokens: visual tokens of the frames as global views.
+        pool: neighbours along the flattened raster; 1 keeps all. Tokens that fill no pool are dropped.
+
+    Returns:
+        [1, frames * (tokens // pool), hidden]: as one picture's.
+
+    Raises:
+        SpecError: a pool larger than a frame.
+
+    Source: Dense Connector section 3.4 (kernel and stride of 2: 576 tokens to 288).
+    """
+    if not 1 <= pool <= tokens.shape[1]:
+        raise SpecError(f"a frame has {tokens.shape[1]} tokens, of which pools of {pool} cannot be made; use 1 to {tokens.shape[1]}")
+    pooled = F.max_pool1d(tokens.transpose(1, 2), kernel_size=pool, stride=pool).transpose(1, 2)
+    return pooled.flatten(0, 1)[None]
+
+
+def grid_plan(num_frames: int, view_px: int) -> ViewPlan:
+    """A canvas that so many frames tile, row by row, as close to a square as their number allows, wider than high: 8 make 4 x 2.
+
+    Args:
+        num_frames: how many.
+        view_px: side of the encoder's view.
+
+    Returns:
+        The plan of a picture whose local views the frames are.
+    """
+    rows = max(rows for rows in range(1, isqrt(num_frames) + 1) if num_frames % rows == 0)
+    columns = num_frames // rows
+    return plan_views(columns * view_px, rows * view_px, view_px, ViewSpec.anyres(grids=((columns, rows),)))
+
+
+def read_frames(data: bytes, wanted: int, limits: ImageLimits = DEFAULT_LIMITS) -> list[Image.Image]:
+    """Some frames of a video or of an animated picture.
+
+    Args:
+        data: the file. Animated GIF, WebP, PNG and TIFF are read by Pillow, all else by PyAV (`pip install 'loupe[video]'`).
+        wanted: how many frames; see `frame_places`.
+        limits: what to refuse, per frame; a file may have ten times as many bytes as a picture's.
+
+    Returns:
+        Upright RGB frames, `wanted` of them.
+
+    Raises:
+        ImageError: the bytes are no video that can be read, or too large.
+    """
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    if len(data) > 10 * limits.max_bytes:
+        raise ImageError("too_many_bytes", f"the file has {len(data)} bytes; at most {10 * limits.max_bytes} are allowed for a video")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return _animation_frames(picture, wanted, limits)
+    except UnidentifiedImageError:
+        return _video_frames(data, wanted, limits)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError("undecodable", f"its frames cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageError("too_many_pixels", f"its frames have {width}x{height} pixels; at most {limits.max_pixels} are allowed")
+
+
+def _check_number(num_frames: int) -> None:
+    if num_frames > MAX_FRAMES:
+        raise ImageError("too_many_pixels", f"it has {num_frames} frames; at most {MAX_FRAMES} are allowed: cut it")
+
+
+def _animation_frames(picture: Image.Image, wanted: int, limits: ImageLimits) -> list[Image.Image]:
+    _check_size(*picture.size, limits)
+    num_frames = int(getattr(picture, "n_frames", 1))
+    _check_number(num_frames)
+    places = frame_places(num_frames, wanted)
+    chosen = {place: upright_rgb(frame) for place, frame in enumerate(ImageSequence.Iterator(picture)) if place in places}
+    return [chosen[place] for place in places]
+
+
+def _video_frames(data: bytes, wanted: int, limits: ImageLimits) -> list[Image.Image]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImageError(
+            "not_an_image", "it is no picture that Pillow knows, and videos are read by PyAV, which is not installed: pip install 'loupe[video]'"
+        ) from error
+    try:
+        # Counted by its packets first, which costs no decoding; containers often do not say how many frames they hold.
+        container: Any
+        with av.open(io.BytesIO(data)) as container:
+            stream = _video_stream(container, limits)
+            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
+        _check_number(num_frames)
+        places = frame_places(num_frames, wanted)
+        with av.open(io.BytesIO(data)) as container:
+            stream = _video_stream(container, limits)
+            chosen: dict[int, Image.Image] = {}
+            last: Any = None
+            for place, frame in enumerate(_decoded(container, stream, places[-1])):
+                last = frame
+                if place in places:
+                    chosen[place] = _turned(frame)
+    except av.FFmpegError as error:
+        raise ImageError("undecodable", f"it cannot be read as a video: {error}") from error
+    if last is None:
+        raise ImageError("undecodable", "it holds no frame that can be decoded")
+    end = _turned(last)  # packets that gave no frame leave fewer than were counted
+    return [chosen.get(place, end) for place in places]
+
+
+def _video_stream(container: Any, limits: ImageLimits) -> Any:
+    if not container.streams.video:
+        raise ImageError("not_an_image", "it holds no video, sound alone perhaps")
+    stream = container.streams.video[0]
+    _check_size(stream.codec_context.width, stream.codec_context.height, limits)
+    return stream
+
+
+def _decoded(container: Any, stream: Any, last: int) -> Iterator[Any]:
+    for place, frame in enumerate(container.decode(stream)):
+        yield frame
+        if place >= last:
+            return
+
+
+def _turned(frame: Any) -> Image.Image:
+    """As a player shows it: telephones write how they were held, and turn nothing."""
+    picture: Image.Image = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
