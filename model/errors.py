@@ -13,9 +13,12 @@ ModelError
 |-- ExportError              an export folder is incomplete or does not fit its encoder
 """
 
+from typing import Literal
+
 __all__ = [
     "CanonicalisationError",
     "ConversationError",
+    "ConversationReason",
     "DecodingError",
     "EncoderError",
     "ExportError",
@@ -27,6 +30,10 @@ __all__ = [
     "SpecError",
     "first_line",
 ]
+
+ConversationReason = Literal["conversation_empty", "conversation_marks", "conversation_template", "conversation_too_long", "conversation_unmasked"]
+"""Why a conversation is refused: nothing is said; a mark of the prompt stands in a turn; the template refuses or rewrites it; even its first turn
+does not fit; an answer has no tokens of its own, or a border that lies inside a token."""
 
 
 def first_line(error: BaseException) -> str:
@@ -82,7 +89,22 @@ class MissingMapError(ModelError):
 
 
 class ConversationError(ModelError):
-    """A conversation cannot be tokenised with a loss mask that covers exactly its answers."""
+    """A conversation cannot be tokenised with a loss mask that covers exactly its answers.
+
+    Args:
+        reason: see below.
+        message: for people.
+
+    Attributes:
+        reason: closed vocabulary used as the quarantine's reason code.
+    """
+
+    def __init__(self, reason: ConversationReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["ConversationError"], tuple[str, str]]:
+        return (ConversationError, (self.reason, str(self)))  # so that it survives the way between processes
 
 
 class FrozenBlockChangedError(ModelError):

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from model.chat import with_template
 from model.errors import LanguageModelError, first_line
-from model.specs import LanguageModelSpec
+from model.specs import ChatTemplate, LanguageModelSpec
 from model.weights import unreadable_weights
 
 __all__ = [
@@ -118,17 +119,18 @@ def check_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, template: ChatTemplate | None = "own") -> Any:
     """The tokenizer of a language model, good for conversations.
 
     Args:
         folder: in transformers' layout.
+        template: in which conversations are written; None leaves that to whoever asks for it by `with_template`.
 
     Returns:
-        It, with a chat template and an end token.
+        It, with an end token and, unless that is left, a chat template.
 
     Raises:
-        LanguageModelError: it cannot be read, or lacks one of them.
+        LanguageModelError: it cannot be read, has no end token, or cannot speak the template.
     """
     from transformers import AutoTokenizer
 
@@ -136,14 +138,12 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         raise LanguageModelError(f"language model {folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
-    if not tokenizer.chat_template:
-        raise LanguageModelError(
-            f"language model {folder}: its tokenizer has no chat template, so questions and answers have no form. Base models have none: take the "
-            "model's instruct version, or add a chat_template.jinja"
-        )
     if tokenizer.eos_token_id is None:
         raise LanguageModelError(f"language model {folder}: its tokenizer names no end token, so an answer would never end; set eos_token")
-    return tokenizer
+    try:
+        return tokenizer if template is None else with_template(tokenizer, template)
+    except LanguageModelError as error:
+        raise LanguageModelError(f"language model {folder}: {error}") from error
 
 
 def context_tokens(folder: Path) -> int:
@@ -195,24 +195,25 @@ def describe_folder(folder: Path, name: str) -> LanguageModelSpec:
     return LanguageModelSpec(model=name, weights_sha256=digest.hexdigest())
 
 
-def load_language_model(folder: Path) -> LanguageModel:
+def load_language_model(folder: Path, template: ChatTemplate = "own") -> LanguageModel:
     """Load a model with its tokenizer, in fp32 on the CPU, dropout off.
 
     Args:
         folder: in transformers' layout.
+        template: in which its tokenizer writes conversations.
 
     Returns:
         The model.
 
     Raises:
-        LanguageModelError: it cannot be read, has no chat template, or its logits are more than its head on its last hidden state.
+        LanguageModelError: it cannot be read, cannot speak the template, or its logits are more than its head on its last hidden state.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars would spoil ours
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, template)
     try:
         network = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"

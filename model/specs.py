@@ -23,6 +23,7 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "ChatTemplate",
     "CompressionSpec",
     "ConnectorSpec",
     "DCISpec",
@@ -56,6 +57,10 @@ BLOCKS: tuple[Block, ...] = get_args(Block)
 """Everything that a phase can train, in the order in which parameter groups and records list it."""
 
 CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block != "language_model")
+
+
+ChatTemplate = Literal["own", "vicuna_v1", "llama3", "plain", "chatml"]
+"""How questions and answers become text: `own` is the tokenizer's, the others are the files in model/templates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -575,6 +580,8 @@ class LanguageModelSpec:
     """Folder, hub id or name: where it is loaded from. Part of the identity too."""
     weights_sha256: str
     """sha256 (hex) over the names and bytes of weights, config, tokenizer and chat template."""
+    template: ChatTemplate = "own"
+    """In which questions are asked of it: in evaluation, of the export, and in every phase that names no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -607,6 +614,22 @@ class BranchMix:
             raise SpecError(f"branch: found the shares {self.words}, in sum {sum(shares):g}; allowed: shares of 0 or more that sum to 1")
 
 
+def sees_text_only(train: Sequence[Block], template: ChatTemplate) -> bool:
+    """Whether samples without an image take part in a phase.
+
+    Args:
+        train: the blocks that the phase trains.
+        template: in which its conversations are written.
+
+    Returns:
+        Only if the language model is trained, since no token of such a sample comes from the connector, and its gradient would be nothing; and not in
+        `plain`, which leaves out what is asked.
+
+    Differs: LLaVA's trainers put a black image through the encoder and the connector for such a sample and multiply it away. Here it is a blind one.
+    """
+    return "language_model" in train and template != "plain"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseSpec:
     """One phase of the schedule: which blocks train, on which input, for how long, how fast.
@@ -636,6 +659,25 @@ class PhaseSpec:
     sources: tuple[str, ...] = ()
     """Which of the dataset's sources the phase sees, by their labels; empty means all. Both papers align on captions, fine-tune on
     instructions."""
+    template: ChatTemplate = "own"
+    """In which the phase's conversations are written: the authors align on `plain` captions and fine-tune on `vicuna_v1` or `llama3`."""
+
+    @property
+    def sees_text_only(self) -> bool:
+        """Whether samples without an image take part; see the function of that name."""
+        return sees_text_only(self.train, self.template)
+
+    def sees(self, source: str, *, text_only: bool) -> bool:
+        """Whether a sample takes part in the phase.
+
+        Args:
+            source: label of the source that it is from.
+            text_only: whether it has no image.
+
+        Returns:
+            Whether it does.
+        """
+        return (not self.sources or source in self.sources) and (self.sees_text_only or not text_only)
 
     @property
     def reached(self) -> tuple[Block, ...]:
@@ -680,6 +722,11 @@ class PhaseSpec:
             )
         if list(self.sources) != sorted(set(self.sources)):
             raise SpecError(f"phase {self.name!r}: sources must be in order and each once, found {list(self.sources)}")
+        if self.template == "plain" and self.branch.blind > 0:
+            raise SpecError(
+                f"phase {self.name!r}: template plain leaves out what is asked, so samples without their image (found {self.branch.words}) would "
+                "hold nothing to answer from; allowed: no share of blind, or another template"
+            )
         if not 0 <= self.evidence_weight < float("inf"):
             raise SpecError(f"phase {self.name!r}: evidence_weight must be 0 or more, found {self.evidence_weight}")
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1 or self.max_grad_norm <= 0:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from model.chat import Conversation
 from model.connector import Connector, Experts
-from model.errors import MissingMapError
+from model.errors import ConversationError, MissingMapError
 from model.language_model import LanguageModel, decoder, embed, first_token
 from model.losses import evidence_loss, supervised_loss
 from model.merging import NEWLINE
@@ -253,6 +253,7 @@ def plan_sequences(
 
     Raises:
         MissingMapError: a sequence shows what is not there.
+        ConversationError: a sequence begins with a supervised token; its label would be another sequence's.
     """
     text: list[int] = []
     in_prompt: list[bool] = []
@@ -268,6 +269,8 @@ def plan_sequences(
         parts = [before, *_visual_rows(mode, image, layout, first_global, first_local), after]
         rows.append(np.concatenate(parts))
         supervised = np.flatnonzero(np.asarray(conversation.supervised, dtype=bool))
+        if len(supervised) and len(rows[-1]) == len(after) and supervised[0] == 0:
+            raise ConversationError("conversation_unmasked", "a blind sequence begins with a supervised token, which nothing could predict")
         # The hidden state at position p predicts the token at p + 1.
         labels.append((len(rows[-1]) - len(after) + supervised - 1, [conversation.after[place] for place in supervised]))
     length = max((len(row) for row in rows), default=0)

@@ -38,7 +38,9 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
         StorageError: one of them cannot be read.
     """
     if not question.strip():
-        raise ConversationError(f"ask: found the question {question!r}; write one, such as 'Which number stands on the brown bar?'")
+        raise ConversationError(
+            "conversation_empty", f"ask: found the question {question!r}; write one, such as 'Which number stands on the brown bar?'"
+        )
     image_bytes = _image_bytes(image)
     if not export.strip():
         raise NothingThereError(f"ask: found {export!r} where the export folder should stand; `loupe export RECIPE` writes one and prints its path")

@@ -26,6 +26,7 @@ from model.specs import (
     AdapterSpec,
     Block,
     BranchMix,
+    ChatTemplate,
     CompressionSpec,
     ConnectorSpec,
     DCISpec,
@@ -425,6 +426,8 @@ class LanguageModel(Table):
     model: Word
     max_tokens: Count | None = None
     """Longest sequence in training; the model's own limit when absent."""
+    template: ChatTemplate = "own"
+    """How questions and answers become text, wherever a phase names no other."""
 
 
 class Shares(Table):
@@ -461,6 +464,8 @@ class Phase(Table):
     """Whether the selector drops tokens; when absent, not in alignment, and in fine-tuning where there is one."""
     sources: Annotated[tuple[Word, ...], Field(min_length=1)] | None = None
     """Which of the dataset's sources the phase sees; all when absent."""
+    template: ChatTemplate | None = None
+    """How questions and answers become text in this phase; the language model's when absent."""
     learning_rate: Positive
     language_model_learning_rate: Positive | None = None
     warmup_fraction: Fraction = 0.03
@@ -597,6 +602,7 @@ class Phase(Table):
             evidence_weight=self.evidence_weight,
             experts=self.experts,
             selector=fine_tunes and connector.selector is not None and mix.shows_local if self.selector is None else self.selector,
+            template=self.template or "own",
         )
 
 
@@ -702,6 +708,12 @@ class Recipe(Table):
         """Whether a phase's length depends on the number of training images."""
         return any(phase.epochs is not None for phase in self.schedule.phases)
 
+    @property
+    def templates(self) -> frozenset[ChatTemplate]:
+        """All in which conversations are written."""
+        default = self.language_model.template
+        return frozenset((default, *(phase.template or default for phase in self.schedule.phases)))
+
     def view_spec(self) -> ViewSpec:
         """How views are cut."""
         return self.views.spec()
@@ -806,6 +818,7 @@ class Recipe(Table):
 
         def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
+                phase = phase.model_copy(update={"template": phase.template or self.language_model.template})
                 return phase.spec(connector, labels=self.source_labels, num_train_images=num_train_images, fine_tunes=fine_tunes)
 
         schedule = self.schedule

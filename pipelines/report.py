@@ -10,7 +10,7 @@ import json
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,11 +143,7 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         headline=_headline(accuracy, dataset, stages),
         facts=_facts(experiment, runs),
         dataset=_dataset_rows(samples),
-        quarantine=tuple(
-            (name, reason, number)
-            for name, record in (("build-dataset", dataset), ("cache-features", cache))
-            for reason, number in record["quarantined_by_reason"].items()
-        ),
+        quarantine=tuple((name, reason, number) for name, refused in _refusals(dataset, cache, runs) for reason, number in refused.items()),
         phases=_phase_curves(store, runs),
         modes=modes,
         accuracy=accuracy,
@@ -160,6 +156,14 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         recipe_text=experiment.file.text,
         seeds=recipe.seeds,
     )
+
+
+def _refusals(dataset: dict[str, Any], cache: dict[str, Any], runs: Sequence[_SeedRun]) -> Iterator[tuple[str, dict[str, int]]]:
+    """What each stage refused, by reason. A seed changes neither conversations nor questions, so one stands for all."""
+    yield "build-dataset", dataset["quarantined_by_reason"]
+    yield "cache-features", cache["quarantined_by_reason"]
+    yield "train-connector", runs[0].training.quarantined_by_reason
+    yield "evaluate", runs[0].evaluation.quarantined_by_reason
 
 
 def template_sha256(*sources: Path) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from model.errors import ModelError, SpecError
-from model.specs import ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
+from model.specs import ChatTemplate, ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
@@ -226,7 +226,7 @@ class Experiment:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
         from workers.evaluation import MAX_NEW_TOKENS
 
-        context = _context_tokens(self.language_model.model)
+        context = _context_tokens(self.language_model.model, self.file.recipe.templates)
         asked = self.file.recipe.language_model.max_tokens
         if asked is not None and asked > context:
             raise RecipeError(
@@ -285,11 +285,11 @@ def _describe_encoder(name: str) -> EncoderSpec:
 
 
 @cache
-def _context_tokens(language_model: str) -> int:
+def _context_tokens(language_model: str, templates: frozenset[ChatTemplate]) -> int:
     """A run resolves its recipe in the command and again in the flow; loading a tokenizer takes longest of it all."""
     from workers.language_models import check_usable
 
-    return check_usable(language_model)
+    return check_usable(language_model, sorted(templates))
 
 
 def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
@@ -319,7 +319,7 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             store=store,
             execution=execution,
             encoder=encoder,
-            language_model=describe_language_model(recipe.language_model.model),
+            language_model=describe_language_model(recipe.language_model.model, recipe.language_model.template),
             connector=connector,
             dataset=dataset,
             features=features,

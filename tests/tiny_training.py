@@ -169,7 +169,19 @@ def draw_square(family: str, number: int, spec: Any) -> Any:
     return Rendered(png=data.getvalue(), width_px=112, height_px=56, turns=turns, licence="Apache-2.0", detail_score=0.5)
 
 
-def build_small_store(root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, **changes: Any) -> tuple[Any, Any]:
+def draw_spoilt_square(family: str, number: int, spec: Any) -> Any:
+    """As `draw_square`, but every seventh picture's last question holds a mark of the prompt: it can be neither trained on nor asked."""
+    from dataclasses import replace
+
+    drawn = draw_square(family, number, spec)
+    if number % 7 != 3:
+        return drawn
+    return replace(drawn, turns=(drawn.turns[0], replace(drawn.turns[1], question="Left or <|end|> right?")))
+
+
+def build_small_store(
+    root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, renderer: Any = draw_square, **changes: Any
+) -> tuple[Any, Any]:
     """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
     from model.specs import FeatureSpec, fingerprint
@@ -192,7 +204,7 @@ def build_small_store(root: str, encoder_folder: Path, language_model_folder: Pa
         turns_per_image=2,
     )
     execution = ExecutionSettings(device="cpu")
-    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=draw_square)
+    build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=renderer)
     connector = tiny_connector_spec()
     maps = connector.global_branch.fusion.maps
     features = FeatureSpec(

@@ -20,6 +20,7 @@ from workers.commits import Stage
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import EvaluationError
 from workers.execution import ExecutionSettings, Progress
+from workers.quarantine import QuarantineRow, check_budget, commit_quarantine
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
 
@@ -94,6 +95,10 @@ class EvaluationRecord:
     """Those that the connector has; without a local branch, `local` and `both` are left out."""
     num_images: int
     num_questions: int
+    """That were asked."""
+    num_quarantined: int
+    """Questions that cannot be asked."""
+    quarantined_by_reason: dict[str, int]
     counts: tuple[AccuracyCount, ...]
     """Per mode: everything; per detail; per family; per family and detail; per family, detail and kind."""
     answers: str
@@ -140,6 +145,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
 
     Raises:
         EvaluationError: there is nothing to ask, or the specs are of different runs.
+        ErrorBudgetError: too many questions cannot be asked.
         TrainingError: the run has not ended.
     """
     stage = Stage.open(store, "evaluate", spec)
@@ -160,6 +166,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
                 "larger held_out_fraction"
             )
         model = load_trained(training, store, device=device)
+        questions, refused = _askable(questions, model, training.features, spec.max_new_tokens, execution.max_quarantined_fraction)
+        commit_quarantine(stage, refused)
         modes = tuple(mode for mode in spec.modes if training.connector.local_branch is not None or mode in ("blind", "global"))
         progress.start("asking held-out questions", len(questions) * len(modes))
         started = time.monotonic()
@@ -185,6 +193,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
             modes=modes,
             num_images=len({question.sample.sample_id for question in questions}),
             num_questions=len(questions),
+            num_quarantined=len(refused),
+            quarantined_by_reason=dict(sorted(Counter(row.reason for row in refused).items())),
             counts=_counts([*given, *baseline], (*modes, "majority")),
             answers=stage.path("answers.parquet"),
             normalisation=NORMALISATION,
@@ -194,20 +204,40 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
     return stage.commit(record)
 
 
-def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", features: FeatureSpec, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
-    """Tokenise every question, so that one that cannot be asked is told before a training run and not after it.
+def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", features: FeatureSpec, execution: ExecutionSettings) -> None:
+    """Tokenise every question, so that an evaluation that would be refused is told before a training run and not after it.
 
     Args:
         samples: of the split that will be asked.
         model: that will be asked; trained or not.
         features: tell how many local views an image has.
-        max_new_tokens: room that the answers need.
+        execution: max_quarantined_fraction counts.
 
     Raises:
-        EvaluationError: names the sample and what is wrong with its question.
+        ErrorBudgetError: too many of them cannot be asked.
     """
-    for question in _chosen(samples, None):
-        _prompt(model, question, features, max_new_tokens)
+    _askable(_chosen(samples, None), model, features, MAX_NEW_TOKENS, execution.max_quarantined_fraction)
+
+
+def _askable(
+    questions: Sequence[_Question], model: "VisionLanguageModel", features: FeatureSpec, max_new_tokens: int, max_quarantined_fraction: float
+) -> tuple[list[_Question], list[QuarantineRow]]:
+    """The questions that can be asked, and a quarantine row for each of the others."""
+    askable: list[_Question] = []
+    refused: dict[str, list[QuarantineRow]] = {}
+    for question in questions:
+        sample = question.sample
+        try:
+            _prompt(model, question, features, max_new_tokens)
+        except ConversationError as error:
+            row = QuarantineRow(
+                reason=error.reason, source=sample.source, item=question.question_id, index=sample.index, bytes_sha256=None, detail=str(error)
+            )
+            refused.setdefault(sample.source, []).append(row)
+        else:
+            askable.append(question)
+    check_budget(refused, Counter(question.sample.source for question in questions), max_quarantined_fraction)
+    return askable, [row for rows in refused.values() for row in rows]
 
 
 def _prompt(model: "VisionLanguageModel", question: _Question, features: FeatureSpec, max_new_tokens: int) -> "Conversation":
@@ -216,11 +246,7 @@ def _prompt(model: "VisionLanguageModel", question: _Question, features: Feature
     from workers.caching.units import view_plan
 
     room = room_for_text(model.max_tokens - max_new_tokens, model.connector, view_plan(features, question.sample))
-    try:
-        return tokenise_question(model.tokenizer, question.text, room)
-    except ConversationError as error:
-        sample = question.sample
-        raise EvaluationError(f"question {question.turn + 1} of sample {sample.sample_id} ({sample.source}) cannot be asked: {error}") from error
+    return tokenise_question(model.tokenizer, question.text, room)
 
 
 def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Question]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from model.errors import ConversationError
 from model.specs import LocalBranchSpec, fingerprint
 from workers.commits import Stage, from_json
 from workers.dataset.samples import read_samples
@@ -178,13 +179,18 @@ def _copy_encoder(source: Path, target: Path) -> None:
 def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", "Turn", str]:
     """Ask the finished folder one held-out question, about a small detail where there is one, from the image's bytes."""
     samples = read_samples(store, training.dataset_fingerprint)
-    sample = next((sample for sample in samples if sample.split == "held_out"), samples[0])
-    data = store.read_reference(sample.image_path)
-    if hashlib.sha256(data).hexdigest() != sample.image_sha256:
-        raise ExportingError(f"image {sample.image_path} is not the one that the dataset was built from; build it again")
-    turn = next((turn for turn in sample.turns if turn.detail == "small"), sample.turns[0])
-    # Without a local branch `both` is the global view.
-    return sample, turn, exported.ask(data, turn.question, "both", max_new_tokens=MAX_NEW_TOKENS).text
+    last: ConversationError | None = None
+    for sample in [sample for sample in samples if sample.split == "held_out"] or samples:
+        data = store.read_reference(sample.image_path)
+        if hashlib.sha256(data).hexdigest() != sample.image_sha256:
+            raise ExportingError(f"image {sample.image_path} is not the one that the dataset was built from; build it again")
+        for turn in sorted(sample.turns, key=lambda turn: turn.detail != "small"):
+            try:
+                # Without a local branch `both` is the global view.
+                return sample, turn, exported.ask(data, turn.question, "both", max_new_tokens=MAX_NEW_TOKENS).text
+            except ConversationError as error:  # the evaluation has put it into the quarantine
+                last = error
+    raise ExportingError(f"dataset {training.dataset_fingerprint[:16]} holds no question that the export can be asked ({last}); build another")
 
 
 def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str]) -> str:

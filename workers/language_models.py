@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.errors import LanguageModelError
-from model.specs import LanguageModelSpec
+from model.specs import ChatTemplate, LanguageModelSpec
 from workers.errors import LanguageModelPrepareError
 from workers.execution import cache_folder
 
@@ -53,6 +54,8 @@ class PackagedModel:
     max_tokens: int
     """Longest sequence."""
     licence: str
+    templates: tuple[ChatTemplate, ...]
+    """Those that its tokenizer has the tokens for."""
 
     @property
     def identity(self) -> str:
@@ -68,16 +71,18 @@ PACKAGED: dict[str, PackagedModel] = {
         hidden=576,
         max_tokens=8192,
         licence="Apache-2.0",
+        templates=("own", "chatml", "vicuna_v1", "plain"),
     )
 }
 """Names that stand for a packaged model."""
 
 
-def describe_language_model(name: str) -> LanguageModelSpec:
+def describe_language_model(name: str, template: ChatTemplate = "own") -> LanguageModelSpec:
     """The identity of a language model. Fetches nothing but a hub id's files.
 
     Args:
         name: builtin, folder, hub id, or a packaged model's name.
+        template: in which questions are asked of it.
 
     Returns:
         The spec.
@@ -86,10 +91,10 @@ def describe_language_model(name: str) -> LanguageModelSpec:
         LanguageModelError: there is no such model, or its folder lacks a part.
     """
     if name in PACKAGED:
-        return LanguageModelSpec(model=name, weights_sha256=PACKAGED[name].identity)
+        return LanguageModelSpec(model=name, weights_sha256=PACKAGED[name].identity, template=template)
     from model.language_model import describe_folder, resolve_folder
 
-    return describe_folder(resolve_folder(name), name)
+    return replace(describe_folder(resolve_folder(name), name), template=template)
 
 
 def language_model_hidden(name: str) -> int:
@@ -114,24 +119,34 @@ def language_model_hidden(name: str) -> int:
     return int(config["hidden_size"])
 
 
-def check_usable(name: str) -> int:
+def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
     """Find out before any work is spent whether a language model can hold conversations, as far as can be told without its weights.
 
     Args:
-        name: as for `describe_language_model`. A packaged model passes: what it is is known.
+        name: as for `describe_language_model`. Of a packaged model all is known without looking.
+        templates: in which conversations will be written.
 
     Returns:
         The longest sequence that it allows, in tokens.
 
     Raises:
-        LanguageModelError: there is no such model, or its config or tokenizer is not good for conversations.
+        LanguageModelError: there is no such model, or its config or tokenizer is not good for conversations in one of the templates.
     """
     if name in PACKAGED:
+        known = PACKAGED[name].templates
+        if missing := [template for template in templates if template not in known]:
+            raise LanguageModelError(f"language model {name!r} does not know the tokens of the template {missing[0]}; allowed: {', '.join(known)}")
         return PACKAGED[name].max_tokens
+    from model.chat import with_template
     from model.language_model import context_tokens, load_tokenizer, resolve_folder
 
     folder = resolve_folder(name)
-    load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, None)
+    for template in templates:
+        try:
+            with_template(tokenizer, template)
+        except LanguageModelError as error:
+            raise LanguageModelError(f"language model {name!r}: {error}") from error
     return context_tokens(folder)
 
 

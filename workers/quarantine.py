@@ -9,6 +9,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from workers.commits import Stage
 from workers.errors import AccessDeniedError, ErrorBudgetError, ObjectNotFoundError, StorageError
 from workers.storage import Store
 from workers.tables import Table
@@ -19,6 +20,7 @@ __all__ = [
     "QuarantineRow",
     "StoreReason",
     "check_budget",
+    "commit_quarantine",
     "quarantine_table",
     "quarantine_to_table",
     "read_quarantine",
@@ -93,6 +95,21 @@ def quarantine_to_table(rows: Sequence[QuarantineRow]) -> pa.Table:
         ],
         schema=QUARANTINE_SCHEMA,
     )
+
+
+def commit_quarantine(stage: Stage, rows: Sequence[QuarantineRow]) -> None:
+    """Put all rows that a stage refused into the table, in one file; again changes nothing.
+
+    Args:
+        stage: whose rows.
+        rows: all of them.
+    """
+    if not rows:
+        return
+    table = quarantine_table(stage.store)
+    table.ensure()
+    file = table.write_file({"stage": stage.name, "key": stage.key}, "rows.parquet", [quarantine_to_table(rows)])
+    table.commit([file])
 
 
 def read_quarantine(store: Store, stage: str, key: str) -> list[QuarantineRow]:

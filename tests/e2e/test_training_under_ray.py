@@ -9,8 +9,10 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.tiny_training import build_small_store, tiny_schedule
+from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
+from workers.dataset.samples import read_samples
 from workers.execution import ExecutionSettings, SilentProgress
+from workers.quarantine import read_quarantine
 from workers.storage import Store
 from workers.training.assemble import load_trained
 from workers.training.run import train_connector
@@ -24,7 +26,8 @@ class Recorder(SilentProgress):
         self.facts = {}
 
     def start(self, what, total, done=0):
-        self.seen.append((total, done))
+        if what == "training the connector":
+            self.seen = [(total, done)]
 
     def advance(self, count=1, **facts):
         self.seen.append(count)
@@ -34,7 +37,7 @@ class Recorder(SilentProgress):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
     root = tmp_path_factory.mktemp("training") / "root"
-    return build_small_store(str(root), tiny_encoder_folder, tiny_language_model_folder, schedule=tiny_schedule(steps=3))
+    return build_small_store(str(root), tiny_encoder_folder, tiny_language_model_folder, renderer=draw_spoilt_square, schedule=tiny_schedule(steps=3))
 
 
 def settings(**changes):
@@ -81,6 +84,20 @@ def test_a_run_leaves_weights_records_and_events(trained):
     load_trained(trained["spec"], store)
 
 
+def test_what_cannot_be_trained_on_is_left_out_and_on_record(trained):
+    """So the tests below, of kills and of two workers, show that both leave out the same."""
+    store, record = trained["store"], trained["record"]
+    samples = read_samples(store, trained["spec"].dataset_fingerprint, "train")
+    spoilt = [sample for sample in samples if "<|end|>" in sample.turns[1].question]
+    assert spoilt
+    assert (record.num_images, record.num_quarantined) == (len(samples) - len(spoilt), len(spoilt))
+    assert record.quarantined_by_reason == {"conversation_marks": len(spoilt)}
+    rows = read_quarantine(store, "train-connector", record.training_fingerprint[:16])
+    assert [(row.reason, row.source, row.item, row.index) for row in rows] == [
+        ("conversation_marks", sample.source, sample.sample_id, sample.index) for sample in spoilt
+    ]
+
+
 def test_a_second_run_trains_nothing(trained):
     started = time.monotonic()
     assert train_connector(trained["spec"], trained["store"], settings(), SilentProgress()) == trained["record"]
@@ -108,6 +125,7 @@ def test_a_killed_worker_s_run_ends_in_the_same_bytes(trained, tmp_path):
     assert killed
     assert progress.facts["lost_workers"] == 1
     assert record.files == trained["record"].files
+    assert record.quarantined_by_reason == trained["record"].quarantined_by_reason
     assert losses(store, record.training_fingerprint[:16]) == losses(trained["store"], record.training_fingerprint[:16])
 
 
@@ -118,6 +136,7 @@ def test_two_workers_give_the_same_losses(trained, tmp_path):
     # Sums in another order: 3e-6 relative was the most seen on this machine type.
     assert losses(store, key) == pytest.approx(losses(trained["store"], key), rel=1e-4)
     assert record.workers == 2
+    assert (record.num_images, record.num_quarantined) == (trained["record"].num_images, trained["record"].num_quarantined)
 
 
 def test_an_error_of_ours_comes_out_as_itself_at_the_first_try(small, ray_session, tmp_path):

@@ -190,7 +190,15 @@ def test_every_bad_record_is_a_row_with_its_reason(store, tmp_path):
     record = small_data.build(store, spec, max_quarantined_fraction=0.9)
     assert record.num_text_only == 0
     reasons = {row.index: row.reason for row in quarantine_of(store, spec)}
-    assert reasons == {2: "placeholder_without_image", 3: "missing_file", 4: "not_an_image", 5: "truncated", 6: "bad_path", 7: "bad_conversation", 8: "bad_record"} | {
+    assert reasons == {
+        2: "placeholder_without_image",
+        3: "missing_file",
+        4: "not_an_image",
+        5: "truncated",
+        6: "bad_path",
+        7: "bad_conversation",
+        8: "bad_record",
+    } | {
         9: "bad_path",
         10: "bad_path",
         11: "bad_conversation",
@@ -450,5 +458,7 @@ def test_a_samples_table_that_knows_no_text_alone_is_refused(store):
 
     older = pa.schema([field.with_nullable(field.name == "turns") for field in SAMPLES_SCHEMA])
     Table(store, "samples", older, ("dataset",)).ensure()
-    with pytest.raises(TableError, match=r"expected \['sample_id', 'index', 'image_sha256 or null'.*made by another version of Loupe. Use another root"):
+    with pytest.raises(
+        TableError, match=r"expected \['sample_id', 'index', 'image_sha256 or null'.*made by another version of Loupe. Use another root"
+    ):
         small_data.build(store, small_data.dataset_spec())

@@ -3,20 +3,22 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import ExportError, ImageError, SpecError
+from model.errors import ConversationError, ExportError, ImageError, SpecError
 from model.export import load_export
 from model.metrics import exact_match
 from model.specs import fingerprint
-from tests.tiny_training import build_small_store, tiny_schedule
+from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
 from workers.dataset.samples import read_samples
-from workers.errors import EvaluationError, ExportingError, TrainingError
+from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, TrainingError
 from workers.evaluation import EvaluationSpec, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.exporting import ExportSpec, export
+from workers.quarantine import read_quarantine
 from workers.storage import Store
 from workers.training.assemble import load_trained
 from workers.training.run import train_connector, train_stage
@@ -64,7 +66,81 @@ def test_the_training_record(trained):
     assert train_connector(spec, store, EXECUTION, SilentProgress()) == record
 
 
-def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(trained, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
+    """A run over a dataset with questions that can be neither trained on nor asked, in both splits, asked in another template than aligned."""
+    root = tmp_path_factory.mktemp("spoilt") / "root"
+    store, spec = build_small_store(
+        str(root), tiny_encoder_folder, tiny_language_model_folder, num_images=40, renderer=draw_spoilt_square, schedule=tiny_schedule(steps=1)
+    )
+    spec = replace(
+        spec,
+        schedule=replace(spec.schedule, sft=replace(spec.schedule.sft, template="vicuna_v1")),
+        language_model=replace(spec.language_model, template="vicuna_v1"),
+    )
+    for stage in ("align", "sft"):
+        train_stage(spec, store, EXECUTION, stage, threads=1)
+    record = train_connector(spec, store, EXECUTION, SilentProgress())
+    wanted = evaluation_spec(spec)
+    return store, spec, record, wanted, evaluate(wanted, spec, store, EXECUTION, SilentProgress())
+
+
+def test_questions_that_cannot_be_asked_are_refused_and_counted(spoilt):
+    store, spec, record, wanted, evaluated = spoilt
+    held_out = read_samples(store, spec.dataset_fingerprint, "held_out")
+    bad = [sample for sample in held_out if "<|end|>" in sample.turns[1].question]
+    assert bad
+    assert evaluated.num_quarantined == len(bad)
+    assert evaluated.quarantined_by_reason == {"conversation_marks": len(bad)}
+    assert evaluated.num_questions + evaluated.num_quarantined == sum(len(sample.turns) for sample in held_out)
+    rows = read_quarantine(store, "evaluate", fingerprint(wanted)[:16])
+    assert [(row.item, row.index, row.reason) for row in rows] == [(f"{sample.sample_id}#1", sample.index, "conversation_marks") for sample in bad]
+    assert "'<|end|>', which has a meaning of its own" in rows[0].detail
+    answered = {row["question_id"] for row in pq.read_table(store.local_path(evaluated.answers)).to_pylist()}
+    assert not answered & {row.item for row in rows}
+    assert len(answered) == evaluated.num_questions
+    assert record.num_images + record.num_quarantined == len(read_samples(store, spec.dataset_fingerprint, "train"))
+    assert record.num_quarantined > 0
+
+
+def test_the_export_speaks_the_language_model_s_template(spoilt):
+    """And it is checked with a question that can be asked, whatever the first one is."""
+    store, spec, _, wanted, evaluated = spoilt
+    made = export(
+        ExportSpec(training_fingerprint=fingerprint(spec), evaluation_fingerprint=fingerprint(wanted)), spec, store, EXECUTION, SilentProgress()
+    )
+    assert "<|end|>" not in made.check_question
+    model = load_export(store.local_path(made.folder))
+    assert "ASSISTANT:" in model.model.tokenizer.chat_template
+    images = {sample.sample_id: store.read_bytes(sample.image_path) for sample in read_samples(store, spec.dataset_fingerprint, "held_out")}
+    rows = pq.read_table(store.local_path(evaluated.answers)).to_pylist()
+    for row in rows[:8]:
+        assert model.ask(images[row["sample_id"]], row["question"], row["mode"], max_new_tokens=4).text == row["answer"]
+
+
+def test_an_export_is_checked_with_the_first_question_that_can_be_asked(spoilt):
+    from workers.exporting import _check
+
+    store, spec, *_ = spoilt
+
+    class Asked:
+        """Refuses all questions but one, as an export refuses marks."""
+
+        def __init__(self, allowed):
+            self.allowed = allowed
+
+        def ask(self, data, question, mode, *, max_new_tokens):
+            if question != self.allowed:
+                raise ConversationError("conversation_marks", "a mark")
+            return SimpleNamespace(text="yes")
+
+    _, turn, answer = _check(Asked("Which colour?"), spec, store)
+    assert (turn.question, answer) == ("Which colour?", "yes")
+    with pytest.raises(ExportingError, match="no question that the export can be asked"):
+        _check(Asked("nothing"), spec, store)
+
+
+def test_too_many_questions_that_cannot_be_asked_stop_the_run_before_its_first_step(trained, tmp_path, monkeypatch):
     from workers import evaluation
     from workers.training import run
 
@@ -75,18 +151,14 @@ def test_a_question_that_cannot_be_asked_stops_the_run_before_its_first_step(tra
         shutil.rmtree(store.local_path(folder))
     real = evaluation.read_samples
 
-    def spoilt(*arguments):
+    def all_spoilt(*arguments):
         samples = list(real(*arguments))
         if arguments[-1] == "held_out":
-            turns = (*samples[1].turns[:-1], replace(samples[1].turns[-1], question="what does <image> mean?"))
-            samples[1] = replace(samples[1], turns=turns)
+            samples = [replace(sample, turns=tuple(replace(turn, question="what does <image> mean?") for turn in sample.turns)) for sample in samples]
         return samples
 
-    monkeypatch.setattr("workers.dataset.samples.read_samples", spoilt)
-    held_out = spoilt(store, spec.dataset_fingerprint, "held_out")
-    with pytest.raises(
-        EvaluationError, match=rf"question {len(held_out[1].turns)} of sample {held_out[1].sample_id} .*cannot be asked: .*<image>.*remove it"
-    ):
+    monkeypatch.setattr("workers.dataset.samples.read_samples", all_spoilt)
+    with pytest.raises(ErrorBudgetError, match=r"(\d+) of \1 inputs were refused.*conversation_marks.*#0: the question .*<image>.*remove it"):
         run.train_stage(spec, store, EXECUTION, "align", threads=1)
     assert not store.list("checkpoints")
 

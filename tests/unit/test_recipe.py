@@ -138,6 +138,26 @@ def test_specs_come_out_as_written(tmp_path: Path) -> None:
     assert schedule.sft.branch == BranchMix(both=0.5, global_only=0.5)
 
 
+def test_a_phase_s_template_is_the_language_model_s_unless_it_names_one(tmp_path: Path) -> None:
+    connector = load(tmp_path, MINIMAL).connector_spec(encoder_spec())
+    model = 'model = "some/language-model"'
+
+    def templates(text: str) -> list[str]:
+        recipe = load(tmp_path, text)
+        spec = recipe.schedule_spec(connector, seed=0, num_train_images={"rendered/charts": 10})
+        assert recipe.templates == {recipe.language_model.template, *(phase.template for phase in spec.phases)}
+        return [phase.template for phase in spec.phases]
+
+    assert templates(MINIMAL) == ["own", "own"]
+    vicuna = MINIMAL.replace(model, f'{model}\ntemplate = "vicuna_v1"')
+    assert templates(vicuna) == ["vicuna_v1", "vicuna_v1"]
+    assert templates(vicuna.replace("steps = 3", 'steps = 3\ntemplate = "plain"')) == ["plain", "vicuna_v1"]
+    assert templates(vicuna.replace("epochs = 2", 'epochs = 2\ntemplate = "own"')) == ["vicuna_v1", "own"]
+    blind = vicuna.replace('branch = "global"', 'branch = "blind"\ntemplate = "plain"').replace('["global_mlp"]', '["language_model"]')
+    with pytest.raises(SpecError, match=r"schedule\.align\[0\]: phase 'language_model': template plain leaves out what is asked"):
+        templates(blind)
+
+
 def test_equal_groups_include_the_base_layer_for_clip_and_stop_before_it_for_siglip(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL)
     clip = recipe.connector_spec(encoder_spec(num_blocks=24)).global_branch.fusion.maps
@@ -207,6 +227,12 @@ MISTAKES = [
     ("{ queries = 4 }", "4", r"connector\.local\.compression: found 4; allowed: a table, written \[connector\.local\.compression\]$"),
     ("[dataset]", "[dataset]\nheld_out_fraction = nan", r"held_out_fraction: found NaN; allowed: a finite number greater than 0 and less than 1$"),
     ("steps = 3", "steps = 3\nevidence_weight = -1.0", r"evidence_weight: found -1\.0; allowed: a finite number from 0 up$"),
+    (
+        "steps = 3",
+        'steps = 3\ntemplate = "vicuna"',
+        r"align\[0\]\.template: found 'vicuna'; did you mean 'vicuna_v1'\? allowed: own, vicuna",
+    ),
+    ('guage-model"', 'guage-model"\ntemplate = 3', r"language_model\.template: found 3; allowed: own, vicuna_v1, llama3, plain, chatml$"),
     ("steps = 3", "steps = true", r"steps: found true; allowed: a whole number from 1 up$"),
     ('model = "some/folder"', 'model = ""', r'encoder\.model: found ""; allowed: text in quotes, of at least 1 character$'),
     (

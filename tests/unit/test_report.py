@@ -27,6 +27,8 @@ def evaluation(right: int) -> EvaluationRecord:
         modes=("blind", "both"),
         num_images=4,
         num_questions=20,
+        num_quarantined=0,
+        quarantined_by_reason={},
         counts=tuple(counts),
         answers="answers.parquet",
         normalisation="casefold; then equality",

@@ -227,6 +227,32 @@ def test_models_that_cannot_be_loaded_are_refused_first(
         open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
 
 
+def test_a_language_model_without_a_template_takes_one_of_ours(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    """As Vicuna, whose tokenizer brings none."""
+    folder = shutil.copytree(tiny_language_model_folder, tmp_path / "language")
+    (folder / "chat_template.jinja").unlink()
+    named = f'model = "{folder}"'
+    with pytest.raises(RecipeError, match=r"no chat template.*language_model\.template \(vicuna_v1"):
+        with_change(tmp_path, tiny_encoder_folder, folder, "steps = 3", 'steps = 3\ntemplate = "plain"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "vicuna_v1"')
+    training = experiment.training(0)
+    assert training.language_model.template == "vicuna_v1"
+    assert [phase.template for phase in training.schedule.phases] == ["vicuna_v1", "vicuna_v1"]
+    other = with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "plain"')
+    assert fingerprint(other.training(0)) != fingerprint(training)
+    with pytest.raises(RecipeError, match=rf"language model '{folder}': the template llama3 writes the tokens"):
+        with_change(tmp_path, tiny_encoder_folder, folder, named, f'{named}\ntemplate = "llama3"')
+
+
+def test_a_packaged_model_tells_which_templates_it_knows(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    named = f'model = "{tiny_language_model_folder}"'
+    smollm2 = 'model = "smollm2-135m-instruct"\ntemplate = '
+    with pytest.raises(RecipeError, match="does not know the tokens of the template llama3; allowed: own, chatml, vicuna_v1, plain"):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"llama3"')
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, named, f'{smollm2}"chatml"')
+    assert experiment.training(0).language_model.template == "chatml"
+
+
 def test_more_visual_tokens_than_the_language_model_holds_are_refused(
     tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
 ) -> None:

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import threading
 from dataclasses import replace
 
@@ -95,6 +96,28 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_language_model_folder, ti
         builder.build(0, 0, world=3)
 
 
+def test_every_phase_writes_in_its_own_template(tiny_language_model_folder, tiny_tokenizer):
+    schedule = tiny_schedule()
+    align = (replace(schedule.align[0], template="plain"), *schedule.align[1:])
+    schedule = replace(schedule, align=align, sft=replace(schedule.sft, template="vicuna_v1"))
+    samples = [replace(sample, turns=sample.turns[:1]) for sample in fake_samples()]
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples, schedule=schedule)
+    texts = [tiny_tokenizer.decode(builder.build(phase, 0, micro_batch_size=1).micro_batches[0].text_ids) for phase in (0, 1, 4)]
+    assert re.fullmatch(r"<\|begin\|>\d+\n", texts[0])
+    assert re.fullmatch(r"<\|user\|>\nWhich number\?<\|end\|><\|assistant\|>\d+<\|end\|>", texts[1])
+    assert re.fullmatch(r"<\|begin\|>A chat .* USER: \nWhich number\? ASSISTANT: \d+<\|end\|>", texts[2], re.DOTALL)
+    labels = builder.build(0, 0).micro_batches[0].label_ids
+    assert re.fullmatch(r"(\d+\n){4}", tiny_tokenizer.decode(labels))
+
+
+def test_a_conversation_that_screening_should_have_left_out_is_named(tiny_language_model_folder, tiny_tokenizer):
+    samples = fake_samples()
+    samples[5] = replace(samples[5], turns=(replace(samples[5].turns[0], question="<image>"),))
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples)
+    with pytest.raises(TrainingError, match=r"sample fake-5 \(fake\) cannot be trained on: the question of turn 1"):
+        builder.conversation(5, "own")
+
+
 def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):
     with pytest.raises(TrainingError, match="no image"):
         make_builder(tiny_language_model_folder, tiny_tokenizer, samples=[])
@@ -102,13 +125,13 @@ def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):
 
 def test_the_spec_s_parts_must_fit(tiny_language_model_folder):
     spec = tiny_training_spec(tiny_language_model_folder)
+    with pytest.raises(SpecError, match=r"template plain leaves out what is asked.*found both 0, global 0.5, local 0, blind 0.5"):
+        replace(tiny_schedule().align[0], template="plain", branch=BranchMix(global_only=0.5, blind=0.5))
     phase = PhaseSpec(name="p", train=("local_mlp",), branch=BranchMix(both=1.0), steps=1, batch_size=1, learning_rate=1.0)
     with pytest.raises(SpecError, match=r"trains \['local_mlp'\]"):
         tiny_training_spec(tiny_language_model_folder, schedule=ScheduleSpec(align=(phase,), sft=None))
     with pytest.raises(SpecError, match="different datasets"):
         tiny_training_spec(tiny_language_model_folder, dataset_fingerprint="e" * 64)
-    from dataclasses import replace
-
     with pytest.raises(SpecError, match=r"needs the maps \['mean_0_2'\]"):
         replace(spec, features=replace(spec.features, local_maps=(spec.features.local_maps[0], spec.features.local_maps[2])))
     with pytest.raises(SpecError, match="no local branch"):

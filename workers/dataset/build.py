@@ -19,7 +19,7 @@ from workers.dataset.sources import Item, Renderer, load_item, read_records
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
 from workers.errors import IncompleteError, ObjectNotFoundError, SourceError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import QuarantineRow, check_budget, quarantine_table, quarantine_to_table
+from workers.quarantine import QuarantineRow, check_budget, commit_quarantine
 from workers.runtime import Cluster, ray_runtime
 from workers.storage import Store
 from workers.tables import Table, TableFile
@@ -268,8 +268,9 @@ def _read_unit(store: Store, path: str) -> _StagedUnit:
 
 
 def merge_duplicates(candidates: Sequence[Sample]) -> tuple[list[Sample], int]:
-    """One sample per image: the one with the lowest index, with the questions of the others added behind its own. Of text-only samples, one per
-    conversation.
+    """One sample per image: the one with the lowest index, with the questions of the others added behind its own.
+
+    Of text-only samples, one per conversation.
 
     Args:
         candidates: in any order.
@@ -301,7 +302,7 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
             f"dataset {stage.key}: {num_items} items were expected, found {len(samples)} samples, {num_duplicates} duplicates "
             f"and {len(quarantined)} refused"
         )
-    _commit_quarantine(stage, quarantined)
+    commit_quarantine(stage, quarantined)
     table = samples_table(store)
     table.ensure()
     partition = {"dataset": stage.key}
@@ -336,12 +337,3 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         num_units=len(units),
         seconds=0.0,
     )
-
-
-def _commit_quarantine(stage: Stage, rows: Sequence[QuarantineRow]) -> None:
-    if not rows:
-        return
-    table = quarantine_table(stage.store)
-    table.ensure()
-    file = table.write_file({"stage": stage.name, "key": stage.key}, "rows.parquet", [quarantine_to_table(rows)])
-    table.commit([file])

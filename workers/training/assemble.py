@@ -70,7 +70,7 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     Raises:
         LanguageModelError: the language model is missing or another by now.
     """
-    language_model = load_language_model(verified_folder(spec.language_model))
+    language_model = load_language_model(verified_folder(spec.language_model), spec.language_model.template)
     connector = build_connector(
         spec.connector,
         spec.features.encoder,

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.adapters import NUM_EXPERTS
-from model.chat import Conversation, tokenise_conversation
+from model.chat import Conversation, tokenise_conversation, with_template
 from model.connector import Connector
 from model.errors import ConversationError
-from model.specs import BranchMix, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
+from model.specs import BranchMix, ChatTemplate, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
 from model.views import Box, ViewPlan
 from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
@@ -32,7 +32,7 @@ from workers.caching.units import view_plan
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
-__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_index", "stack_maps"]
+__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_conversation", "sample_index", "stack_maps"]
 
 _ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE = 1, 2, 3, 4
 """Streams of random numbers that must not meet."""
@@ -131,6 +131,27 @@ def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[Ma
     return tuple(dict.fromkeys(connector.global_branch.fusion.maps)), tuple(dict.fromkeys(local))
 
 
+def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, connector: Connector, max_tokens: int) -> Conversation:
+    """A sample's conversation, beside all of its image's visual tokens if it has an image.
+
+    Args:
+        sample: whose turns and image.
+        tokenizer: with the template of the phase.
+        features: tell how many local views the image has.
+        connector: tells how many tokens a view makes.
+        max_tokens: the language model's longest sequence.
+
+    Returns:
+        Its tokens.
+
+    Raises:
+        ConversationError: it cannot be trained on.
+    """
+    room = max_tokens if sample.text_only else room_for_text(max_tokens, connector, view_plan(features, sample))
+    turns = [(turn.question, turn.answer) for turn in sample.turns]
+    return tokenise_conversation(tokenizer, turns, room, has_image=not sample.text_only)
+
+
 class BatchBuilder:
     """Makes the batches of any step, in any order.
 
@@ -140,11 +161,11 @@ class BatchBuilder:
         features: what the source's features are.
         connector: tells how many tokens a view makes and which maps it needs.
         schedule: phases and seed.
-        tokenizer: with a chat template.
+        tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
 
     Raises:
-        TrainingError: there are no samples, or none of the sources that a phase sees.
+        TrainingError: there are no samples with an image, or a phase sees none.
     """
 
     def __init__(
@@ -158,39 +179,30 @@ class BatchBuilder:
         tokenizer: Any,
         max_tokens: int,
     ) -> None:
-        if not samples:
+        if all(sample.text_only for sample in samples):
             raise TrainingError("the dataset's train split holds no image; build a dataset with a smaller held_out_fraction or more images")
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
-        self._by_sources = {phase.sources: _of_sources(samples, phase) for phase in schedule.phases}
-        self._conversations: dict[int, Conversation] = {}
+        self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
+        self._seen = {_sight(phase): _seen(samples, phase) for phase in schedule.phases}
+        self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
     def view_plan(self, sample: Sample) -> ViewPlan:
         """The views of an image, by the view rule alone."""
         return view_plan(self.features, sample)
 
-    def conversation(self, index: int) -> Conversation:
-        """Tokens of a sample's conversation; kept, since every pass needs them again."""
-        if index not in self._conversations:
+    def conversation(self, index: int, template: ChatTemplate) -> Conversation:
+        """Tokens of a sample's conversation in a phase's template; kept, since every pass needs them again."""
+        if (index, template) not in self._conversations:
             sample = self.samples[index]
-            room = room_for_text(self._max_tokens, self.connector, self.view_plan(sample))
-            turns = [(turn.question, turn.answer) for turn in sample.turns]
             try:
-                self._conversations[index] = tokenise_conversation(self._tokenizer, turns, room)
-            except ConversationError as error:
+                made = sample_conversation(sample, self._tokenizers[template], self.features, self.connector, self._max_tokens)
+            except ConversationError as error:  # screening leaves such samples out
                 raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
-        return self._conversations[index]
-
-    def check(self) -> None:
-        """Tokenise every conversation, so that one that cannot be trained on stops the run before its first step and not at some later one.
-
-        Raises:
-            TrainingError: names the sample and what is wrong with it.
-        """
-        for index in range(len(self.samples)):
-            self.conversation(index)
+            self._conversations[index, template] = made
+        return self._conversations[index, template]
 
     def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
         """The batches of one step for one rank.
@@ -218,10 +230,10 @@ class BatchBuilder:
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
         indices = self._indices(phase_index, step)
-        supervised = sum(self.conversation(index).num_supervised for index in indices)
+        supervised = sum(self.conversation(index, phase.template).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
-            shown = [branch_mode(phase.branch, seed, phase_index, position) in ("local", "both") for position in positions]
+            shown = [self._mode(phase_index, position, index) in ("local", "both") for position, index in zip(positions, indices, strict=True)]
             num_pairs = sum(len(self.evidence(index)) for index, wanted in zip(indices, shown, strict=True) if wanted)
             # The summed loss is divided by the supervised tokens: so the evidence loss joins it as weight times its mean over the pairs.
             evidence_scale = phase.evidence_weight * supervised / max(num_pairs, 1)
@@ -234,12 +246,18 @@ class BatchBuilder:
             micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
 
+    def _mode(self, phase_index: int, position: int, index: int) -> Mode:
+        """What a position shows: text alone is blind, whatever the phase's shares."""
+        if self.samples[index].text_only:
+            return "blind"
+        return branch_mode(self.schedule.phases[phase_index].branch, self.schedule.seed, phase_index, position)
+
     def _indices(self, phase_index: int, step: int) -> list[int]:
-        """The samples of a step. Passes go on where the last phase over the same sources left them, so every sample is seen as often as any other."""
+        """The samples of a step. Passes go on where the last phase over the same samples left them, so every sample is seen as often as any other."""
         phases, phase = self.schedule.phases, self.schedule.phases[phase_index]
-        shown = self._by_sources[phase.sources]
-        seen = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if earlier.sources == phase.sources)
-        first = seen + step * phase.batch_size
+        shown = self._seen[_sight(phase)]
+        done = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if _sight(earlier) == _sight(phase))
+        first = done + step * phase.batch_size
         return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -251,8 +269,9 @@ class BatchBuilder:
         Returns:
             Global and local maps by name; None without a local branch.
         """
-        count = min(num_images, len(self.samples))
-        images = [self.samples[place * len(self.samples) // count] for place in range(count)]
+        shown = [sample for sample in self.samples if not sample.text_only]
+        count = min(num_images, len(shown))
+        images = [shown[place * len(shown) // count] for place in range(count)]
         local = self.connector.spec.local_branch
         found = self.source.fetch(images, want_global=True, want_local=local is not None)
         global_maps = stack_maps(
@@ -273,6 +292,8 @@ class BatchBuilder:
         Returns:
             Pairs of (local token of the image, vocabulary id), each once.
         """
+        if self.samples[index].text_only:
+            return []
         if index not in self._evidence:
             sample = self.samples[index]
             pairs: dict[tuple[int, int], None] = {}
@@ -295,7 +316,7 @@ class BatchBuilder:
 
     def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int], evidence_scale: float = 0.0) -> Batch:
         phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
-        modes = [branch_mode(phase.branch, seed, phase_index, position) for position in positions]
+        modes = [self._mode(phase_index, position, index) for position, index in zip(positions, indices, strict=True)]
         wants_global = [mode in ("global", "both") for mode in modes]
         wants_local = [mode in ("local", "both") and spec.local_branch is not None for mode in modes]
         found = self._fetch(indices, wants_global, wants_local)
@@ -328,7 +349,7 @@ class BatchBuilder:
                     start = layout.first_view[place] * layout.tokens_per_local_view
                     pairs += [(start + token, word) for token, word in self.evidence(index)]
         return plan_sequences(
-            [self.conversation(index) for index in indices],
+            [self.conversation(index, phase.template) for index in indices],
             modes,
             range(len(indices)),
             layout,
@@ -366,13 +387,18 @@ class BatchBuilder:
         return found
 
 
-def _of_sources(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
+def _sight(phase: PhaseSpec) -> tuple[tuple[str, ...], bool]:
+    """What tells phases apart that see other samples."""
+    return (phase.sources, phase.sees_text_only)
+
+
+def _seen(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
     """Places of the samples that a phase sees."""
-    found = [place for place, sample in enumerate(samples) if not phase.sources or sample.source in phase.sources]
+    found = [place for place, sample in enumerate(samples) if phase.sees(sample.source, text_only=sample.text_only)]
     if not found:
         raise TrainingError(
             f"phase {phase.name!r} sees the sources {', '.join(phase.sources)} alone, of which the train split holds no image; found those of "
-            f"{', '.join(sorted({sample.source for sample in samples}))}"
+            f"{', '.join(sorted({sample.source for sample in samples if not sample.text_only}))}"
         )
     return found
 

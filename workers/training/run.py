@@ -24,7 +24,7 @@ from model.schedule import steps_before
 from model.specs import CONNECTOR_BLOCKS, fingerprint
 from workers.commits import Stage, from_json
 from workers.errors import ClusterError, ObjectNotFoundError, StorageError, TrainingError, WorkerError, WorkFailedError
-from workers.execution import ExecutionSettings, Progress
+from workers.execution import ExecutionSettings, Progress, SilentProgress
 from workers.runtime import ray_runtime
 from workers.storage import Store
 from workers.training.spec import PhaseRecord, TrainingRecord, TrainingSpec
@@ -61,6 +61,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         The record, committed.
 
     Raises:
+        ErrorBudgetError: too many conversations cannot be trained on.
         TrainingError: the run cannot start, resume or go on.
         ClusterError: workers died more often than max_failures allows.
     """
@@ -70,6 +71,9 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
     schedule = spec.schedule
     total = steps_before(schedule.phases, len(schedule.phases))
     with stage.attempt() as timer:
+        from workers.training.screening import screen
+
+        screening = screen(spec, store, execution, progress)
         with _following(store, stage, total, progress) as losses:
             for name in _STAGES:
                 phases = _phases(spec, name)
@@ -89,6 +93,8 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             steps=total,
             samples=samples,
             num_images=facts["num_images"],
+            num_quarantined=len(screening.rows),
+            quarantined_by_reason=screening.by_reason,
             parameters=parameters,
             seconds=timer.seconds,
             samples_per_second=samples / max(step_seconds, 1e-9),
@@ -343,14 +349,17 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     import torch
     import torch.distributed as dist
 
+    from model.language_model import load_tokenizer
     from workers.dataset.samples import read_samples
     from workers.evaluation import check_questions
+    from workers.language_models import language_model_folder
     from workers.training.assemble import choose_device, training_data
     from workers.training.batches import BatchBuilder
     from workers.training.checkpoints import CheckpointFolder
     from workers.training.engine import DeepSpeedEngine, solo_process_group
     from workers.training.loop import run_stage, stage_phases
     from workers.training.progress_log import MetricsLog
+    from workers.training.screening import screen
 
     torch.set_num_threads(threads)
     solo_process_group()
@@ -360,22 +369,23 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     run_folder = f"runs/train-connector/{key}"
     name = "align" if stage == "align" else "sft"
     phases = [spec.schedule.phases[index] for index in stage_phases(spec.schedule, "align" if stage == "align" else "sft")]
+    refused = screen(spec, store, execution, SilentProgress()).refused
     data = training_data(spec, store, "train", device=device.type, verify=rank == 0)
+    samples = [sample for sample in data.samples if sample.index not in refused]
     model, trainable = _starting_model(spec, store, name, device)
     builder = BatchBuilder(
-        samples=data.samples,
+        samples=samples,
         source=data.source,
         features=spec.features,
         connector=model.connector,
         schedule=spec.schedule,
-        tokenizer=model.tokenizer,
-        max_tokens=model.max_tokens if spec.max_tokens is None else min(model.max_tokens, spec.max_tokens),
+        tokenizer=load_tokenizer(language_model_folder(spec.language_model.model), None),
+        max_tokens=spec.longest_sequence(model.max_tokens),
     )
-    builder.check()
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
         if rank == 0:
-            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features)
+            check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features, execution)
         global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
         model.connector.measure_inputs(
             {name: maps.to(device) for name, maps in global_maps.items()},
@@ -391,7 +401,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     )
     metrics = None
     if rank == 0:
-        store.write_json(f"{run_folder}/facts.json", {"num_images": len(data.samples), "device": _device_name(device)})
+        store.write_json(f"{run_folder}/facts.json", {"num_images": len(samples), "device": _device_name(device)})
         metrics = MetricsLog(store, run_folder, total_steps=steps_before(spec.schedule.phases, len(spec.schedule.phases)))
     try:
         run_stage(
@@ -400,7 +410,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
             builder=builder,
             checkpoints=checkpoints,
             metrics=metrics,
-            context={"training_fingerprint": fingerprint(spec), "num_images": len(data.samples)},
+            context={"training_fingerprint": fingerprint(spec), "num_images": len(samples)},
             checkpoint_every_steps=execution.checkpoint_every_steps,
             micro_batch_size=execution.micro_batch_size,
             device=device,

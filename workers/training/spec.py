@@ -57,6 +57,17 @@ class TrainingSpec:
             if phase.experts == "resampler" and "resampler" not in self.connector.blocks:
                 raise SpecError(f"phase {phase.name!r} runs the resampler alone, but the connector has none; use experts = 'mixture'")
 
+    def longest_sequence(self, context_tokens: int) -> int:
+        """Tokens that a sequence in training may have.
+
+        Args:
+            context_tokens: the language model's own limit.
+
+        Returns:
+            The smaller of the two.
+        """
+        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseRecord:
@@ -91,6 +102,10 @@ class TrainingRecord:
     steps: int
     samples: int
     num_images: int
+    """That it trained on."""
+    num_quarantined: int
+    """Samples of the train split that no phase saw, since their conversation cannot be trained on."""
+    quarantined_by_reason: dict[str, int]
     parameters: dict[str, int]
     """Number of parameters by block."""
     seconds: float
