@@ -1,10 +1,11 @@
 """Conversations to tokens, with a mask that covers exactly the answers.
 
-Input: (question, answer) turns about one image, or about none, and a tokenizer with a chat template. Output: token ids before and behind the image's
-place, and which of them are supervised. The template is the tokenizer's own or one of `templates/`. Where an answer lies in the rendered text is found by rendering
-prefixes: the text of the first k messages with the cue for an answer must begin the text of the first k + 1. The text before the image's place and
-the text behind it are each tokenised as one text, as at inference; where a border of an answer lies among the tokens is found by tokenising the text
-up to the border: its ids must begin the ids of the whole. Where anything of this does not hold, no mask would be right, and that raises.
+Input: (question, answer) turns about one image, or about none, and a tokenizer with a chat template. Output: token ids before and behind the
+image's place, and which of them are supervised. The template is the tokenizer's own or one of `templates/`. Where an answer lies in the rendered
+text is found by rendering prefixes: the text of the first k messages with the cue for an answer must begin the text of the first k + 1. The text
+before the image's place and the text behind it are each tokenised as one text, as at inference; where a border of an answer lies among the tokens
+is found by tokenising the text up to the border: its ids must begin the ids of the whole. Where anything of this does not hold, no mask would be
+right, and that raises.
 
 Invariant: the ids of every prompt in training are the ids of the same prompt at inference. An answer is never cut. What the template adds behind an
 answer's end token is not supervised.

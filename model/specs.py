@@ -10,6 +10,7 @@ Layer numbering, defined here and nowhere else: 0 = embedding output, k = output
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from math import isfinite

@@ -36,8 +36,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records = _num_records(experiment)
-    yield from _dataset_lines(experiment, num_records)
+    num_records, num_text_only = _num_records(experiment)
+    yield from _dataset_lines(experiment, num_records, num_text_only)
     yield PlanLine(
         topic="features",
         fact="encoder",
@@ -65,20 +65,29 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _num_records(experiment: Experiment) -> int:
-    """Records of the sources that have records."""
-    from workers.dataset.sources import read_records
+def _num_records(experiment: Experiment) -> tuple[int, int]:
+    """Records of the sources that have records: those that name an image, and those that do not."""
+    from workers.dataset.sources import is_text_only, read_records
 
-    return sum(len(read_records(source)) for source in experiment.dataset.sources if not isinstance(source, RenderedSourceSpec))
+    num_records = num_text_only = 0
+    for source in experiment.dataset.sources:
+        if not isinstance(source, RenderedSourceSpec):
+            text_only = [is_text_only(record) for record in read_records(source)]
+            num_records, num_text_only = num_records + text_only.count(False), num_text_only + text_only.count(True)
+    return num_records, num_text_only
 
 
-def _dataset_lines(experiment: Experiment, num_records: int) -> Iterator[PlanLine]:
+def _dataset_lines(experiment: Experiment, num_records: int, num_text_only: int) -> Iterator[PlanLine]:
     recipe, num_drawn = experiment.file.recipe, experiment.num_drawn
     parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
     yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
-    held_out = round((num_drawn + num_records) * recipe.dataset.held_out_fraction)
-    yield PlanLine(topic="dataset", fact="split", value=f"about {num_drawn + num_records - held_out} train, {held_out} held out")
-    asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records, "those of the records")]
+    if num_text_only:
+        value = f"{num_text_only} records without an image: seen by phases that train the language model, neither cached nor asked"
+        yield PlanLine(topic="dataset", fact="text only", value=value)
+    num_samples = num_drawn + num_records + num_text_only
+    held_out = round(num_samples * recipe.dataset.held_out_fraction)
+    yield PlanLine(topic="dataset", fact="split", value=f"about {num_samples - held_out} train, {held_out} held out")
+    asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records + num_text_only, "those of the records")]
     yield PlanLine(topic="dataset", fact="questions", value=", ".join(text for number, text in asked if number))
 
 

@@ -230,7 +230,10 @@ def _headline(accuracy: Sequence[AccuracyRow], dataset: dict[str, Any], stages: 
     for cells, mode, words in ((overall, "blind", "points over blind"), (small, "global", "points over global only, small detail")):
         if "both" in cells and mode in cells and (best := cells["both"].mean) is not None and (mean := cells[mode].mean) is not None:
             tiles.append((words, f"{100 * (best - mean):+.1f}"))
-    tiles.append(("pictures", str(dataset["num_samples"])))
+    num_text_only = dataset.get("num_text_only", 0)
+    tiles.append(("pictures", str(dataset["num_samples"] - num_text_only)))
+    if num_text_only:
+        tiles.append(("conversations without a picture", str(num_text_only)))
     tiles.append(("questions", str(dataset["num_turns"])))
     tiles.append(("all stages", duration_text(sum(row.seconds for row in stages))))
     return tuple(tiles)
@@ -245,12 +248,18 @@ def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[st
         ("Maps of the global view", ", ".join(map_spec.name for map_spec in features.global_maps)),
         ("Maps of the local views", ", ".join(map_spec.name for map_spec in features.local_maps) or "none"),
         ("Trained parameters", ", ".join(f"{block} {number:,}" for block, number in training.parameters.items())),
-        ("Training", f"{training.steps} steps, {training.samples} images seen, {training.samples_per_second:.1f} images/s on {training.device}"),
+        ("Training", f"{training.steps} steps, {training.samples} samples seen, {training.samples_per_second:.1f} samples/s on {training.device}"),
         ("Seeds", ", ".join(str(run.seed) for run in runs)),
         ("Features", f"stored as {features.precision}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
         ("Root", experiment.store.root),
     )
+
+
+def _dataset_note(dataset: dict[str, Any]) -> str:
+    num_text_only = dataset.get("num_text_only", 0)
+    text_only = f", {num_text_only} conversations without a picture" if num_text_only else ""
+    return f"{dataset['num_samples'] - num_text_only} pictures{text_only}, {dataset['num_turns']} questions"
 
 
 def _dataset_rows(samples: Sequence[Sample]) -> tuple[DatasetRow, ...]:
@@ -280,7 +289,7 @@ def _stage_rows(
             key=fingerprint(experiment.dataset)[:16],
             seconds=dataset["seconds"],
             num_bytes=dataset["image_bytes"],
-            note=f"{dataset['num_samples']} pictures, {dataset['num_turns']} questions",
+            note=_dataset_note(dataset),
         ),
         StageRow(
             name="cache-features",

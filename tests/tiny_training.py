@@ -216,3 +216,14 @@ def build_small_store(
     )
     cache_features(features, store, execution, SilentProgress(), cluster=InlineCluster())
     return store, tiny_training_spec(language_model_folder, features=features, connector=connector, **changes)
+
+
+def mixed_samples(count: int = 2 * TINY_TRAIN_IMAGES) -> list[Any]:
+    """Fake samples, every second one about no image."""
+    from dataclasses import replace
+
+    samples = fake_samples(count)
+    for sample in samples[1::2]:
+        turns = tuple(replace(turn, question=f"{turn.question} ({sample.index})", kind="llava/text") for turn in sample.turns)
+        samples[sample.index] = replace(sample, image=None, family="text", turns=turns)
+    return samples

@@ -3,7 +3,8 @@
 Input: a trained connector, the held-out split and its features. Output: counts per mode, family, detail and kind of question with Wilson intervals,
 and a Parquet file with one row per (question, mode). `majority` stands beside the modes: the commonest training answer to the question's kind, which
 needs neither image nor question. Invariant: all modes are asked the same questions of the same images, and a question's answer does not depend on the
-batch it was asked in.
+batch it was asked in. Held-out conversations about no image are not asked: the modes would no longer be asked the same, and exact match says nothing
+of a conversation.
 """
 
 import hashlib
@@ -96,6 +97,8 @@ class EvaluationRecord:
     num_images: int
     num_questions: int
     """That were asked."""
+    num_text_only: int
+    """Conversations of the split that are about no image, of which nothing is asked."""
     num_quarantined: int
     """Questions that cannot be asked."""
     quarantined_by_reason: dict[str, int]
@@ -193,6 +196,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
             modes=modes,
             num_images=len({question.sample.sample_id for question in questions}),
             num_questions=len(questions),
+            num_text_only=sum(sample.text_only for sample in data.samples),
             num_quarantined=len(refused),
             quarantined_by_reason=dict(sorted(Counter(row.reason for row in refused).items())),
             counts=_counts([*given, *baseline], (*modes, "majority")),
@@ -250,7 +254,7 @@ def _prompt(model: "VisionLanguageModel", question: _Question, features: Feature
 
 
 def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Question]:
-    """All questions in frozen order, or those with the smallest hashes."""
+    """All questions about images in frozen order, or those with the smallest hashes."""
     questions = [
         _Question(
             question_id=f"{sample.sample_id}#{number}",
@@ -262,6 +266,7 @@ def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Quest
             expected=turn.answer,
         )
         for sample in samples
+        if not sample.text_only
         for number, turn in enumerate(sample.turns)
     ]
     if max_questions is None or len(questions) <= max_questions:

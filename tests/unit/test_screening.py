@@ -141,14 +141,15 @@ def test_one_row_per_sample_by_the_first_template_that_refuses_it(tiny_language_
     samples = fake_samples()
     samples[4] = replace(samples[4], turns=(replace(samples[4].turns[0], answer="one <|user|> two"),))
     tokenizers = {template: with_template(tiny_tokenizer, template) for template in ("own", "plain")}
-    rows = list(refusals(samples, tokenizers, spec.features, connector, 2048))
+    phases = [replace(spec.schedule.align[0], template=template) for template in tokenizers]
+    rows = list(refusals(samples, phases, tokenizers, spec.features, connector, 2048))
     several = [sample for sample in samples if len(sample.turns) > 1]
     assert Counter(row.index for row in rows) == Counter([4, *(sample.index for sample in several)])
     by_index = {row.index: row for row in rows}
     assert by_index[4].reason == "conversation_marks"
     assert by_index[several[0].index].reason == "conversation_template"
     assert by_index[several[0].index].detail.startswith("in the template plain: ")
-    long = list(refusals(samples[:1], {"own": tiny_tokenizer}, spec.features, connector, 40))
+    long = list(refusals(samples[:1], phases[:1], tokenizers, spec.features, connector, 40))
     assert [row.reason for row in long] == ["conversation_too_long"]
 
 

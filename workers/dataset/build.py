@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from model.specs import fingerprint
 from workers.commits import Stage, from_json, to_json
@@ -42,9 +42,9 @@ class DatasetRecord:
     num_train_by_source: dict[str, int]
     """By the source's label; an image of several sources counts for the first one."""
     num_held_out: int
-    num_text_only: int
-    """Samples without an image, on both sides; they count in the numbers above too."""
-    num_train_text_only_by_source: dict[str, int]
+    num_text_only: int = 0
+    """Samples without an image, on both sides; they count in the numbers above too. None in datasets of before there were such."""
+    num_train_text_only_by_source: dict[str, int] = field(default_factory=dict)
     """By the source's label; sources without such are left out."""
     num_turns: int
     num_small_turns: int

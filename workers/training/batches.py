@@ -222,7 +222,7 @@ class BatchBuilder:
             MissingFeaturesError: the source gave an image without a view that was asked for.
         """
         phases = self.schedule.phases
-        phase, seed = phases[phase_index], self.schedule.seed
+        phase = phases[phase_index]
         if phase.batch_size % world:
             raise TrainingError(
                 f"phase {phase.name!r} has batch_size {phase.batch_size}, which {world} workers cannot share evenly; change train_workers"

@@ -1,8 +1,8 @@
 """Which samples a run trains on: every conversation is tokenised once, in the template of every phase that sees it, before the first step.
 
 Input: the train split. Output: a Screening, whose rows are in the quarantine under stage train-connector and the run's key. A sample that one phase
-cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every resume leaves out the same
-samples and sees the others in the same order.
+which sees it cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every resume
+leaves out the same samples and sees the others in the same order.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from model.chat import with_template
 from model.connector import Connector, build_connector
 from model.errors import ConversationError
 from model.language_model import context_tokens, load_tokenizer
-from model.specs import ChatTemplate, FeatureSpec
+from model.specs import ChatTemplate, FeatureSpec, PhaseSpec
 from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample, read_samples
 from workers.execution import ExecutionSettings, Progress
@@ -89,7 +89,7 @@ def _screened(spec: TrainingSpec, store: Store, execution: ExecutionSettings, pr
     try:
         for start in range(0, len(samples), _SAMPLES_AT_ONCE):
             some = samples[start : start + _SAMPLES_AT_ONCE]
-            for row in refusals(some, tokenizers, spec.features, connector, max_tokens):
+            for row in refusals(some, spec.schedule.phases, tokenizers, spec.features, connector, max_tokens):
                 rows.append(row)
                 by_source.setdefault(row.source, []).append(row)
             check_budget(by_source, expected, execution.max_quarantined_fraction)
@@ -100,12 +100,18 @@ def _screened(spec: TrainingSpec, store: Store, execution: ExecutionSettings, pr
 
 
 def refusals(
-    samples: Sequence[Sample], tokenizers: Mapping[ChatTemplate, Any], features: FeatureSpec, connector: Connector, max_tokens: int
+    samples: Sequence[Sample],
+    phases: Sequence[PhaseSpec],
+    tokenizers: Mapping[ChatTemplate, Any],
+    features: FeatureSpec,
+    connector: Connector,
+    max_tokens: int,
 ) -> Iterator[QuarantineRow]:
     """The samples whose conversation cannot be trained on.
 
     Args:
         samples: to look at.
+        phases: each asks for its template, of the samples that it sees.
         tokenizers: by the template that they speak.
         features: tell how many local views an image has.
         connector: tells how many tokens a view makes.
@@ -115,9 +121,9 @@ def refusals(
         At most one row for each, by the first template that refuses it.
     """
     for sample in samples:
-        for template, tokenizer in tokenizers.items():
+        for template in dict.fromkeys(phase.template for phase in phases if phase.sees(sample.source, text_only=sample.text_only)):
             try:
-                sample_conversation(sample, tokenizer, features, connector, max_tokens)
+                sample_conversation(sample, tokenizers[template], features, connector, max_tokens)
             except ConversationError as error:
                 detail = f"in the template {template}: {error}"
                 yield QuarantineRow(
