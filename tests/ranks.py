@@ -58,7 +58,11 @@ def tune(spec: Any, folder: str, engine: str, *, rank: int = 0, world: int = 1, 
     if metrics is not None:
         metrics.close()
         lines = [json.loads(line) for line in store.read_bytes("runs/train-connector/k/metrics.jsonl").decode().splitlines()]
-        found = {"losses": [line["loss"] for line in lines], "norms": [line["gradient_norm"] for line in lines], "hashes": state.records[-1].hashes_after}
+        found = {
+            "losses": [line["loss"] for line in lines],
+            "norms": [line["gradient_norm"] for line in lines],
+            "hashes": state.records[-1].hashes_after,
+        }
         Path(folder, "found.json").write_text(json.dumps(found))
 
 

@@ -180,9 +180,16 @@ def draw_spoilt_square(family: str, number: int, spec: Any) -> Any:
 
 
 def build_small_store(
-    root: str, encoder_folder: Path, language_model_folder: Path, *, num_images: int = 24, renderer: Any = draw_square, **changes: Any
+    root: str,
+    encoder_folder: Path,
+    language_model_folder: Path,
+    *,
+    num_images: int = 24,
+    renderer: Any = draw_square,
+    more_sources: tuple[Any, ...] = (),
+    **changes: Any,
 ) -> tuple[Any, Any]:
-    """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
+    """A store with a built dataset of squares (and more) and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
     from model.specs import FeatureSpec, fingerprint
     from model.views import ViewSpec
@@ -195,7 +202,7 @@ def build_small_store(
 
     store = Store(root)
     dataset = DatasetSpec(
-        sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
+        sources=(RenderedSourceSpec(family="charts", num_images=num_images), *more_sources),
         seed=0,
         held_out_fraction=0.3,
         view_px=56,

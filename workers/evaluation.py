@@ -97,7 +97,7 @@ class EvaluationRecord:
     num_images: int
     num_questions: int
     """That were asked."""
-    num_text_only: int
+    num_text_only: int = 0
     """Conversations of the split that are about no image, of which nothing is asked."""
     num_quarantined: int
     """Questions that cannot be asked."""
