@@ -212,8 +212,8 @@ def show(
 def recipes() -> None:
     """List the recipes that come with Loupe."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("what it does", overflow="fold")
     table.add_column("file", overflow="fold")
     for name, path in recipe_files().items():
         table.add_row(name, load_recipe(name).recipe.description, str(path))

@@ -425,10 +425,10 @@ class LanguageModel(Table):
     """The language model: `builtin:language-model`, `smollm2-135m-instruct`, a folder, or a hub id."""
 
     model: Word
-    max_tokens: Count | None = None
-    """Longest sequence in training; the model's own limit when absent."""
     template: ChatTemplate = "own"
     """How questions and answers become text, wherever a phase names no other."""
+    max_tokens: Count | None = None
+    """Longest sequence in training; the model's own limit when absent."""
 
 
 class Shares(Table):
@@ -841,8 +841,8 @@ class Recipe(Table):
 
         def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
-                phase = phase.model_copy(update={"template": phase.template or self.language_model.template})
-                return phase.spec(
+                written = phase.model_copy(update={"template": phase.template or self.language_model.template})
+                return written.spec(
                     connector,
                     labels=self.source_labels,
                     num_train_images=num_train_images,
@@ -868,8 +868,9 @@ class RecipeFile:
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes that come with Loupe, by name."""
-    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.toml"))}
+    """The recipes that come with Loupe, by name; those in a folder, such as `components/sti`, with its name in front."""
+    found = {path.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): path for path in RECIPES_FOLDER.rglob("*.toml")}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def _written_place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:

@@ -10,7 +10,7 @@ import json
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,13 +137,20 @@ def collect_page(experiment: "Experiment") -> ReportPage:
     accuracy = accuracy_rows([run.evaluation for run in runs], modes)
     stages = _stage_rows(experiment, dataset, cache, export, runs)
     shown = _page_samples(experiment, samples, runs[0].evaluation)
+    refusals: dict[str, dict[str, int]] = {
+        "build-dataset": dataset["quarantined_by_reason"],
+        "cache-features": cache["quarantined_by_reason"],
+        # Which conversations and questions are refused depends on no seed.
+        "train-connector": runs[0].training.quarantined_by_reason,
+        "evaluate": runs[0].evaluation.quarantined_by_reason,
+    }
     return ReportPage(
         title=recipe.name,
         description=recipe.description,
         headline=_headline(accuracy, dataset, stages),
         facts=_facts(experiment, runs),
         dataset=_dataset_rows(samples),
-        quarantine=tuple((name, reason, number) for name, refused in _refusals(dataset, cache, runs) for reason, number in refused.items()),
+        quarantine=tuple((stage, reason, number) for stage, refused in refusals.items() for reason, number in refused.items()),
         phases=_phase_curves(store, runs),
         modes=modes,
         accuracy=accuracy,
@@ -156,14 +163,6 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         recipe_text=experiment.file.text,
         seeds=recipe.seeds,
     )
-
-
-def _refusals(dataset: dict[str, Any], cache: dict[str, Any], runs: Sequence[_SeedRun]) -> Iterator[tuple[str, dict[str, int]]]:
-    """What each stage refused, by reason. A seed changes neither conversations nor questions, so one stands for all."""
-    yield "build-dataset", dataset["quarantined_by_reason"]
-    yield "cache-features", cache["quarantined_by_reason"]
-    yield "train-connector", runs[0].training.quarantined_by_reason
-    yield "evaluate", runs[0].evaluation.quarantined_by_reason
 
 
 def template_sha256(*sources: Path) -> str:

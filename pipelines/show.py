@@ -115,7 +115,7 @@ def _show_dataset(experiment: Experiment, root: str | None, console: Console) ->
         table.add_row(family, str(counts[family, "train"]), str(counts[family, "held_out"]), str(num_turns))
     console.print("\nsamples", style="italic")
     console.print(table)
-    console.print("\nsome questions, each below its image if it has one", style="italic")
+    console.print("\nsome questions, each below its image", style="italic")
     for sample in samples[:: max(1, len(samples) // NUM_SHOWN_SAMPLES)][:NUM_SHOWN_SAMPLES]:
         turn = sample.turns[0]
         # Not in a table: a path in a column is broken into lines, and could not be pasted into `loupe ask`.

@@ -107,7 +107,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 @pytest.mark.parametrize("name", sorted(recipe_files()))
 def test_shipped_recipes_are_valid_and_named_as_their_files(name: str) -> None:
     recipe = load_recipe(name).recipe
-    assert recipe.name == name
+    assert recipe.name == name.replace("/", "-")
     assert recipe.description
     connector = recipe.connector_spec(encoder_spec())
     for seed in recipe.seeds:

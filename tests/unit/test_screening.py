@@ -141,7 +141,8 @@ def test_one_row_per_sample_by_the_first_template_that_refuses_it(tiny_language_
     samples = fake_samples()
     samples[4] = replace(samples[4], turns=(replace(samples[4].turns[0], answer="one <|user|> two"),))
     tokenizers = {template: with_template(tiny_tokenizer, template) for template in ("own", "plain")}
-    phases = [replace(spec.schedule.align[0], template=template) for template in tokenizers]
+    phase = spec.schedule.align[0]
+    phases = [phase, replace(phase, name="captions", template="plain")]
     rows = list(refusals(samples, phases, tokenizers, spec.features, connector, 2048))
     several = [sample for sample in samples if len(sample.turns) > 1]
     assert Counter(row.index for row in rows) == Counter([4, *(sample.index for sample in several)])
@@ -149,8 +150,11 @@ def test_one_row_per_sample_by_the_first_template_that_refuses_it(tiny_language_
     assert by_index[4].reason == "conversation_marks"
     assert by_index[several[0].index].reason == "conversation_template"
     assert by_index[several[0].index].detail.startswith("in the template plain: ")
-    long = list(refusals(samples[:1], phases[:1], tokenizers, spec.features, connector, 40))
+    long = list(refusals(samples[:1], phases[:1], {"own": tiny_tokenizer}, spec.features, connector, 40))
     assert [row.reason for row in long] == ["conversation_too_long"]
+    # A phase that does not see a sample's source says nothing of it.
+    elsewhere = [phase, replace(phase, name="captions", template="plain", sources=("llava_json/captions",))]
+    assert {row.index for row in refusals(samples, elsewhere, tokenizers, spec.features, connector, 2048)} == {4}
 
 
 def test_without_marks_nothing_is_refused(tmp_path, tiny_encoder_folder, tiny_language_model_folder):

@@ -7,7 +7,7 @@ import torch
 
 from model.chat import Conversation, tokenise_conversation, tokenise_question
 from model.connector import Connector
-from model.errors import LanguageModelError, MissingMapError
+from model.errors import ConversationError, LanguageModelError, MissingMapError
 from model.language_model import describe_folder, embedding_rms, first_token, load_language_model, resolve_folder
 from model.losses import evidence_loss, supervised_loss
 from model.schedule import parameters_by_block
@@ -123,6 +123,16 @@ def test_the_objective_is_the_answers_loss_and_the_evidence(model):
         parameter.requires_grad_()
     (gradient,) = torch.autograd.grad(objective - bare_objective, [next(iter(compression.values()))])
     assert float(gradient.abs().sum()) > 0
+
+
+def test_a_blind_sequence_cannot_begin_with_what_is_learned(tiny_language_model_folder):
+    """The hidden state before it would be another sequence's. Behind an image, or a begin token, a caption may stand alone."""
+    model = make_model(tiny_language_model_folder)
+    caption = Conversation(before=(), after=(2, 3), supervised=(True, True), turns_kept=1)
+    with pytest.raises(ConversationError, match="blind sequence begins with a supervised token"):
+        batch_of(model, [caption] * 2, ["global", "blind"])
+    assert len(batch_of(model, [caption] * 2, ["global", "local"]).label_ids) == 4
+    assert batch_of(model, [replace(caption, before=(1,))], ["blind"]).label_positions.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("engine", [TorchEngine, DeepSpeedEngine])

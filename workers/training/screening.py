@@ -1,7 +1,7 @@
 """Which samples a run trains on: every conversation is tokenised once, in the template of every phase that sees it, before the first step.
 
-Input: the train split. Output: a Screening, whose rows are in the quarantine under stage train-connector and the run's key. A sample that one phase
-which sees it cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every resume
+Input: the train split. Output: a Screening, whose rows are in the quarantine under stage train-connector and the run's key. A sample that one of the
+phases that see it cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every resume
 leaves out the same samples and sees the others in the same order.
 """
 
@@ -111,7 +111,7 @@ def refusals(
 
     Args:
         samples: to look at.
-        phases: each asks for its template, of the samples that it sees.
+        phases: tell which samples are seen in which template.
         tokenizers: by the template that they speak.
         features: tell how many local views an image has.
         connector: tells how many tokens a view makes.

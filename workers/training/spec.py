@@ -31,6 +31,14 @@ class TrainingSpec:
     max_tokens: int | None = None
     """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
 
+    def longest_sequence(self, context_tokens: int) -> int:
+        """Tokens that a training sequence may have.
+
+        Args:
+            context_tokens: the language model's limit.
+        """
+        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
+
     def __post_init__(self) -> None:
         local = self.connector.local_branch
         branches: list[tuple[str, tuple[MapSpec, ...], tuple[MapSpec, ...]]] = [
@@ -56,17 +64,6 @@ class TrainingSpec:
                 raise SpecError(f"phase {phase.name!r} shows local views alone to some samples, but the connector has no local branch")
             if phase.experts == "resampler" and "resampler" not in self.connector.blocks:
                 raise SpecError(f"phase {phase.name!r} runs the resampler alone, but the connector has none; use experts = 'mixture'")
-
-    def longest_sequence(self, context_tokens: int) -> int:
-        """Tokens that a sequence in training may have.
-
-        Args:
-            context_tokens: the language model's own limit.
-
-        Returns:
-            The smaller of the two.
-        """
-        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
