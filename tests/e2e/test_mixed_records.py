@@ -1,4 +1,4 @@
-"""`loupe run` over a LLaVA file of which a third names no image, as LLaVA's instruction mix is: two sources, captions to align on, the mix to tune on."""
+"""`loupe run` over LLaVA files, one of which has records without an image, as LLaVA's instruction mix: captions to align on, the mix to tune on."""
 
 import json
 import re
