@@ -15,16 +15,18 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from model.chat import tokenise_question
+from model.chat import Conversation, tokenise_conversation, tokenise_question
 from model.connector import Connector
 from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
@@ -32,8 +34,8 @@ from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
 from model.language_model import load_language_model
 from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
-from model.views import ViewSpec, plan_views
-from model.vision_language import Mode, VisionLanguageModel, lay_out_images, plan_sequences, room_for_text
+from model.views import ViewPlan, ViewSpec, plan_views
+from model.vision_language import Batch, Mode, VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
 
 __all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
 
@@ -42,6 +44,9 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
 
 _MAX_NEW_TOKENS = 64
+
+_VIEWS_AT_ONCE = 64
+"""In one forward pass of the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +181,6 @@ class ExportedModel:
     def __init__(self, *, config: ExportConfig, model: VisionLanguageModel, encoder: Encoder) -> None:
         self.config, self.model, self._encoder = config, model, encoder
 
-    @torch.no_grad()
     def ask(self, image_bytes: bytes, question: str, mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS) -> Answer:
         """Answer a question about an image, greedily.
 
@@ -194,45 +198,140 @@ class ExportedModel:
             ConversationError: the question does not fit, or holds a mark of the prompt.
             ExportError: the mode needs a local branch and there is none.
         """
+        return self.ask_many([(image_bytes, question)], mode, max_new_tokens=max_new_tokens)[0]
+
+    @torch.no_grad()
+    def ask_many(
+        self, asked: Sequence[tuple[bytes | None, str]], mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS, may_end_early: bool = False
+    ) -> list[Answer]:
+        """Answer questions in one batch, greedily; an answer does not depend on the others.
+
+        Args:
+            asked: an image file and a question about it, each; without an image the question is asked blind.
+            mode: which views the language model sees.
+            max_new_tokens: an answer ends here at the latest.
+            may_end_early: answers also end where the language model's longest sequence does; else a question that leaves less room than
+                `max_new_tokens` is refused.
+
+        Returns:
+            The answers in order; the seconds of each are those of the batch.
+
+        Raises:
+            ImageError: as for `ask`.
+            ConversationError: as for `ask`.
+            ExportError: as for `ask`.
+        """
         started = time.monotonic()
+        shown = self._show([image for image, _ in asked], mode)
+        limit = self.model.max_tokens - (1 if may_end_early else max_new_tokens)
+        conversations = [
+            tokenise_question(self.model.tokenizer, question, self._room(limit, plan)) for (_, question), plan in zip(asked, shown.plans, strict=True)
+        ]
+        batch = self._batch(conversations, shown, pad_left=True)
+        answers = self.model.generate(batch.to(self.model.device), min(max_new_tokens, self.model.max_tokens - int(batch.lengths.max())))
+        seconds = time.monotonic() - started
+        return [
+            Answer(
+                text=self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                mode=shown.modes[place],
+                seconds=seconds,
+                num_visual_tokens=int(batch.lengths[place]) - conversations[place].num_text_tokens,
+                num_answer_tokens=len(tokens),
+            )
+            for place, tokens in enumerate(answers)
+        ]
+
+    @torch.no_grad()
+    def log_likelihood(self, image_bytes: bytes | None, question: str, answer: str, mode: Mode = "both") -> tuple[float, bool]:
+        """How likely an answer is.
+
+        Args:
+            image_bytes: an image file; None asks blind.
+            question: about it.
+            answer: whose likelihood.
+            mode: which views the language model sees.
+
+        Returns:
+            The natural logarithm of the probability of this answer and its end after the question, and whether it is the greedy answer.
+
+        Raises:
+            ImageError: as for `ask`.
+            ConversationError: as for `ask`.
+            ExportError: as for `ask`.
+        """
+        shown = self._show([image_bytes], mode)
+        conversation = tokenise_conversation(self.model.tokenizer, [(question, answer)], self._room(self.model.max_tokens, shown.plans[0]))
+        _, loss, correct = self.model(self._batch([conversation], shown, pad_left=False).to(self.model.device))
+        return -float(loss), int(correct) == conversation.num_supervised
+
+    def _room(self, limit: int, plan: ViewPlan | None) -> int:
+        """Text tokens beside an image's visual ones; all of them where there is no image."""
+        return limit if plan is None else room_for_text(limit, self.model.connector, plan)
+
+    def _batch(self, conversations: Sequence[Conversation], shown: "_Shown", *, pad_left: bool) -> Batch:
+        return plan_sequences(
+            conversations,
+            shown.modes,
+            range(len(conversations)),
+            shown.layout,
+            pad_left=pad_left,
+            global_maps=shown.global_maps,
+            local_maps=shown.local_maps,
+            selects=self.config.connector.selector is not None,
+        )
+
+    def _show(self, images: Sequence[bytes | None], mode: Mode) -> "_Shown":
+        """Decode, cut and encode what a batch shows of its images."""
         spec, encoder = self.config.connector, self.config.encoder
         if mode == "local" and spec.local_branch is None:
             raise ExportError("this export has no local branch, so mode 'local' shows nothing; use 'global' or 'blind'")
-        image = decode_image(image_bytes)
-        plan = plan_views(image.width, image.height, encoder.view_px, self.config.views)
-        global_maps = local_maps = None
-        colour = encoder.mean_colour
-        if mode in ("global", "both"):
-            global_maps = self._maps(cut_views(image, plan, "global", mean_colour=colour), spec.global_branch.fusion.maps)
-        if mode in ("local", "both") and spec.local_branch is not None:
-            local_maps = self._maps(cut_views(image, plan, "local"), spec.local_branch.fusion.maps)
-        room = room_for_text(self.model.max_tokens - max_new_tokens, self.model.connector, plan)
-        layout = lay_out_images(self.model.connector, [global_maps is not None], [None if local_maps is None else plan])
-        conversation = tokenise_question(self.model.tokenizer, question, room)
-        batch = plan_sequences(
-            [conversation],
-            [mode],
-            [0],
-            layout,
-            pad_left=True,
-            global_maps=global_maps,
-            local_maps=local_maps,
-            selects=spec.selector is not None,
-        )
-        tokens = self.model.generate(batch.to(self.model.device), max_new_tokens)[0]
-        return Answer(
-            text=self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            mode=mode,
-            seconds=time.monotonic() - started,
-            num_visual_tokens=int(batch.lengths[0]) - conversation.num_text_tokens,
-            num_answer_tokens=len(tokens),
+        plans: list[ViewPlan | None] = []
+        globals_: list[NDArray[np.uint8]] = []
+        locals_: list[NDArray[np.uint8]] = []
+        for data in images:
+            if data is None:
+                plans.append(None)
+                continue
+            image = decode_image(data)
+            plan = plan_views(image.width, image.height, encoder.view_px, self.config.views)
+            plans.append(plan)
+            if mode in ("global", "both"):
+                globals_.append(cut_views(image, plan, "global", mean_colour=encoder.mean_colour))
+            if mode in ("local", "both") and spec.local_branch is not None:
+                locals_.append(cut_views(image, plan, "local"))
+        return _Shown(
+            plans=plans,
+            modes=["blind" if data is None else mode for data in images],
+            layout=lay_out_images(
+                self.model.connector,
+                [bool(globals_) and plan is not None for plan in plans],
+                [plan if locals_ else None for plan in plans],
+            ),
+            global_maps=self._maps(np.concatenate(globals_), spec.global_branch.fusion.maps) if globals_ else None,
+            local_maps=self._maps(np.concatenate(locals_), spec.local_branch.fusion.maps) if locals_ and spec.local_branch is not None else None,
         )
 
-    def _maps(self, views: Any, maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
-        reduced: dict[str, Tensor] = self._encoder(torch.from_numpy(views), list(dict.fromkeys(maps)))
+    def _maps(self, views: NDArray[np.uint8], maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
+        wanted = list(dict.fromkeys(maps))
+        parts: list[dict[str, Tensor]] = [
+            self._encoder(torch.from_numpy(views[start : start + _VIEWS_AT_ONCE]), wanted) for start in range(0, len(views), _VIEWS_AT_ONCE)
+        ]
+        reduced = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.config.feature_precision == "fp32":
             return reduced
         return {name: values.half().float() for name, values in reduced.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shown:
+    """What a batch shows of its images."""
+
+    plans: list[ViewPlan | None]
+    """None where there is no image."""
+    modes: list[Mode]
+    layout: VisualLayout
+    global_maps: Mapping[str, Tensor] | None
+    local_maps: Mapping[str, Tensor] | None
 
 
 def _read_config(path: Path) -> ExportConfig:

@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownComman
 from rich.table import Table
 
 from model.errors import ModelError, first_line
+from model.metrics import MetricName
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
@@ -206,6 +207,26 @@ def show(
     from workers.storage import Store
 
     show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})), root)
+
+
+@app.command
+def compare(
+    *runs: Annotated[
+        str,
+        Parameter(
+            name="RUN",
+            help="Two or more: a recipe, for all its seeds that are evaluated in the root, or the key of an evaluate stage, or the beginning of one.",
+        ),
+    ],
+    root: Root = DEFAULT_ROOT,
+    metric: Annotated[MetricName | None, Parameter(name="--metric", help="What to compare by; the first run's main metric when absent.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
+) -> None:
+    """Compare finished evaluations on the questions that they share: means, and differences to the first run, with 95 % intervals."""
+    from pipelines.compare import compare_runs, find_runs, print_comparison
+    from workers.storage import Store
+
+    print_comparison(compare_runs(find_runs(runs, Store(root)), metric), as_json=as_json)
 
 
 @app.command

@@ -3,11 +3,13 @@
 PipelineError
 |-- RecipeError         a recipe cannot be read, or holds something that is not allowed
 |-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
+|-- ComparisonError     runs have nothing in common to be compared by
 |-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
+|-- PluginError         another program asks Loupe for something that it does not do
 |-- FlowServerError     the flow's server did not start, or went away
 """
 
-__all__ = ["FlowServerError", "NothingThereError", "PipelineError", "RecipeError", "SettingError"]
+__all__ = ["ComparisonError", "FlowServerError", "NothingThereError", "PipelineError", "PluginError", "RecipeError", "SettingError"]
 
 
 class PipelineError(Exception):
@@ -22,8 +24,16 @@ class SettingError(PipelineError, ValueError):
     """An execution setting is refused. The message lists the settings."""
 
 
+class ComparisonError(PipelineError, ValueError):
+    """Runs cannot be compared. The message says what they would have to have in common."""
+
+
 class NothingThereError(PipelineError):
     """What a command should show or use does not exist. The message names the command that makes it."""
+
+
+class PluginError(PipelineError, ValueError):
+    """A program that runs Loupe as its plugin asks for something that Loupe does not do. The message says what, and what can be set instead."""
 
 
 class FlowServerError(PipelineError):

@@ -155,7 +155,8 @@ def _summary(experiment: Experiment, outcomes: list[StageOutcome]) -> str:
     for outcome in outcomes:
         seed = "" if outcome.seed is None else str(outcome.seed)
         spent = duration_text(float(outcome.record.get("seconds", 0.0)))
-        lines.append(f"| {outcome.stage} | {seed} | `{outcome.key}` | {'yes' if outcome.reused else 'no'} | {spent} |")
+        stage = f"{outcome.stage} (asked)" if outcome.asked else outcome.stage
+        lines.append(f"| {stage} | {seed} | `{outcome.key}` | {'yes' if outcome.reused else 'no'} | {spent} |")
     return "\n".join(lines)
 
 

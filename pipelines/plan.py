@@ -8,10 +8,10 @@ from rich.table import Table
 from model.errors import SpecError
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.stages import Experiment, check_ready, feature_bytes, shown_path, stage_runs
+from pipelines.stages import Experiment, check_ready, feature_bytes, num_drawn, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, RenderedSourceSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -36,7 +36,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records, num_text_only = _num_records(experiment)
+    num_records, num_text_only = _num_records(experiment.dataset)
     yield from _dataset_lines(experiment, num_records, num_text_only)
     yield PlanLine(
         topic="features",
@@ -46,8 +46,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "" if experiment.all_drawn else "up to "
-    value = f"{up_to}{bytes_text(feature_bytes(experiment, num_records))} as {experiment.features.precision}"
+    up_to = "up to " if num_records else ""
+    value = f"{up_to}{bytes_text(feature_bytes(experiment.dataset, experiment.features, num_records))} as {experiment.features.precision}"
     yield PlanLine(topic="features", fact="cache", value=value)
     yield from _connector_lines(experiment)
     for phase in recipe.schedule.phases:
@@ -55,6 +55,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
         yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
+    yield from _evaluation_lines(experiment)
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
     try:
@@ -65,12 +66,12 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _num_records(experiment: Experiment) -> tuple[int, int]:
+def _num_records(dataset: DatasetSpec) -> tuple[int, int]:
     """Records of the sources that have records: those that name an image, and those that do not."""
     from workers.dataset.sources import is_text_only, read_records
 
     num_records = num_text_only = 0
-    for source in experiment.dataset.sources:
+    for source in dataset.sources:
         if not isinstance(source, RenderedSourceSpec):
             text_only = [is_text_only(record) for record in read_records(source)]
             num_records, num_text_only = num_records + text_only.count(False), num_text_only + text_only.count(True)
@@ -78,17 +79,42 @@ def _num_records(experiment: Experiment) -> tuple[int, int]:
 
 
 def _dataset_lines(experiment: Experiment, num_records: int, num_text_only: int) -> Iterator[PlanLine]:
-    recipe, num_drawn = experiment.file.recipe, experiment.num_drawn
-    parts = [(num_drawn, f"{num_drawn} drawn"), (num_records, f"{num_records} records read")]
-    yield PlanLine(topic="dataset", fact="images", value=", ".join(text for number, text in parts if number))
+    dataset = experiment.dataset
+    yield PlanLine(topic="dataset", fact="images", value=_images_text(dataset, num_records))
     if num_text_only:
         value = f"{num_text_only} records without an image: seen by phases that train the language model, neither cached nor asked"
         yield PlanLine(topic="dataset", fact="text only", value=value)
-    num_samples = num_drawn + num_records + num_text_only
-    held_out = round(num_samples * recipe.dataset.held_out_fraction)
+    num_samples = num_drawn(dataset) + num_records + num_text_only
+    held_out = round(num_samples * dataset.held_out_fraction)
     yield PlanLine(topic="dataset", fact="split", value=f"about {num_samples - held_out} train, {held_out} held out")
-    asked = [(num_drawn, f"at most {num_drawn * recipe.dataset.turns_per_image}"), (num_records + num_text_only, "those of the records")]
-    yield PlanLine(topic="dataset", fact="questions", value=", ".join(text for number, text in asked if number))
+    yield PlanLine(topic="dataset", fact="questions", value=_questions_text(dataset, num_records + num_text_only))
+
+
+def _images_text(dataset: DatasetSpec, num_records: int) -> str:
+    drawn = num_drawn(dataset)
+    return ", ".join(text for number, text in [(drawn, f"{drawn} drawn"), (num_records, f"{num_records} records read")] if number)
+
+
+def _questions_text(dataset: DatasetSpec, num_records: int) -> str:
+    drawn = num_drawn(dataset)
+    parts = [(drawn, f"at most {drawn * dataset.turns_per_image}"), (num_records, "those of the records")]
+    return ", ".join(text for number, text in parts if number)
+
+
+def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
+    wanted = experiment.file.recipe.evaluation
+    yield PlanLine(topic="evaluation", fact="modes", value=", ".join(wanted.modes))
+    yield PlanLine(topic="evaluation", fact="metrics", value=", ".join(wanted.metrics))
+    if experiment.asked is None:
+        return
+    dataset, features = experiment.asked
+    num_records, _ = _num_records(dataset)
+    yield PlanLine(topic="evaluation", fact="images", value=f"{_images_text(dataset, num_records)}, of a dataset of its own")
+    yield PlanLine(topic="evaluation", fact="questions", value=_questions_text(dataset, num_records))
+    up_to = "up to " if num_records else ""
+    yield PlanLine(
+        topic="evaluation", fact="cache", value=f"{up_to}{bytes_text(feature_bytes(dataset, features, num_records))} as {features.precision}"
+    )
 
 
 def _views_text(experiment: Experiment) -> str:

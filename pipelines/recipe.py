@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from model.errors import SpecError
+from model.metrics import MetricName
 from model.specs import (
     BLOCKS,
     CONNECTOR_BLOCKS,
@@ -153,18 +154,23 @@ class Legibility(Table):
     """What is asked for as small detail is at most this high in the global view: not readable."""
 
 
-class Dataset(Table):
-    """Where samples come from, and how they are split."""
+class AskedDataset(Table):
+    """Where samples come from."""
 
     sources: Annotated[
         tuple[Annotated[RenderedSource | LlavaJsonSource, Field(discriminator="kind")], ...],
         Field(min_length=1),
     ]
     seed: Seed = 0
-    held_out_fraction: Part = 0.1
-    """Share of the images kept for evaluation."""
     turns_per_image: Count = 6
     legibility: Legibility = Legibility()
+
+
+class Dataset(AskedDataset):
+    """Where samples come from, and how they are split."""
+
+    held_out_fraction: Part = 0.1
+    """Share of the images kept for evaluation."""
 
 
 class Encoder(Table):
@@ -689,11 +695,15 @@ class Schedule(Table):
 
 
 class Evaluation(Table):
-    """What is asked of the held-out images."""
+    """What is asked of the held-out images, or of another dataset's, and how answers are scored."""
 
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("exact_match",)
+    """The first is the one that reports show."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("blind", "global", "local", "both")
     max_questions: Count | None = None
     """All questions when absent."""
+    dataset: AskedDataset | None = None
+    """Asked instead of the held-out images; all of its images are, but those that the run was trained on."""
 
 
 class Recipe(Table):
@@ -755,7 +765,7 @@ class Recipe(Table):
         return spec
 
     def dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec:
-        """The dataset, seen through this encoder's view size.
+        """The dataset that is trained on, seen through this encoder's view size.
 
         Args:
             encoder: whose view size decides what can be read where.
@@ -767,8 +777,30 @@ class Recipe(Table):
         Raises:
             SpecError: a JSON file has another digest than the recipe expects.
         """
+        return self._dataset_spec("dataset", self.dataset, self.dataset.held_out_fraction, encoder, records_sha256)
+
+    def evaluation_dataset_spec(self, encoder: EncoderSpec, records_sha256: dict[str, str]) -> DatasetSpec | None:
+        """The dataset that is asked, all of it held out; None where the held-out images of the other one are asked.
+
+        Args:
+            encoder: as for `dataset_spec`.
+            records_sha256: as for `dataset_spec`.
+
+        Returns:
+            The dataset's spec.
+
+        Raises:
+            SpecError: as for `dataset_spec`.
+        """
+        if self.evaluation.dataset is None:
+            return None
+        return self._dataset_spec("evaluation.dataset", self.evaluation.dataset, 1.0, encoder, records_sha256)
+
+    def _dataset_spec(
+        self, path: str, dataset: AskedDataset, held_out_fraction: float, encoder: EncoderSpec, records_sha256: dict[str, str]
+    ) -> DatasetSpec:
         sources: list[RenderedSourceSpec | LlavaJsonSourceSpec] = []
-        for source in self.dataset.sources:
+        for source in dataset.sources:
             match source:
                 case RenderedSource():
                     sources.append(RenderedSourceSpec(family=source.family, num_images=source.num_images))
@@ -776,21 +808,21 @@ class Recipe(Table):
                     digest = records_sha256[source.records]
                     if source.records_sha256 not in ("", digest):
                         raise SpecError(
-                            f"dataset.sources: {source.records} has the digest {digest}, the recipe expects {source.records_sha256}; "
+                            f"{path}.sources: {source.records} has the digest {digest}, the recipe expects {source.records_sha256}; "
                             "use the file the recipe was written for, or change records_sha256"
                         )
                     sources.append(LlavaJsonSourceSpec(records=source.records, images=source.images, records_sha256=digest))
                 case _:
                     assert_never(source)
-        legibility = self.dataset.legibility
+        legibility = dataset.legibility
         return DatasetSpec(
             sources=tuple(sources),
-            seed=self.dataset.seed,
-            held_out_fraction=self.dataset.held_out_fraction,
+            seed=dataset.seed,
+            held_out_fraction=held_out_fraction,
             view_px=encoder.view_px,
             views=self.view_spec(),
             legibility=LegibilitySpec(local_min_px=legibility.local_min_px, global_max_px=legibility.global_max_px),
-            turns_per_image=self.dataset.turns_per_image,
+            turns_per_image=dataset.turns_per_image,
             material=material_versions() if any(isinstance(source, RenderedSourceSpec) for source in sources) else (),
         )
 
@@ -940,6 +972,7 @@ _LIST_EXAMPLES = {
     "layers": "[2, 5]",
     "grids": "[[1, 2], [2, 1], [2, 2]]",
     "train": '["global_mlp"]',
+    "metrics": '["exact_match", "anls"]',
     "modes": '["blind", "both"]',
     "seeds": "[0, 1]",
 }

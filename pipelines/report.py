@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.metrics import METRICS, is_zero_or_one
 from model.specs import PhaseSpec, fingerprint
 from model.views import Box, View, ViewPlan, plan_views
 from pipelines.errors import NothingThereError
@@ -25,6 +26,7 @@ from pipelines.report_page import (
     AccuracyRow,
     Curve,
     DatasetRow,
+    MetricRow,
     PageSample,
     PageTurn,
     PhaseCurves,
@@ -37,18 +39,26 @@ from pipelines.stages import shown_path
 from pipelines.wording import duration_text
 from workers.commits import Stage, from_json
 from workers.dataset.samples import Sample, Turn, read_samples
-from workers.evaluation import EvaluationRecord
+from workers.evaluation import ClassificationFigure, EvaluationRecord, Score
 from workers.execution import Progress
 from workers.storage import Store
 from workers.training.spec import TrainingRecord, TrainingSpec
 
 if TYPE_CHECKING:
-    from pipelines.stages import Experiment
+    from pipelines.stages import Experiment, StageRun
 
 __all__ = ["ReportRecord", "template_sha256", "write_report"]
 
 SAMPLES_PER_FAMILY = 2
 TURNS_PER_SAMPLE = 4
+
+_FIGURE_WORDS = {
+    "precision": "of the answers that say yes, those where it is true",
+    "recall": "of the questions where yes is true, those answered so",
+    "f1": "harmonic mean of precision and recall",
+    "yes_share": "of all answers, those that say yes",
+    "unclear_share": "of all answers, those that say neither, or both",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +131,6 @@ def collect_page(experiment: "Experiment") -> ReportPage:
     """
     recipe, store = experiment.file.recipe, experiment.store
     dataset = _record(experiment, "build-dataset", experiment.dataset)
-    cache = _record(experiment, "cache-features", experiment.features)
     export = _record(experiment, "export", experiment.export())
     runs = [
         _SeedRun(
@@ -132,29 +141,32 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         )
         for seed in recipe.seeds
     ]
-    samples = read_samples(store, fingerprint(experiment.dataset))
-    modes = runs[0].evaluation.modes
+    samples = {asked: read_samples(store, fingerprint(spec)) for spec, _, asked in experiment.data}
+    first = runs[0].evaluation
+    modes, metric = first.modes, first.metrics[0]
     accuracy = accuracy_rows([run.evaluation for run in runs], modes)
-    stages = _stage_rows(experiment, dataset, cache, export, runs)
-    shown = _page_samples(experiment, samples, runs[0].evaluation)
+    stages = _stage_rows(experiment, export, runs)
+    shown = _page_samples(experiment, samples[experiment.asked is not None], first)
     refusals: dict[str, dict[str, int]] = {
-        "build-dataset": dataset["quarantined_by_reason"],
-        "cache-features": cache["quarantined_by_reason"],
-        # Which conversations and questions are refused depends on no seed.
-        "train-connector": runs[0].training.quarantined_by_reason,
-        "evaluate": runs[0].evaluation.quarantined_by_reason,
+        run.name: _record(experiment, run.stage, run.spec)["quarantined_by_reason"] for run in _data_runs(experiment)
     }
+    # Which conversations and questions are refused depends on no seed.
+    refusals |= {"train-connector": runs[0].training.quarantined_by_reason, "evaluate": first.quarantined_by_reason}
     return ReportPage(
         title=recipe.name,
         description=recipe.description,
-        headline=_headline(accuracy, dataset, stages),
+        headline=_headline(accuracy, metric, dataset, stages),
         facts=_facts(experiment, runs),
-        dataset=_dataset_rows(samples),
+        dataset=tuple(row for asked, some in samples.items() for row in _dataset_rows(some, asked=asked)),
         quarantine=tuple((stage, reason, number) for stage, refused in refusals.items() for reason, number in refused.items()),
         phases=_phase_curves(store, runs),
         modes=modes,
         accuracy=accuracy,
-        normalisation=f"An answer is right when it equals the true one after {runs[0].evaluation.normalisation.removesuffix('; then equality')}.",
+        metric=metric,
+        metric_is_share=_is_share(metric),
+        rule=first.rules[metric],
+        more_metrics=metric_rows([run.evaluation for run in runs]),
+        asked=_asked_words(first),
         samples=shown,
         stages=stages,
         ask_command=shlex.join(
@@ -177,8 +189,28 @@ def template_sha256(*sources: Path) -> str:
     return digest.hexdigest()
 
 
+def _data_runs(experiment: "Experiment") -> list["StageRun"]:
+    """The stages that build and cache, of the dataset that is trained on and of the one that is asked alone."""
+    from pipelines.stages import stage_runs
+
+    return list(stage_runs(experiment, "cache-features"))
+
+
+def _is_share(metric: str) -> bool:
+    return metric in METRICS and is_zero_or_one(metric)
+
+
+def _asked_words(evaluation: EvaluationRecord) -> str:
+    """Which pictures were asked about."""
+    if evaluation.of_training_dataset:
+        return "Held-out pictures"
+    left_out = evaluation.num_images_trained_on
+    more = f", less {left_out} that are in the training split ({evaluation.num_questions_trained_on} questions)" if left_out else ""
+    return f"{evaluation.num_images} pictures of a dataset of their own{more}"
+
+
 def accuracy_rows(evaluations: Sequence[EvaluationRecord], modes: Sequence[str]) -> tuple[AccuracyRow, ...]:
-    """The accuracy table: all questions, by detail, by family; each seed's counts side by side.
+    """The accuracy table: all questions, by detail, by family; each seed's scores by the main metric side by side.
 
     Args:
         evaluations: one per seed, of the same questions.
@@ -187,44 +219,82 @@ def accuracy_rows(evaluations: Sequence[EvaluationRecord], modes: Sequence[str])
     Returns:
         Rows in the table's order.
     """
-    counts: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
+    found: dict[tuple[str, str, str], list[Score]] = defaultdict(list)
     for evaluation in evaluations:
-        for count in evaluation.counts:
-            if not count.kind and not (count.family and count.detail):
-                counts[count.mode, count.family, count.detail].append((count.correct, count.total))
+        for score in evaluation.scores:
+            if score.metric == evaluation.metrics[0] and not score.kind and not (score.family and score.detail):
+                found[score.mode, score.family, score.detail].append(score)
     groups = [("all questions", "overall", "", "")]
     groups += [(f"{detail} detail", "detail", "", detail) for detail in ("small", "large")]
-    groups += [(family, "family", family, "") for family in sorted({family for _, family, _ in counts if family})]
+    groups += [(family, "family", family, "") for family in sorted({family for _, family, _ in found if family})]
     rows = []
     for label, group, family, detail in groups:
-        if (modes[0], family, detail) not in counts:
+        if (modes[0], family, detail) not in found:
             continue
         cells = {
             mode: AccuracyCell(
-                num_right=tuple(right for right, _ in counts[mode, family, detail]),
-                num_asked=tuple(asked for _, asked in counts[mode, family, detail]),
+                points=tuple(score.points for score in found[mode, family, detail]),
+                num_asked=tuple(score.total for score in found[mode, family, detail]),
+                ends=tuple((score.low, score.high) for score in found[mode, family, detail]),
             )
             for mode in modes
         }
-        majority = counts.get(("majority", family, detail))
+        majority = found.get(("majority", family, detail))
         rows.append(
             AccuracyRow(
                 label=label,
                 group=group,
                 num_questions=max(cells[modes[0]].num_asked),
-                majority=majority[0][0] / majority[0][1] if majority and majority[0][1] else None,
+                majority=majority[0].fraction if majority else None,
                 cells=cells,
             )
         )
     return tuple(rows)
 
 
-def _headline(accuracy: Sequence[AccuracyRow], dataset: dict[str, Any], stages: Sequence[StageRow]) -> tuple[tuple[str, str], ...]:
+def metric_rows(evaluations: Sequence[EvaluationRecord]) -> tuple[MetricRow, ...]:
+    """All questions by each further metric, and the figures of `yes_no`; means over the seeds, of the ends of their intervals too.
+
+    Args:
+        evaluations: one per seed, of the same questions.
+
+    Returns:
+        Rows in the order of the metrics.
+    """
+    first, rows = evaluations[0], []
+
+    def cells(found: Sequence[Score | ClassificationFigure]) -> dict[str, tuple[float, float, float]]:
+        by_mode = {mode: [item for item in found if item.mode == mode] for mode in first.modes}
+        return {
+            mode: (_mean([item.fraction for item in items]), _mean([item.low for item in items]), _mean([item.high for item in items]))
+            for mode, items in by_mode.items()
+        }
+
+    for metric in first.metrics[1:]:
+        overall = [
+            score
+            for evaluation in evaluations
+            for score in evaluation.scores
+            if score.metric == metric and not (score.family or score.detail or score.kind)
+        ]
+        rows.append(MetricRow(label=metric, rule=first.rules[metric], num_questions=overall[0].total, cells=cells(overall)))
+    for name in dict.fromkeys(figure.name for figure in first.figures):
+        figures = [figure for evaluation in evaluations for figure in evaluation.figures if figure.name == name]
+        rows.append(MetricRow(label=f"yes_no: {name.replace('_', ' ')}", rule=_FIGURE_WORDS[name], num_questions=None, cells=cells(figures)))
+    return tuple(rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _headline(accuracy: Sequence[AccuracyRow], metric: str, dataset: dict[str, Any], stages: Sequence[StageRow]) -> tuple[tuple[str, str], ...]:
     overall = accuracy[0].cells
     tiles = []
     both = overall.get("both") or overall.get("global")
     if both is not None and both.mean is not None:
-        tiles.append(("both views, right" if "both" in overall else "global view, right", f"{100 * both.mean:.1f} %"))
+        word = "right" if metric == "exact_match" else metric.replace("_", " ")
+        tiles.append((f"both views, {word}" if "both" in overall else f"global view, {word}", f"{100 * both.mean:.1f} %"))
     small = next((row.cells for row in accuracy if row.label == "small detail"), {})
     for cells, mode, words in ((overall, "blind", "points over blind"), (small, "global", "points over global only, small detail")):
         if "both" in cells and mode in cells and (best := cells["both"].mean) is not None and (mean := cells[mode].mean) is not None:
@@ -248,6 +318,7 @@ def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[st
         ("Maps of the local views", ", ".join(map_spec.name for map_spec in features.local_maps) or "none"),
         ("Trained parameters", ", ".join(f"{block} {number:,}" for block, number in training.parameters.items())),
         ("Training", f"{training.steps} steps, {training.samples} samples seen, {training.samples_per_second:.1f} samples/s on {training.device}"),
+        ("Asked", _asked_words(runs[0].evaluation)),
         ("Seeds", ", ".join(str(run.seed) for run in runs)),
         ("Features", f"stored as {features.precision}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
@@ -261,7 +332,7 @@ def _dataset_note(dataset: dict[str, Any]) -> str:
     return f"{dataset['num_samples'] - num_text_only} pictures{text_only}, {dataset['num_turns']} questions"
 
 
-def _dataset_rows(samples: Sequence[Sample]) -> tuple[DatasetRow, ...]:
+def _dataset_rows(samples: Sequence[Sample], *, asked: bool) -> tuple[DatasetRow, ...]:
     rows = []
     for family in sorted({sample.family for sample in samples}):
         mine = [sample for sample in samples if sample.family == family]
@@ -269,7 +340,7 @@ def _dataset_rows(samples: Sequence[Sample]) -> tuple[DatasetRow, ...]:
         turns = [turn for sample in mine for turn in sample.turns]
         rows.append(
             DatasetRow(
-                family=family,
+                family=f"{family} (asked)" if asked else family,
                 num_train=splits["train"],
                 num_held_out=splits["held_out"],
                 num_turns=len(turns),
@@ -279,25 +350,16 @@ def _dataset_rows(samples: Sequence[Sample]) -> tuple[DatasetRow, ...]:
     return tuple(rows)
 
 
-def _stage_rows(
-    experiment: "Experiment", dataset: dict[str, Any], cache: dict[str, Any], export: dict[str, Any], runs: Sequence[_SeedRun]
-) -> tuple[StageRow, ...]:
-    rows = [
-        StageRow(
-            name="build-dataset",
-            key=fingerprint(experiment.dataset)[:16],
-            seconds=dataset["seconds"],
-            num_bytes=dataset["image_bytes"],
-            note=_dataset_note(dataset),
-        ),
-        StageRow(
-            name="cache-features",
-            key=fingerprint(experiment.features)[:16],
-            seconds=cache["seconds"],
-            num_bytes=cache["feature_bytes"],
-            note=f"{cache['num_global_views']} global and {cache['num_local_views']} local views",
-        ),
-    ]
+def _data_row(run: "StageRun", record: dict[str, Any]) -> StageRow:
+    if run.stage == "build-dataset":
+        size, note = record["image_bytes"], _dataset_note(record)
+    else:
+        size, note = record["feature_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
+    return StageRow(name=run.name, key=run.key, seconds=record["seconds"], num_bytes=size, note=note)
+
+
+def _stage_rows(experiment: "Experiment", export: dict[str, Any], runs: Sequence[_SeedRun]) -> tuple[StageRow, ...]:
+    rows = [_data_row(run, _record(experiment, run.stage, run.spec)) for run in _data_runs(experiment)]
     for run in runs:
         key = fingerprint(run.training_spec)[:16]
         note = f"{run.training.steps} steps, {len(run.training.phases)} phases"
@@ -305,6 +367,8 @@ def _stage_rows(
     for run in runs:
         key = fingerprint(experiment.evaluation(run.seed))[:16]
         note = f"{run.evaluation.num_questions} questions in {len(run.evaluation.modes)} modes"
+        if left_out := run.evaluation.num_images_trained_on:
+            note += f"; {left_out} images not asked, trained on"
         rows.append(StageRow(name=f"evaluate seed {run.seed}", key=key, seconds=run.evaluation.seconds, num_bytes=None, note=note))
     rows.append(StageRow(name="export", key=fingerprint(experiment.export())[:16], seconds=export["seconds"], num_bytes=export["num_bytes"], note=""))
     return tuple(rows)
@@ -359,19 +423,20 @@ def _shown_turns(turns: Sequence[Turn]) -> list[int]:
     return order[:TURNS_PER_SAMPLE]
 
 
-def _answers(store: Store, evaluation: EvaluationRecord) -> dict[tuple[str, int], dict[str, tuple[str, bool]]]:
-    """(sample, turn) -> mode -> answer and whether it is right."""
+def _answers(store: Store, evaluation: EvaluationRecord) -> dict[tuple[str, int], dict[str, tuple[str, float | None]]]:
+    """(sample, turn) -> mode -> answer and its score by the main metric."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(store.read_bytes(evaluation.answers)), columns=["sample_id", "turn", "mode", "answer", "correct"])
-    given: dict[tuple[str, int], dict[str, tuple[str, bool]]] = defaultdict(dict)
+    metric = evaluation.metrics[0]
+    table = pq.read_table(io.BytesIO(store.read_bytes(evaluation.answers)), columns=["sample_id", "turn", "mode", "answer", metric])
+    given: dict[tuple[str, int], dict[str, tuple[str, float | None]]] = defaultdict(dict)
     for row in table.to_pylist():
-        given[row["sample_id"], row["turn"]][row["mode"]] = (row["answer"], row["correct"])
+        given[row["sample_id"], row["turn"]][row["mode"]] = (row["answer"], row[metric])
     return given
 
 
 def _page_samples(experiment: "Experiment", samples: Sequence[Sample], evaluation: EvaluationRecord) -> tuple[PageSample, ...]:
-    """The first held-out pictures of each family that questions were asked about; not chosen by how well they went."""
+    """The first pictures of each family that questions were asked about; not chosen by how well they went."""
     given = _answers(experiment.store, evaluation)
     asked = {sample_id for sample_id, _ in given}
     shown = []
@@ -382,7 +447,7 @@ def _page_samples(experiment: "Experiment", samples: Sequence[Sample], evaluatio
 
 
 def _page_sample(
-    experiment: "Experiment", sample: Sample, given: dict[tuple[str, int], dict[str, tuple[str, bool]]], modes: Sequence[str]
+    experiment: "Experiment", sample: Sample, given: dict[tuple[str, int], dict[str, tuple[str, float | None]]], modes: Sequence[str]
 ) -> PageSample:
     from PIL import Image
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from model.metrics import Share
 from pipelines.wording import bytes_text, duration_text
 
 __all__ = [
@@ -20,6 +19,7 @@ __all__ = [
     "AccuracyRow",
     "Curve",
     "DatasetRow",
+    "MetricRow",
     "PageSample",
     "PageTurn",
     "PhaseCurves",
@@ -77,16 +77,18 @@ class PhaseCurves:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyCell:
-    """How often one kind of question was answered right in one mode."""
+    """What one metric says of one group of questions in one mode."""
 
-    num_right: tuple[int, ...]
-    """By seed."""
+    points: tuple[float, ...]
+    """By seed: the sum of the scores, which is how many were answered right where there is only right and wrong."""
     num_asked: tuple[int, ...]
+    ends: tuple[tuple[float, float], ...]
+    """By seed: the 95 % interval."""
 
     @property
     def by_seed(self) -> tuple[float, ...]:
-        """Share answered right, by seed."""
-        return tuple(right / asked for right, asked in zip(self.num_right, self.num_asked, strict=True) if asked)
+        """Mean score, by seed."""
+        return tuple(points / asked for points, asked in zip(self.points, self.num_asked, strict=True) if asked)
 
     @property
     def mean(self) -> float | None:
@@ -100,11 +102,10 @@ class AccuracyCell:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval from the number of questions, for the mean over seeds taken as one trial (the questions are the same for each)."""
+        """95 % interval of the mean over seeds: the mean of their ends, as wide as one seed's, since the questions are the same for each."""
         if self.mean is None:
             return None
-        asked = max(self.num_asked)
-        return Share(correct=round(self.mean * asked), total=asked).interval
+        return sum(low for low, _ in self.ends) / len(self.ends), sum(high for _, high in self.ends) / len(self.ends)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,14 +123,26 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MetricRow:
+    """All questions by one more metric, or by one figure of it."""
+
+    label: str
+    rule: str
+    """What it counts, in words."""
+    num_questions: int | None
+    cells: dict[str, tuple[float, float, float]]
+    """By mode: mean over the seeds, and the ends of its 95 % interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PageTurn:
     """One question with what the model said."""
 
     question: str
     truth: str
     detail: str
-    answers: tuple[tuple[str, str, bool], ...]
-    """Mode, answer, whether it counts as right."""
+    answers: tuple[tuple[str, str, float | None], ...]
+    """Mode, answer, its score by the main metric: 1 is right, 0 is wrong; None where the metric says nothing about the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +179,15 @@ class ReportPage:
     phases: tuple[PhaseCurves, ...]
     modes: tuple[str, ...]
     accuracy: tuple[AccuracyRow, ...]
-    normalisation: str
-    """How an answer is compared, in words."""
+    metric: str
+    """The main one, which `accuracy` shows."""
+    metric_is_share: bool
+    """Whether it knows right and wrong alone."""
+    rule: str
+    """What it counts, in words."""
+    more_metrics: tuple[MetricRow, ...]
+    asked: str
+    """Which pictures were asked about, in words."""
     samples: tuple[PageSample, ...]
     stages: tuple[StageRow, ...]
     ask_command: str

@@ -13,10 +13,12 @@ from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe import RecipeFile, recipe_files
 from pipelines.stages import Experiment, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console, duration_text
+from workers.dataset.spec import DatasetSpec
 
 __all__ = ["show_recipe"]
 
 NUM_SHOWN_SAMPLES = 5
+_ASKED = " ([evaluation.dataset], asked alone)"
 
 
 def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment, root: str | None = None) -> None:
@@ -34,14 +36,16 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
     console = data_console()
     match what:
         case "dataset":
-            _show_dataset(experiment, root, console)
+            for dataset, _, asked in experiment.data:
+                _show_dataset(experiment, dataset, root, console, asked=asked)
         case "cache":
-            record = experiment.record("cache-features", experiment.features)
-            if record is None:
-                raise _missing(experiment, root, "cached features", "cache-features")
-            key = fingerprint(experiment.features)[:16]
-            _print_facts(f"features {key}", record, console)
-            console.print(f"table: {_place(experiment, f'features/{key}')}", soft_wrap=True)
+            for _, features, asked in experiment.data:
+                record = experiment.record("cache-features", features)
+                if record is None:
+                    raise _missing(experiment, root, "cached features", "cache-features")
+                key = fingerprint(features)[:16]
+                _print_facts(f"features {key}{_ASKED if asked else ''}", record, console)
+                console.print(f"table: {_place(experiment, f'features/{key}')}", soft_wrap=True)
         case "run":
             _show_run(experiment, console)
 
@@ -96,14 +100,14 @@ def _record_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _show_dataset(experiment: Experiment, root: str | None, console: Console) -> None:
+def _show_dataset(experiment: Experiment, dataset: DatasetSpec, root: str | None, console: Console, *, asked: bool) -> None:
     from workers.dataset.samples import read_samples
 
-    record = experiment.record("build-dataset", experiment.dataset)
+    record = experiment.record("build-dataset", dataset)
     if record is None:
         raise _missing(experiment, root, "dataset", "build-dataset")
-    key = fingerprint(experiment.dataset)
-    _print_facts(f"dataset {key[:16]}", record, console)
+    key = fingerprint(dataset)
+    _print_facts(f"dataset {key[:16]}{_ASKED if asked else ''}", record, console)
     samples = read_samples(experiment.store, key)
     counts = Counter((sample.family, sample.split) for sample in samples)
     table = Table(box=None, pad_edge=False)

@@ -38,6 +38,7 @@ __all__ = [
     "check_ready",
     "feature_bytes",
     "fetches_language_model",
+    "num_drawn",
     "open_experiment",
     "run_stage",
     "shown_path",
@@ -79,6 +80,13 @@ class StageOutcome:
     """The commit record as JSON."""
     reused: bool
     """Whether it was there before."""
+    asked: bool = False
+    """As of the stage's run."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return _stage_name(self.stage, self.seed, asked=self.asked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +98,8 @@ class StageRun:
     spec: Any
     run: Callable[[Progress], Any]
     """Runs the stage and returns its record, a dataclass."""
+    asked: bool = False
+    """Whether it builds or caches the dataset that is asked alone, `[evaluation.dataset]`."""
 
     @property
     def key(self) -> str:
@@ -99,7 +109,13 @@ class StageRun:
     @property
     def name(self) -> str:
         """For people: the stage, with its seed where it has one."""
-        return self.stage if self.seed is None else f"{self.stage} seed {self.seed}"
+        return _stage_name(self.stage, self.seed, asked=self.asked)
+
+
+def _stage_name(stage: StageName, seed: int | None, *, asked: bool) -> str:
+    if asked:
+        return f"{stage} (asked)"
+    return stage if seed is None else f"{stage} seed {seed}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +130,14 @@ class Experiment:
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
+    asked: tuple[DatasetSpec, FeatureSpec] | None = None
+    """The dataset that is asked instead of the held-out images, and its features."""
+
+    @property
+    def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
+        """Each dataset with its features, and whether it is asked alone."""
+        trained = (self.dataset, self.features, False)
+        return (trained,) if self.asked is None else (trained, (*self.asked, True))
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
         """The committed record of a stage as JSON; None when it is not done."""
@@ -129,14 +153,9 @@ class Experiment:
         return record
 
     @property
-    def num_drawn(self) -> int:
-        """Pictures that are drawn; other sources' images are not among them."""
-        return sum(source.num_images for source in self.dataset.sources if isinstance(source, RenderedSourceSpec))
-
-    @property
     def all_drawn(self) -> bool:
-        """Whether there are no other images than drawn ones."""
-        return all(isinstance(source, RenderedSourceSpec) for source in self.dataset.sources)
+        """Whether there are no other images than drawn ones, to train on or to ask."""
+        return all(_all_drawn(dataset) for dataset, _, _ in self.data)
 
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
@@ -193,9 +212,10 @@ class Experiment:
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
             training_fingerprint=fingerprint(training),
-            dataset_fingerprint=fingerprint(self.dataset),
+            dataset_fingerprint=fingerprint(self.dataset if self.asked is None else self.asked[0]),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
+            metrics=wanted.metrics,
         )
 
     def check(self) -> None:
@@ -247,12 +267,27 @@ class Experiment:
 
     def _check_split(self) -> None:
         """Where all pictures are drawn, their number is known, and so whether any can be expected to be held out."""
-        fraction, num_images = self.dataset.held_out_fraction, self.num_drawn
-        if self.all_drawn and not 1 <= num_images * fraction <= num_images - 1:
+        fraction, num_images = self.dataset.held_out_fraction, num_drawn(self.dataset)
+        fewest = 1 if self.asked is None else 0
+        if _all_drawn(self.dataset) and not fewest <= num_images * fraction <= num_images - 1:
             raise RecipeError(
                 f"recipe {self.file.path}: dataset.held_out_fraction: found {fraction:g}, which of {num_images} images holds out about "
                 f"{num_images * fraction:.2g}; allowed: a fraction that leaves at least one image on either side"
             )
+
+    def check_other_dataset(self, training: TrainingSpec) -> None:
+        """Before a training run: whether the dataset that is asked alone can be asked.
+
+        Args:
+            training: about to run.
+
+        Raises:
+            EvaluationError: names what cannot be asked.
+        """
+        from workers.evaluation import check_other_dataset
+
+        if self.asked is not None:
+            check_other_dataset(self._evaluation(training), training, self.store, self.execution)
 
     def export(self) -> "ExportSpec":
         """What is exported: the first seed's connector, whichever seed did best."""
@@ -276,6 +311,15 @@ class Experiment:
             export_fingerprint=fingerprint(self.export()),
             template_sha256=template_sha256(),
         )
+
+
+def num_drawn(dataset: DatasetSpec) -> int:
+    """Pictures of a dataset that are drawn; other sources' images are not among them."""
+    return sum(source.num_images for source in dataset.sources if isinstance(source, RenderedSourceSpec))
+
+
+def _all_drawn(dataset: DatasetSpec) -> bool:
+    return all(isinstance(source, RenderedSourceSpec) for source in dataset.sources)
 
 
 @cache
@@ -313,7 +357,8 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
     try:
         encoder = _describe_encoder(recipe.encoder.model)
         connector = recipe.connector_spec(encoder)
-        dataset = recipe.dataset_spec(encoder, _records_sha256(file))
+        digests = _records_sha256(file)
+        dataset, asked = recipe.dataset_spec(encoder, digests), recipe.evaluation_dataset_spec(encoder, digests)
         features = recipe.feature_spec(dataset, encoder, connector)
         experiment = Experiment(
             file=file,
@@ -324,6 +369,7 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
             connector=connector,
             dataset=dataset,
             features=features,
+            asked=None if asked is None else (asked, recipe.feature_spec(asked, encoder, connector)),
         )
         experiment.check()
     except (ModelError, SourceError, StorageError) as error:
@@ -332,7 +378,8 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:
-    sources = [source for source in file.recipe.dataset.sources if isinstance(source, LlavaJsonSource)]
+    datasets = [dataset for dataset in (file.recipe.dataset, file.recipe.evaluation.dataset) if dataset is not None]
+    sources = [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
     if not sources:
         return {}
     from workers.dataset.sources import describe_llava_json
@@ -354,25 +401,16 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
     """
     store, execution, seeds = experiment.store, experiment.execution, experiment.file.recipe.seeds
     last = STAGES.index(until)
-
-    def build(progress: Progress) -> Any:
-        from workers.dataset.build import build_dataset
-
-        return build_dataset(experiment.dataset, store, execution, progress)
-
-    yield StageRun(stage="build-dataset", seed=None, spec=experiment.dataset, run=build)
+    for dataset, _, asked in experiment.data:
+        yield _build_run(experiment, dataset, asked=asked)
 
     built = experiment.record("build-dataset", experiment.dataset)
     if built is not None:
-        _check_built(experiment, built, evaluates=last >= STAGES.index("evaluate"))
-
-    def cache_(progress: Progress) -> Any:
-        from workers.caching.build import cache_features
-
-        return cache_features(experiment.features, store, execution, progress)
+        _check_built(experiment, built, evaluates=last >= STAGES.index("evaluate") and experiment.asked is None)
 
     if last >= STAGES.index("cache-features"):
-        yield StageRun(stage="cache-features", seed=None, spec=experiment.features, run=cache_)
+        for _, features, asked in experiment.data:
+            yield _cache_run(experiment, features, asked=asked)
     if last >= STAGES.index("train-connector"):
         for seed in seeds:
             yield _train_run(experiment, seed)
@@ -414,12 +452,31 @@ def _check_built(experiment: Experiment, built: Mapping[str, Any], *, evaluates:
         )
 
 
+def _build_run(experiment: Experiment, dataset: DatasetSpec, *, asked: bool) -> StageRun:
+    def build(progress: Progress) -> Any:
+        from workers.dataset.build import build_dataset
+
+        return build_dataset(dataset, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="build-dataset", seed=None, spec=dataset, run=build, asked=asked)
+
+
+def _cache_run(experiment: Experiment, features: FeatureSpec, *, asked: bool) -> StageRun:
+    def cache_(progress: Progress) -> Any:
+        from workers.caching.build import cache_features
+
+        return cache_features(features, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="cache-features", seed=None, spec=features, run=cache_, asked=asked)
+
+
 def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
         from workers.training.run import train_connector
 
+        experiment.check_other_dataset(spec)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)
@@ -449,7 +506,7 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
     """
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
-    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None)
+    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
 
 
 def shown_path(url: str) -> str:
@@ -457,21 +514,21 @@ def shown_path(url: str) -> str:
     return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
 
-def feature_bytes(experiment: Experiment, num_records: int = 0) -> int:
-    """Bytes of the cached features of all pictures that are drawn, and of as many others at most.
+def feature_bytes(dataset: DatasetSpec, features: FeatureSpec, num_records: int = 0) -> int:
+    """Bytes of the cached features of all pictures of a dataset that are drawn, and of as many others at most.
 
     Args:
-        experiment: whose sources, views and maps.
+        dataset: whose sources.
+        features: which views and maps.
         num_records: other images, counted with the most views that the rule gives.
 
     Returns:
         Bytes.
     """
-    features, num_drawn = experiment.features, experiment.num_drawn
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
-    num_local_views = num_drawn * len(drawn.local_views) + num_records * features.views.max_local_views
+    num_local_views = num_drawn(dataset) * len(drawn.local_views) + num_records * features.views.max_local_views
     per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
-    return per_map * ((num_drawn + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
+    return per_map * ((num_drawn(dataset) + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 
 def check_ready(experiment: Experiment, *, write: bool = True) -> None:
@@ -499,7 +556,7 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    needed = feature_bytes(experiment) + experiment.num_drawn * _IMAGE_BYTES_GUESS
+    needed = sum(feature_bytes(dataset, features) + num_drawn(dataset) * _IMAGE_BYTES_GUESS for dataset, features, _ in experiment.data)
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -71,10 +71,9 @@ def outcome_line(outcome: "StageOutcome") -> str:
     Raises:
         RecordError: the record lacks one of the figures.
     """
-    name = outcome.stage if outcome.seed is None else f"{outcome.stage} seed {outcome.seed}"
     spent = "found done" if outcome.reused else f"done in {duration_text(float(outcome.record.get('seconds', 0.0)))}"
     try:
-        return f"{name:<24} {spent:<21} {_figures(outcome)}".rstrip()
+        return f"{outcome.name:<24} {spent:<21} {_figures(outcome)}".rstrip()
     except KeyError as error:
         raise RecordError(
             f"runs/{outcome.stage}/{outcome.key}/COMMITTED.json in the root lacks {error}; remove that file, and the stage is run again"
@@ -91,14 +90,29 @@ def _figures(outcome: "StageOutcome") -> str:
         case "train-connector":
             return "loss " + ", ".join(f"{phase['name']} {phase['first_loss']:.2f} to {phase['last_loss']:.2f}" for phase in record["phases"])
         case "evaluate":
-            return f"{record['num_questions']} questions, right: " + ", ".join(_shares(record))
+            return f"{record['num_questions']} questions, {_scored(record)}: {', '.join(_shares(record))}{_left_out(record)}"
         case "export":
             return f"{len(record['files'])} files, {bytes_text(record['num_bytes'])}"
         case "report":
             return bytes_text(record["bytes_written"])
 
 
+def _scored(record: Mapping[str, Any]) -> str:
+    """The main metric; exact match goes without saying."""
+    return "right" if record["metrics"][0] == "exact_match" else str(record["metrics"][0])
+
+
 def _shares(record: Mapping[str, Any]) -> list[str]:
-    """Share of all questions answered rightly, by mode."""
-    overall = {count["mode"]: count["fraction"] for count in record["counts"] if not (count["family"] or count["detail"] or count["kind"])}
+    """The main metric over all questions, by mode."""
+    overall = {
+        score["mode"]: score["fraction"]
+        for score in record["scores"]
+        if score["metric"] == record["metrics"][0] and not (score["family"] or score["detail"] or score["kind"])
+    }
     return [f"{mode} {overall[mode]:.1%}" for mode in record["modes"]]
+
+
+def _left_out(record: Mapping[str, Any]) -> str:
+    """What was not asked because the run had seen it."""
+    number = record["num_images_trained_on"]
+    return f"; {number} images not asked, the run was trained on them" if number else ""

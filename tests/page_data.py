@@ -3,11 +3,13 @@
 import io
 import math
 
+from model.metrics import Share
 from pipelines.report_page import (
     AccuracyCell,
     AccuracyRow,
     Curve,
     DatasetRow,
+    MetricRow,
     PageSample,
     PageTurn,
     PhaseCurves,
@@ -39,7 +41,9 @@ def page(*, num_seeds: int = 3, question: str = "Which country is at the left?")
     def row(label: str, group: str, number: int, shift: int) -> AccuracyRow:
         cells = {
             mode: AccuracyCell(
-                num_right=tuple(round(number * (level + shift + 2 * seed) / 100) for seed in seeds), num_asked=tuple(number for _ in seeds)
+                points=tuple(round(number * (level + shift + 2 * seed) / 100) for seed in seeds),
+                num_asked=tuple(number for _ in seeds),
+                ends=tuple(Share(correct=round(number * (level + shift + 2 * seed) / 100), total=number).interval for seed in seeds),
             )
             for mode, level in levels.items()
         }
@@ -65,7 +69,7 @@ def page(*, num_seeds: int = 3, question: str = "Which country is at the left?")
                         question=question if number == 0 else "How many bars are higher than 12.5?",
                         truth="Norway",
                         detail="small",
-                        answers=tuple((mode, "Norway" if mode == "both" else "Chad", mode == "both") for mode in MODES),
+                        answers=tuple((mode, "Norway" if mode == "both" else "Chad", float(mode == "both")) for mode in MODES),
                     )
                     for number in range(3)
                 ),
@@ -108,7 +112,24 @@ def page(*, num_seeds: int = 3, question: str = "Which country is at the left?")
             row("large detail", "detail", 380, 9),
             *(row(name, "family", 216, 3 * place - 6) for place, name in enumerate(families)),
         ),
-        normalisation="Answers count when they are equal after lower-casing and trimming.",
+        metric="exact_match",
+        metric_is_share=True,
+        rule="equal to the true answer after lower-casing and trimming",
+        more_metrics=(
+            MetricRow(
+                label="anls",
+                rule="1 less the edit distance over the longer answer's length, 0 from half of it on",
+                num_questions=1080,
+                cells={mode: (level / 100 + 0.04, level / 100 - 0.01, level / 100 + 0.09) for mode, level in levels.items()},
+            ),
+            MetricRow(
+                label="yes_no: f1",
+                rule="harmonic mean of precision and recall",
+                num_questions=None,
+                cells=dict.fromkeys(MODES, (0.5, 0.4, 0.6)),
+            ),
+        ),
+        asked="Held-out pictures",
         samples=tuple(samples),
         stages=(
             StageRow(name="build-dataset", key="0123456789abcdef", seconds=61.2, num_bytes=92_000_000, note="1200 images, 7200 questions"),

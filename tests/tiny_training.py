@@ -234,3 +234,34 @@ def mixed_samples(count: int = 2 * TINY_TRAIN_IMAGES) -> list[Any]:
         turns = tuple(replace(turn, question=f"{turn.question} ({sample.index})", kind="llava/text") for turn in sample.turns)
         samples[sample.index] = replace(sample, image=None, family="text", turns=turns)
     return samples
+
+
+def write_tiny_export(folder: Path, encoder_folder: Path, language_model_folder: Path) -> Path:
+    """An export folder over the tiny models, its connector as it is before training."""
+    import shutil
+
+    import safetensors.torch
+
+    from model.connector import build_connector
+    from model.encoder import describe_encoder
+    from model.export import ExportConfig, write_config, write_manifest
+    from model.views import ViewSpec
+
+    encoder, connector = describe_encoder(str(encoder_folder)), tiny_connector_spec()
+    write_config(
+        folder,
+        ExportConfig(
+            connector=connector,
+            encoder=encoder,
+            views=ViewSpec(max_slices=4),
+            feature_precision="fp16",
+            precision="fp32",
+            language_model_precision="fp32",
+        ),
+    )
+    built = build_connector(connector, encoder, hidden=64, embedding_rms=0.02, seed=3)
+    safetensors.torch.save_file(built.state_dict(), folder / "connector.safetensors")
+    shutil.copytree(encoder_folder, folder / "encoder")
+    shutil.copytree(language_model_folder, folder / "language_model")
+    write_manifest(folder)
+    return folder

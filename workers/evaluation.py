@@ -1,21 +1,23 @@
-"""Stage evaluate: every held-out question asked by itself, in every mode, answered greedily, scored by exact match.
+"""Stage evaluate: every held-out question asked by itself, in every mode, answered greedily, scored by each metric that was asked for.
 
-Input: a trained connector, the held-out split and its features. Output: counts per mode, family, detail and kind of question with Wilson intervals,
-and a Parquet file with one row per (question, mode). `majority` stands beside the modes: the commonest training answer to the question's kind, which
-needs neither image nor question. Invariant: all modes are asked the same questions of the same images, and a question's answer does not depend on the
-batch it was asked in. Held-out conversations about no image are not asked: the modes would no longer be asked the same, and exact match says nothing
-of a conversation.
+Input: a trained connector, and a dataset with its features: the held-out split of the one that was trained on, or another one. Output: scores per
+metric, mode, family, detail and kind of question with 95 % intervals, and a Parquet file with one row per (question, mode) and a column per metric.
+`majority` stands beside the modes: the commonest training answer to the question's kind, which needs neither image nor question.
+
+Invariants: all modes are asked the same questions of the same images; a question's answer does not depend on the batch it was asked in; no image of
+the run's training split is asked (of another dataset such images are left out, counted and listed). So conversations about no image are not asked,
+but counted: they would be blind's alone.
 """
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from model.errors import ConversationError, SpecError
-from model.metrics import Share, exact_match, majority_answers
+from model.metrics import METRICS, MetricName, Share, is_zero_or_one, majority_answers, metric_words, read_yes_no, score_answer
 from model.specs import FeatureSpec, fingerprint
 from workers.commits import Stage
 from workers.dataset.samples import Sample, read_samples
@@ -30,10 +32,17 @@ if TYPE_CHECKING:
     from model.vision_language import Mode, VisionLanguageModel
     from workers.training.assemble import TrainingData
 
-__all__ = ["MAX_NEW_TOKENS", "NORMALISATION", "AccuracyCount", "EvaluationRecord", "EvaluationSpec", "check_questions", "evaluate"]
-
-NORMALISATION = "casefold, strip, collapse blanks, strip one trailing period; then equality"
-"""How answers are compared, in words; the code is model.metrics.normalise_answer."""
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "ClassificationFigure",
+    "EvaluationRecord",
+    "EvaluationSpec",
+    "Score",
+    "asked_features",
+    "check_other_dataset",
+    "check_questions",
+    "evaluate",
+]
 
 EvaluationMode = Literal["blind", "global", "local", "both"]
 
@@ -54,34 +63,57 @@ class EvaluationSpec:
 
     training_fingerprint: str
     dataset_fingerprint: str
+    """Of the dataset that is asked."""
     split: Literal["held_out", "train"] = "held_out"
     modes: tuple[EvaluationMode, ...] = ("blind", "global", "local", "both")
     max_questions: int | None = None
     """At most this many, chosen by hash; None asks all."""
     max_new_tokens: int = MAX_NEW_TOKENS
     """An answer ends here at the latest; longer true answers cannot be matched."""
+    metrics: tuple[MetricName, ...] = ("exact_match",)
+    """The first is the one that reports show."""
 
     def __post_init__(self) -> None:
         if not self.modes or len(set(self.modes)) != len(self.modes) or set(self.modes) - set(get_args(EvaluationMode)):
             raise SpecError(f"evaluation.modes must name some of {list(get_args(EvaluationMode))}, each once; found {list(self.modes)}")
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics) or set(self.metrics) - set(METRICS):
+            raise SpecError(f"evaluation.metrics must name some of {list(METRICS)}, each once; found {list(self.metrics)}")
         if (self.max_questions is not None and self.max_questions < 1) or self.max_new_tokens < 1:
             raise SpecError(f"evaluation.max_questions and max_new_tokens must be at least 1, found {self.max_questions} and {self.max_new_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AccuracyCount:
-    """Right answers among one group of questions in one mode. An empty family, detail or kind means all of them."""
+class Score:
+    """What one metric says of one group of questions in one mode. An empty family, detail or kind means all of them."""
 
+    metric: str
     mode: str
     """A mode of the spec, or `majority`."""
     family: str
     detail: str
     kind: str
-    correct: int
     total: int
+    """Questions that the metric says something about."""
+    points: float
+    """The sum of their scores: of metrics that know right and wrong alone, the number of right answers."""
+    fraction: float
+    """Points over total."""
+    low: float
+    """Lower end of the 95 % interval: Wilson's where there is right and wrong alone, else from a bootstrap over images."""
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationFigure:
+    """What `yes_no` says of all questions in one mode beside its accuracy; `yes` is what is looked for."""
+
+    metric: str
+    name: Literal["precision", "recall", "f1", "yes_share", "unclear_share"]
+    """The last two are shares of all answers: that say yes, and that say neither yes nor no or both."""
+    mode: str
     fraction: float
     low: float
-    """Lower end of the 95 % Wilson score interval."""
+    """Lower end of the 95 % interval, from a bootstrap over images."""
     high: float
 
 
@@ -91,9 +123,16 @@ class EvaluationRecord:
 
     training_fingerprint: str
     dataset_fingerprint: str
+    """Of the dataset that was asked."""
+    of_training_dataset: bool
+    """Whether that is the one whose train split was trained on."""
     split: str
     modes: tuple[str, ...]
     """Those that the connector has; without a local branch, `local` and `both` are left out."""
+    metrics: tuple[str, ...]
+    """The first is the main one."""
+    rules: dict[str, str]
+    """What each metric counts, in words."""
     num_images: int
     num_questions: int
     """That were asked."""
@@ -102,11 +141,18 @@ class EvaluationRecord:
     num_quarantined: int
     """Questions that cannot be asked."""
     quarantined_by_reason: dict[str, int]
-    counts: tuple[AccuracyCount, ...]
-    """Per mode: everything; per detail; per family; per family and detail; per family, detail and kind."""
+    num_images_trained_on: int
+    """Images of the asked dataset that were left out, since the run was trained on them: the same bytes."""
+    num_questions_trained_on: int
+    """Questions about them."""
+    trained_on: str
+    """JSON file that lists those images, relative to the root; empty when there are none."""
+    scores: tuple[Score, ...]
+    """Per metric and mode: everything; per detail; per family; per family and detail; per family, detail and kind."""
+    figures: tuple[ClassificationFigure, ...]
+    """Of `yes_no`, where it is among the metrics."""
     answers: str
-    """Parquet file with a row per (question, mode), relative to the root."""
-    normalisation: str
+    """Parquet file with a row per (question, mode), relative to the root; a column per metric, null where it says nothing about the question."""
     seconds: float
     answers_per_second: float
 
@@ -132,6 +178,15 @@ class _Given:
     mode: str
     answer: str
 
+    def score(self, metric: MetricName) -> float | None:
+        """What a metric says of it; None where it says nothing about such a question."""
+        return score_answer(metric, self.answer, (self.question.expected,), self.question.text)
+
+
+def asked_features(spec: EvaluationSpec, training: TrainingSpec) -> FeatureSpec:
+    """The features that an evaluation reads: the connector's, of the dataset that is asked."""
+    return replace(training.features, dataset_fingerprint=spec.dataset_fingerprint)
+
 
 def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, execution: ExecutionSettings, progress: Progress) -> EvaluationRecord:
     """Evaluate a trained connector, or find it done.
@@ -147,68 +202,167 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         The record, committed.
 
     Raises:
-        EvaluationError: there is nothing to ask, or the specs are of different runs.
+        EvaluationError: there is nothing to ask, a metric says nothing about any question, or the specs are of different runs.
         ErrorBudgetError: too many questions cannot be asked.
         TrainingError: the run has not ended.
     """
     stage = Stage.open(store, "evaluate", spec)
     if (done := stage.committed(EvaluationRecord)) is not None:
         return done
-    if spec.training_fingerprint != fingerprint(training) or spec.dataset_fingerprint != training.dataset_fingerprint:
-        raise EvaluationError("the evaluation names another training run or dataset than it was given; make both from one recipe")
+    if spec.training_fingerprint != fingerprint(training):
+        raise EvaluationError("the evaluation names another training run than it was given; make both from one recipe")
     from workers.training.assemble import choose_device, load_trained, set_threads, training_data
 
     with stage.attempt() as timer:
         set_threads(execution)
         device = choose_device(execution.device)
-        data = training_data(training, store, spec.split, device=device.type)
-        questions = _chosen(data.samples, spec.max_questions)
-        if not questions:
-            raise EvaluationError(
-                f"the {spec.split} split of dataset {spec.dataset_fingerprint[:16]} has no question whose image has features; build more images or a "
-                "larger held_out_fraction"
-            )
+        # The same connector and encoder over the images that are asked.
+        over_asked = replace(training, dataset_fingerprint=spec.dataset_fingerprint, features=asked_features(spec, training))
+        trained = read_samples(store, training.dataset_fingerprint, "train")
+        data = training_data(over_asked, store, spec.split, device=device.type)
+        shown = _about_images(data.samples)
+        samples, left_out = (shown, []) if _of_training_dataset(spec, training) else _without_trained(shown, trained)
+        questions = _chosen(samples, spec.max_questions)
+        _check_there_is_something_to_ask(spec, questions, left_out)
         model = load_trained(training, store, device=device)
-        questions, refused = _askable(questions, model, training.features, spec.max_new_tokens, execution.max_quarantined_fraction)
+        questions, refused = _askable(questions, model, over_asked.features, spec.max_new_tokens, execution.max_quarantined_fraction)
         commit_quarantine(stage, refused)
         modes = tuple(mode for mode in spec.modes if training.connector.local_branch is not None or mode in ("blind", "global"))
         progress.start("asking held-out questions", len(questions) * len(modes))
         started = time.monotonic()
         given: list[_Given] = []
-        right = 0
+        points: list[float] = []
         try:
             for some in _answers(model, data, training.features, questions, modes, spec.max_new_tokens, execution.eval_batch_size):
                 given += some
-                right += sum(exact_match(item.answer, item.question.expected) for item in some)
-                progress.advance(len(some), right=f"{right / len(given):.0%}")
+                points += [score for item in some if (score := item.score(spec.metrics[0])) is not None]
+                progress.advance(len(some), **({_progress_word(spec.metrics[0]): f"{sum(points) / len(points):.0%}"} if points else {}))
         finally:
             progress.finish()
         asking_seconds = time.monotonic() - started
-        majority = majority_answers(
-            (turn.kind, turn.answer) for sample in read_samples(store, spec.dataset_fingerprint, "train") for turn in sample.turns
-        )
-        baseline = [_Given(question=question, mode="majority", answer=majority.get(question.kind, "")) for question in questions]
-        _write_answers(store, stage.path("answers.parquet"), given)
+        majority = majority_answers((turn.kind, turn.answer) for sample in trained for turn in sample.turns)
+        baseline = [_Given(question=question, mode="majority", answer=majority[question.kind]) for question in questions if question.kind in majority]
+        _write_answers(store, stage.path("answers.parquet"), given, spec.metrics)
+        if left_out:
+            listed = [{"sample_id": sample.sample_id, "image_sha256": sample.image_sha256} for sample in left_out]
+            store.write_json(stage.path("trained_on.json"), listed)
         record = EvaluationRecord(
             training_fingerprint=spec.training_fingerprint,
             dataset_fingerprint=spec.dataset_fingerprint,
+            of_training_dataset=_of_training_dataset(spec, training),
             split=spec.split,
             modes=modes,
+            metrics=spec.metrics,
+            rules={metric: metric_words(metric) for metric in spec.metrics},
             num_images=len({question.sample.sample_id for question in questions}),
             num_questions=len(questions),
-            num_text_only=sum(sample.text_only for sample in data.samples),
+            num_text_only=len(data.samples) - len(shown),
             num_quarantined=len(refused),
             quarantined_by_reason=dict(sorted(Counter(row.reason for row in refused).items())),
-            counts=_counts([*given, *baseline], (*modes, "majority")),
+            num_images_trained_on=len(left_out),
+            num_questions_trained_on=sum(len(sample.turns) for sample in left_out),
+            trained_on=stage.path("trained_on.json") if left_out else "",
+            scores=tuple(score for metric in spec.metrics for score in _scores(metric, [*given, *baseline], (*modes, "majority"))),
+            figures=_yes_no_figures(given, modes) if "yes_no" in spec.metrics else (),
             answers=stage.path("answers.parquet"),
-            normalisation=NORMALISATION,
             seconds=timer.seconds,
             answers_per_second=len(given) / max(asking_seconds, 1e-9),
         )
     return stage.commit(record)
 
 
-def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", features: FeatureSpec, execution: ExecutionSettings) -> None:
+def _of_training_dataset(spec: EvaluationSpec, training: TrainingSpec) -> bool:
+    return spec.dataset_fingerprint == training.dataset_fingerprint
+
+
+def _progress_word(metric: MetricName) -> str:
+    return "right" if is_zero_or_one(metric) else metric
+
+
+def _about_images(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not sample.text_only]
+
+
+def _without_trained(samples: Sequence[Sample], trained: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Samples whose image the run was not trained on, and those whose image it was."""
+    seen = {sample.identity for sample in trained}
+    return [sample for sample in samples if sample.image_sha256 not in seen], [sample for sample in samples if sample.image_sha256 in seen]
+
+
+def _check_there_is_something_to_ask(spec: EvaluationSpec, questions: Sequence[_Question], left_out: Sequence[Sample]) -> None:
+    if not questions and left_out:
+        raise EvaluationError(
+            f"dataset {spec.dataset_fingerprint[:16]} has nothing to ask: the run was trained on all of its {len(left_out)} images; evaluate on "
+            "images that are not in its training split"
+        )
+    if not questions:
+        raise EvaluationError(
+            f"the {spec.split} split of dataset {spec.dataset_fingerprint[:16]} has no question whose image has features; build more images or a "
+            "larger held_out_fraction"
+        )
+    for metric in spec.metrics:
+        if all(score_answer(metric, "", (question.expected,), question.text) is None for question in questions):
+            example = questions[0]
+            raise EvaluationError(
+                f"evaluation.metrics: {metric} says nothing about any of the {len(questions)} questions of dataset {spec.dataset_fingerprint[:16]}, "
+                f"such as {example.text!r} with the answer {example.expected!r}; take another metric, or another dataset"
+            )
+
+
+@runtime_checkable
+class _Asker(Protocol):
+    """What decides whether a question can be asked: a model, or as much of one as is known before training."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """With a chat template."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The language model's longest sequence."""
+
+    @property
+    def connector(self) -> Any:
+        """Tells how many tokens a view makes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Untrained:
+    """A model without the language model's weights."""
+
+    tokenizer: Any
+    max_tokens: int
+    connector: Any
+
+
+def check_other_dataset(spec: EvaluationSpec, training: TrainingSpec, store: Store, execution: ExecutionSettings) -> None:
+    """Find out before the training run whether a dataset that is not its own can be asked afterwards, without any weights.
+
+    Args:
+        spec: of the evaluation.
+        training: of the run.
+        store: holds both datasets.
+        execution: max_quarantined_fraction counts.
+
+    Raises:
+        ErrorBudgetError: too many questions cannot be asked.
+        EvaluationError: all images are in the run's training split, or a metric says nothing about any question.
+    """
+    from model.connector import build_connector
+    from model.language_model import context_tokens, load_tokenizer
+    from workers.language_models import language_model_folder, language_model_hidden
+
+    trained = read_samples(store, training.dataset_fingerprint, "train")
+    samples, left_out = _without_trained(_about_images(read_samples(store, spec.dataset_fingerprint, spec.split)), trained)
+    _check_there_is_something_to_ask(spec, _chosen(samples, spec.max_questions), left_out)
+    name = training.language_model.model
+    connector = build_connector(training.connector, training.features.encoder, hidden=language_model_hidden(name), embedding_rms=1.0, seed=0)
+    folder = language_model_folder(name)
+    asker = _Untrained(tokenizer=load_tokenizer(folder, training.language_model.template), max_tokens=context_tokens(folder), connector=connector)
+    check_questions(samples, asker, asked_features(spec, training), execution)
+
+
+def check_questions(samples: Sequence[Sample], model: _Asker, features: FeatureSpec, execution: ExecutionSettings) -> None:
     """Tokenise every question, so that an evaluation that would be refused is told before a training run and not after it.
 
     Args:
@@ -220,11 +374,11 @@ def check_questions(samples: Sequence[Sample], model: "VisionLanguageModel", fea
     Raises:
         ErrorBudgetError: too many of them cannot be asked.
     """
-    _askable(_chosen(samples, None), model, features, MAX_NEW_TOKENS, execution.max_quarantined_fraction)
+    _askable(_chosen(_about_images(samples), None), model, features, MAX_NEW_TOKENS, execution.max_quarantined_fraction)
 
 
 def _askable(
-    questions: Sequence[_Question], model: "VisionLanguageModel", features: FeatureSpec, max_new_tokens: int, max_quarantined_fraction: float
+    questions: Sequence[_Question], model: _Asker, features: FeatureSpec, max_new_tokens: int, max_quarantined_fraction: float
 ) -> tuple[list[_Question], list[QuarantineRow]]:
     """The questions that can be asked, and a quarantine row for each of the others."""
     askable: list[_Question] = []
@@ -244,7 +398,7 @@ def _askable(
     return askable, [row for rows in refused.values() for row in rows]
 
 
-def _prompt(model: "VisionLanguageModel", question: _Question, features: FeatureSpec, max_new_tokens: int) -> "Conversation":
+def _prompt(model: _Asker, question: _Question, features: FeatureSpec, max_new_tokens: int) -> "Conversation":
     from model.chat import tokenise_question
     from model.vision_language import room_for_text
     from workers.caching.units import view_plan
@@ -254,7 +408,7 @@ def _prompt(model: "VisionLanguageModel", question: _Question, features: Feature
 
 
 def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Question]:
-    """All questions about images in frozen order, or those with the smallest hashes."""
+    """All questions in frozen order, or those with the smallest hashes."""
     questions = [
         _Question(
             question_id=f"{sample.sample_id}#{number}",
@@ -266,7 +420,6 @@ def _chosen(samples: Sequence[Sample], max_questions: int | None) -> list[_Quest
             expected=turn.answer,
         )
         for sample in samples
-        if not sample.text_only
         for number, turn in enumerate(sample.turns)
     ]
     if max_questions is None or len(questions) <= max_questions:
@@ -331,41 +484,83 @@ def _answers(
                 ]
 
 
-def _counts(given: Sequence[_Given], modes: Sequence[str]) -> tuple[AccuracyCount, ...]:
-    """Counts over everything, by detail, by family, by family and detail, and by kind."""
-    right: Counter[tuple[str, str, str, str]] = Counter()
-    asked: Counter[tuple[str, str, str, str]] = Counter()
+def _scores(metric: MetricName, given: Sequence[_Given], modes: Sequence[str]) -> Iterator[Score]:
+    """One metric over everything, by detail, by family, by family and detail, and by kind."""
+    groups: dict[tuple[str, str, str, str], tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
     for item in given:
+        points = item.score(metric)
+        if points is None:
+            continue
         family, detail, kind = item.question.sample.family, item.question.detail, item.question.kind
         for group in (("", "", ""), ("", detail, ""), (family, "", ""), (family, detail, ""), (family, detail, kind)):
-            asked[item.mode, *group] += 1
-            right[item.mode, *group] += exact_match(item.answer, item.question.expected)
-    counts = []
-    for mode, family, detail, kind in sorted(asked, key=lambda key: (modes.index(key[0]), key[1:])):
-        share = Share(correct=right[mode, family, detail, kind], total=asked[mode, family, detail, kind])
-        low, high = share.interval
-        counts.append(
-            AccuracyCount(
-                mode=mode,
-                family=family,
-                detail=detail,
-                kind=kind,
-                correct=share.correct,
-                total=share.total,
-                fraction=share.fraction,
-                low=low,
-                high=high,
-            )
+            scores, images = groups[item.mode, *group]
+            scores.append(points)
+            images.append(item.question.sample.image_sha256)
+    for mode, family, detail, kind in sorted(groups, key=lambda key: (modes.index(key[0]), key[1:])):
+        scores, images = groups[mode, family, detail, kind]
+        # Kinds of question that training never saw have no commonest answer; a baseline over a part of a group would be set beside all of it.
+        if mode == "majority" and len(scores) < len(groups[modes[0], family, detail, kind][0]):
+            continue
+        low, high = _mean_interval(metric, scores, images)
+        yield Score(
+            metric=metric,
+            mode=mode,
+            family=family,
+            detail=detail,
+            kind=kind,
+            total=len(scores),
+            points=sum(scores),
+            fraction=sum(scores) / len(scores),
+            low=low,
+            high=high,
         )
-    return tuple(counts)
 
 
-def _write_answers(store: Store, path: str, given: Sequence[_Given]) -> None:
+def _mean_interval(metric: MetricName, scores: Sequence[float], images: Sequence[str]) -> tuple[float, float]:
+    if is_zero_or_one(metric):
+        return Share(correct=round(sum(scores)), total=len(scores)).interval
+    from model.intervals import ratio_interval
+
+    return ratio_interval(scores, [1.0] * len(scores), images)
+
+
+def _yes_no_figures(given: Sequence[_Given], modes: Sequence[str]) -> tuple[ClassificationFigure, ...]:
+    """Precision, recall and F1 of `yes`, and how often yes and neither were said, over all questions of yes and no in each mode.
+
+    Source: POPE (arXiv 2305.10355) section 5.1.
+    """
+    from model.intervals import ratio_interval
+
+    figures = []
+    for mode in modes:
+        asked = [item for item in given if item.mode == mode and item.score("yes_no") is not None]
+        images = [item.question.sample.image_sha256 for item in asked]
+        true = [read_yes_no(item.question.expected) == "yes" for item in asked]
+        said = [read_yes_no(item.answer) for item in asked]
+        hits = [float(truth and answer == "yes") for truth, answer in zip(true, said, strict=True)]
+        claimed = [float(answer == "yes") for answer in said]
+        there = [float(truth) for truth in true]
+        every = [1.0] * len(asked)
+        ratios: tuple[tuple[Literal["precision", "recall", "f1", "yes_share", "unclear_share"], list[float], list[float]], ...] = (
+            ("precision", hits, claimed),
+            ("recall", hits, there),
+            ("f1", [2 * hit for hit in hits], [claim + truth for claim, truth in zip(claimed, there, strict=True)]),
+            ("yes_share", claimed, every),
+            ("unclear_share", [float(answer is None) for answer in said], every),
+        )
+        for name, tops, bottoms in ratios:
+            low, high = ratio_interval(tops, bottoms, images)
+            fraction = sum(tops) / sum(bottoms) if sum(bottoms) else 0.0
+            figures.append(ClassificationFigure(metric="yes_no", name=name, mode=mode, fraction=fraction, low=low, high=high))
+    return tuple(figures)
+
+
+def _write_answers(store: Store, path: str, given: Sequence[_Given], metrics: Sequence[MetricName]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     ordered = sorted(given, key=lambda item: (item.question.sample.index, item.question.turn, item.mode))
-    columns = {
+    columns: dict[str, Any] = {
         "question_id": [item.question.question_id for item in ordered],
         "sample_id": [item.question.sample.sample_id for item in ordered],
         "turn": [item.question.turn for item in ordered],
@@ -377,7 +572,7 @@ def _write_answers(store: Store, path: str, given: Sequence[_Given]) -> None:
         "question": [item.question.text for item in ordered],
         "expected": [item.question.expected for item in ordered],
         "answer": [item.answer for item in ordered],
-        "correct": [exact_match(item.answer, item.question.expected) for item in ordered],
+        **{metric: pa.array([item.score(metric) for item in ordered], pa.float64()) for metric in metrics},
     }
     with store.publishing(path) as file:
         pq.write_table(pa.table(columns), file)

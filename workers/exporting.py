@@ -219,15 +219,19 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         "## Accuracy",
         "",
         (
-            f"Exact match on {evaluated.num_questions} questions about {evaluated.num_images} images of the {evaluated.split} split, each asked by "
-            "itself. "
-            f"Normalisation: {evaluated.normalisation}. Intervals are 95 % Wilson. `majority` always gives the commonest training answer to the "
-            "question's "
-            "kind."
+            f"{evaluated.num_questions} questions about {evaluated.num_images} images of "
+            + (f"the {evaluated.split} split" if evaluated.of_training_dataset else f"dataset `{evaluated.dataset_fingerprint[:16]}`")
+            + ", each asked by itself. Intervals are of 95 %: Wilson's where an answer is right or wrong, else from a bootstrap over images."
+            + (" `majority` always gives the commonest training answer to the question's kind." if _has_majority(evaluated) else "")
+            + (
+                f" {evaluated.num_images_trained_on} more images were not asked, since they are in the training split."
+                if evaluated.num_images_trained_on
+                else ""
+            )
         ),
         "",
-        *_accuracy_table(evaluated),
-        "",
+        *(line for metric in evaluated.metrics for line in _accuracy_table(evaluated, metric)),
+        *_figures_table(evaluated),
         "## Training",
         "",
         (
@@ -268,13 +272,34 @@ def _local_words(local: LocalBranchSpec | None, num_patches: int) -> str:
     return f"Local views are fused by {local.fusion.kind} and {how} {local.view_tokens(num_patches)} tokens each.{kept}"
 
 
-def _accuracy_table(evaluated: EvaluationRecord) -> list[str]:
-    modes = (*evaluated.modes, "majority")
-    groups = sorted({(count.family, count.detail) for count in evaluated.counts if not count.kind})
-    rows = ["| questions | number | " + " | ".join(modes) + " |", "|---|---|" + "---|" * len(modes)]
+def _has_majority(evaluated: EvaluationRecord) -> bool:
+    return any(score.mode == "majority" for score in evaluated.scores)
+
+
+def _accuracy_table(evaluated: EvaluationRecord, metric: str) -> list[str]:
+    scores = [score for score in evaluated.scores if score.metric == metric and not score.kind]
+    modes = (*evaluated.modes, *(("majority",) if any(score.mode == "majority" for score in scores) else ()))
+    groups = sorted({(score.family, score.detail) for score in scores})
+    rows = [f"`{metric}`: {evaluated.rules[metric]}.", "", "| questions | number | " + " | ".join(modes) + " |", "|---|---|" + "---|" * len(modes)]
     for family, detail in groups:
-        found = {count.mode: count for count in evaluated.counts if (count.family, count.detail, count.kind) == (family, detail, "")}
+        found = {score.mode: score for score in scores if (score.family, score.detail) == (family, detail)}
         name = ", ".join([family or "all", *([f"{detail} detail"] if detail else [])])
-        cells = [f"{found[mode].fraction:.1%} ({found[mode].low:.0%} to {found[mode].high:.0%})" for mode in modes]
+        cells = [f"{found[mode].fraction:.1%} ({found[mode].low:.0%} to {found[mode].high:.0%})" if mode in found else "-" for mode in modes]
         rows.append(f"| {name} | {found[modes[0]].total} | " + " | ".join(cells) + " |")
-    return rows
+    return [*rows, ""]
+
+
+def _figures_table(evaluated: EvaluationRecord) -> list[str]:
+    if not evaluated.figures:
+        return []
+    rows = [
+        "Of the answers to questions of yes and no:",
+        "",
+        "| figure | " + " | ".join(evaluated.modes) + " |",
+        "|---|" + "---|" * len(evaluated.modes),
+    ]
+    for name in dict.fromkeys(figure.name for figure in evaluated.figures):
+        found = {figure.mode: figure for figure in evaluated.figures if figure.name == name}
+        cells = [f"{found[mode].fraction:.1%} ({found[mode].low:.0%} to {found[mode].high:.0%})" for mode in evaluated.modes]
+        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return [*rows, ""]

@@ -174,6 +174,46 @@ def test_show_reads_what_there_is(story: Story, what: str, expected: str) -> Non
     assert expected in story.run("show", what, str(story.recipe), "--root", str(story.root)).stdout
 
 
+def test_another_dataset_is_asked_without_training_anew(story: Story) -> None:
+    """Eight charts as in training, of which some were held out, and four maps: those trained on are left out, and the runs compare on the rest."""
+    recipe = story.folder / "asked.toml"
+    asked = """[evaluation]
+metrics = ["anls", "exact_match"]
+
+[evaluation.dataset]
+sources = [{ kind = "rendered", family = "charts", num_images = 8 }, { kind = "rendered", family = "maps", num_images = 4 }]
+turns_per_image = 3
+legibility = { local_min_px = 3.0, global_max_px = 3.0 }
+
+[[schedule.align]]"""
+    recipe.write_text(story.recipe.read_text().replace('name = "tiny"', 'name = "asked"').replace("[[schedule.align]]", asked, 1))
+    before = story.records()
+    done = story.run("report", str(recipe), "--root", str(story.root), "--set", "num_cpus=2")
+    stages = [re.split(r"  +", line)[:2] for line in done.stdout.splitlines() if "done" in line]
+    assert [name for name, spent in stages if spent == "found done"] == ["build-dataset", "cache-features", "train-connector seed 0"]
+    assert [name for name, spent in stages if spent != "found done"] == [
+        "build-dataset (asked)",
+        "cache-features (asked)",
+        "evaluate seed 0",
+        "export",
+        "report",
+    ]
+    assert {path: written for path, written in story.records().items() if path in before} == before
+    evaluations = {path.parent.name: json.loads(path.read_text()) for path in (story.root / "runs" / "evaluate").rglob("COMMITTED.json")}
+    (first,) = [key for key, record in evaluations.items() if record["of_training_dataset"]]
+    (second,) = [key for key in evaluations if key != first]
+    left_out = evaluations[second]["num_images_trained_on"]
+    assert 0 < left_out < 8
+    assert f"{left_out} images not asked, the run was trained on them" in done.stdout
+    page = Path(done.stdout.splitlines()[-1]).read_text()
+    assert f"{12 - left_out} pictures of a dataset of their own, less {left_out} that are in the training split" in page
+    assert "The same answers by other metrics" in page
+    told = json.loads(story.run("compare", str(story.recipe), second, "--root", str(story.root), "--json").stdout)
+    assert told["metric"] == "exact_match"
+    assert told["num_images"] == 8 - left_out
+    assert all(row["differences"][0]["difference"] == 0 and row["differences"][0]["holds_zero"] for row in told["rows"])
+
+
 def test_show_says_what_is_missing(story: Story) -> None:
     done = story.run("show", "cache", str(story.recipe), "--root", str(story.folder / "empty"), status=2)
     assert f"of recipe '{story.recipe}'; `loupe cache-features {story.recipe} --root " in done.stderr

@@ -28,6 +28,7 @@ FROZEN = {
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
+    "compare": ["RUN", "--root", "--metric", "--json"],
     "recipes": [],
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
 }

@@ -365,7 +365,7 @@ def test_the_split_follows_the_image_alone():
     [
         {"sources": ()},
         {"sources": (RenderedSourceSpec(family="a", num_images=1), RenderedSourceSpec(family="a", num_images=2))},
-        {"held_out_fraction": 1.0},
+        {"held_out_fraction": 1.01},
         {"turns_per_image": 0},
     ],
 )

@@ -1,5 +1,6 @@
 """From a trained tiny run to counts, an export folder and an answer, in one process."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -10,14 +11,14 @@ import pytest
 
 from model.errors import ConversationError, ExportError, ImageError, SpecError
 from model.export import load_export
-from model.metrics import exact_match
+from model.metrics import anls, exact_match
 from model.specs import fingerprint
 from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
 from workers.dataset.samples import read_samples
 from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, TrainingError
-from workers.evaluation import EvaluationSpec, evaluate
+from workers.evaluation import EvaluationSpec, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
-from workers.exporting import ExportSpec, export
+from workers.exporting import ExportSpec, export, model_card
 from workers.quarantine import read_quarantine
 from workers.storage import Store
 from workers.training.assemble import load_trained
@@ -40,7 +41,12 @@ def trained(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
 
 
 def evaluation_spec(spec, **changes):
-    values = {"training_fingerprint": fingerprint(spec), "dataset_fingerprint": spec.dataset_fingerprint, "max_new_tokens": 4}
+    values = {
+        "training_fingerprint": fingerprint(spec),
+        "dataset_fingerprint": spec.dataset_fingerprint,
+        "max_new_tokens": 4,
+        "metrics": ("exact_match", "anls"),
+    }
     return EvaluationSpec(**(values | changes))
 
 
@@ -195,16 +201,121 @@ def test_counts_add_up_and_answers_are_on_record(trained, evaluated):
     rows = pq.read_table(store.local_path(record.answers)).to_pylist()
     assert len(rows) == 4 * record.num_questions
     assert len({(row["question_id"], row["mode"]) for row in rows}) == len(rows)
-    assert all(row["correct"] == exact_match(row["answer"], row["expected"]) for row in rows)
-    for mode in (*record.modes, "majority"):
-        by_group = {(count.family, count.detail, count.kind): count for count in record.counts if count.mode == mode}
+    assert all(row["exact_match"] == exact_match(row["answer"], (row["expected"],)) for row in rows)
+    assert all(row["anls"] == anls(row["answer"], (row["expected"],)) for row in rows)
+    assert record.metrics == ("exact_match", "anls")
+    assert record.of_training_dataset
+    assert (record.num_images_trained_on, record.trained_on, record.figures) == (0, "", ())
+    for metric, mode in itertools.product(record.metrics, (*record.modes, "majority")):
+        by_group = {(score.family, score.detail, score.kind): score for score in record.scores if (score.metric, score.mode) == (metric, mode)}
         assert by_group["", "", ""].total == record.num_questions
-        assert by_group["", "", ""].correct == by_group["", "small", ""].correct + by_group["", "large", ""].correct
-        kinds = [count for key, count in by_group.items() if key[2]]
-        assert sum(count.total for count in kinds) == record.num_questions
+        assert by_group["", "", ""].points == pytest.approx(by_group["", "small", ""].points + by_group["", "large", ""].points)
+        kinds = [score for key, score in by_group.items() if key[2]]
+        assert sum(score.total for score in kinds) == record.num_questions
         if mode != "majority":
-            assert sum(count.correct for count in kinds) == sum(row["correct"] for row in rows if row["mode"] == mode)
-        assert all(0 <= count.low <= count.fraction <= count.high <= 1 for count in by_group.values())
+            assert sum(score.points for score in kinds) == pytest.approx(sum(row[metric] for row in rows if row["mode"] == mode))
+        assert all(0 <= score.low <= score.fraction <= score.high <= 1 for score in by_group.values())
+
+
+def other_dataset(store, spec, num_images, *, renderer=None):
+    """A dataset of squares that is only asked, built and cached in this process; its first pictures are those of the training dataset."""
+    from tests.tiny_training import draw_square
+    from workers.caching.build import cache_features
+    from workers.dataset.build import build_dataset
+    from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
+    from workers.runtime import InlineCluster
+
+    dataset = DatasetSpec(
+        sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
+        seed=1,
+        held_out_fraction=1.0,
+        view_px=56,
+        views=spec.features.views,
+        legibility=LegibilitySpec(local_min_px=6.0, global_max_px=4.0),
+    )
+    build_dataset(dataset, store, EXECUTION, SilentProgress(), cluster=InlineCluster(), renderer=renderer or draw_square)
+    features = replace(spec.features, dataset_fingerprint=fingerprint(dataset))
+    cache_features(features, store, EXECUTION, SilentProgress(), cluster=InlineCluster())
+    return dataset
+
+
+def test_another_dataset_is_asked_but_for_what_was_trained_on(trained, tmp_path):
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 30)
+    wanted = evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset), modes=("blind", "both"))
+    check_other_dataset(wanted, spec, store, EXECUTION)
+    record = evaluate(wanted, spec, store, EXECUTION, SilentProgress())
+    seen = {sample.image_sha256 for sample in read_samples(store, spec.dataset_fingerprint, "train")}
+    there = read_samples(store, record.dataset_fingerprint)
+    assert {sample.split for sample in there} == {"held_out"}
+    overlap = [sample for sample in there if sample.image_sha256 in seen]
+    assert len(overlap) == len(seen) > 0  # all 24 are among these 30
+    assert not record.of_training_dataset
+    assert (record.num_images_trained_on, record.num_questions_trained_on) == (len(overlap), 2 * len(overlap))
+    assert (record.num_images, record.num_questions) == (30 - len(overlap), 2 * (30 - len(overlap)))
+    rows = pq.read_table(store.local_path(record.answers)).to_pylist()
+    assert {row["image_sha256"] for row in rows} == {sample.image_sha256 for sample in there} - seen
+    listed = store.read_json(record.trained_on)
+    assert {item["image_sha256"] for item in listed} == seen
+    card = model_card(spec, trained[2], record, ["x"])
+    assert f"{len(overlap)} more images were not asked, since they are in the training split." in card
+    assert f"of dataset `{fingerprint(dataset)[:16]}`" in card
+
+
+def test_held_out_images_of_the_training_dataset_answer_alike_in_another(trained, evaluated, tmp_path):
+    """The same image and question, reached through another dataset and cache: the same answer."""
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 26)
+    record = evaluate(evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset)), spec, store, EXECUTION, SilentProgress())
+
+    def answers(where, path):
+        rows = pq.read_table(where.local_path(path)).to_pylist()
+        return {(row["image_sha256"], row["question"], row["mode"]): row["answer"] for row in rows}
+
+    ours, theirs = answers(store, record.answers), answers(trained[0], evaluated[1].answers)
+    assert len(theirs.keys() & ours.keys()) == len(theirs)
+    assert theirs.items() <= ours.items()
+
+
+def test_a_dataset_that_was_all_trained_on_is_refused_before_training_and_after(trained, tmp_path):
+    from tests.tiny_training import draw_square
+
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    numbers = [int(sample.sample_id.split("-")[1]) for sample in read_samples(store, spec.dataset_fingerprint, "train")]
+    dataset = other_dataset(store, spec, 3, renderer=lambda family, number, what: draw_square(family, numbers[number], what))
+    wanted = evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset))
+    for refuse in (
+        lambda: check_other_dataset(wanted, spec, store, EXECUTION),
+        lambda: evaluate(wanted, spec, store, EXECUTION, SilentProgress()),
+    ):
+        with pytest.raises(EvaluationError, match="nothing to ask: the run was trained on all of its 3 images"):
+            refuse()
+
+
+def test_another_dataset_none_of_whose_questions_can_be_asked_is_told_before_training(trained, tmp_path):
+    from tests.tiny_training import draw_square
+
+    def spoilt(family, number, what):
+        drawn = draw_square(family, number + 100, what)
+        return replace(drawn, turns=tuple(replace(turn, question=f"{turn.question} <image>") for turn in drawn.turns))
+
+    spec = trained[1]
+    store = Store(str(shutil.copytree(trained[0].local_path(), tmp_path / "root")))
+    dataset = other_dataset(store, spec, 2, renderer=spoilt)
+    with pytest.raises(ErrorBudgetError, match="conversation_marks"):
+        check_other_dataset(evaluation_spec(spec, dataset_fingerprint=fingerprint(dataset)), spec, store, EXECUTION)
+
+
+@pytest.mark.parametrize("metric", ["yes_no", "multiple_choice"])
+def test_a_metric_that_says_nothing_is_refused(trained, metric):
+    store, spec, _ = trained
+    with pytest.raises(
+        EvaluationError, match=rf"metrics: {metric} says nothing about any of the .*'Which colour\?' with the answer '\w+'; take another"
+    ):
+        evaluate(evaluation_spec(spec, metrics=("exact_match", metric)), spec, store, EXECUTION, SilentProgress())
 
 
 def test_answers_do_not_depend_on_the_batch(trained, evaluated, tmp_path):
@@ -231,6 +342,8 @@ def test_an_evaluation_of_another_run_is_refused(trained):
         evaluate(evaluation_spec(spec, training_fingerprint="0" * 64), spec, store, EXECUTION, SilentProgress())
     with pytest.raises(SpecError, match="each once"):
         evaluation_spec(spec, modes=("blind", "blind"))
+    with pytest.raises(SpecError, match=r"evaluation\.metrics must name some of .*each once; found \[\]"):
+        evaluation_spec(spec, metrics=())
     other = replace(spec, schedule=tiny_schedule(steps=2, seed=5))
     with pytest.raises(TrainingError, match="no whole trained weights"):
         evaluate(evaluation_spec(other), other, store, EXECUTION, SilentProgress())
@@ -254,9 +367,13 @@ def test_an_export_answers_as_the_evaluation_did(trained, evaluated, exported):
 def test_the_card_tells_what_the_records_hold(trained, evaluated, exported):
     store, _, record = trained
     card = (store.local_path(exported[1].folder) / "README.md").read_text()
-    total = next(count for count in evaluated[1].counts if count.mode == "both" and not (count.family or count.detail or count.kind))
-    assert f"| all | {total.total} |" in card
-    assert f"{total.fraction:.1%}" in card
+    totals = [score for score in evaluated[1].scores if score.mode == "both" and not (score.family or score.detail or score.kind)]
+    assert [total.metric for total in totals] == ["exact_match", "anls"]
+    for total in totals:
+        assert f"`{total.metric}`: {evaluated[1].rules[total.metric]}." in card
+        assert f"| all | {total.total} |" in card
+        assert f"{total.fraction:.1%} ({total.low:.0%} to {total.high:.0%})" in card
+    assert "\n\n\n" not in card
     for phase in record.phases:
         assert f"| {phase.name} | {', '.join(phase.train)} | {phase.steps} |" in card
     assert "Apache-2.0" in card
@@ -307,11 +424,11 @@ def test_a_config_of_another_version_is_refused(trained, exported, tmp_path):
     config = json.loads((folder / "loupe_config.json").read_text())
     (folder / "loupe_config.json").write_text(json.dumps(config | {"format_version": config["format_version"] + 1}))
     write_manifest(folder)
-    with pytest.raises(ExportError, match=f"format version {config['format_version'] + 1}, this Loupe reads {config['format_version']}"):
+    with pytest.raises(ExportError, match=rf"format version {config['format_version'] + 1}"):
         load_export(folder)
     (folder / "loupe_config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "views"}))
     write_manifest(folder)
-    with pytest.raises(ExportError, match="ExportConfig needs the field 'views'"):
+    with pytest.raises(ExportError, match=r"needs the field .views."):
         load_export(folder)
 
 

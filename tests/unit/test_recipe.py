@@ -159,6 +159,22 @@ def test_a_phase_s_template_is_the_language_model_s_unless_it_names_one(tmp_path
         templates(blind)
 
 
+def test_a_dataset_to_be_asked_is_all_held_out(tmp_path: Path) -> None:
+    asked = "[evaluation]\nmetrics = ['anls']\n[evaluation.dataset]\nsources = [{ kind = 'rendered', family = 'maps', num_images = 3 }]\nseed = 4\n"
+    recipe = load(tmp_path, MINIMAL + asked)
+    encoder = encoder_spec()
+    spec = recipe.evaluation_dataset_spec(encoder, {})
+    assert spec is not None
+    assert (spec.held_out_fraction, spec.seed, spec.view_px, spec.views) == (1.0, 4, 112, recipe.view_spec())
+    assert [source.family for source in spec.sources] == ["maps"]
+    assert recipe.dataset_spec(encoder, {}).held_out_fraction == 0.1
+    assert recipe.evaluation.metrics == ("anls",)
+    plain = load(tmp_path, MINIMAL)
+    assert plain.evaluation_dataset_spec(encoder, {}) is None
+    assert plain.evaluation.metrics == ("exact_match",)
+    assert plain.dataset_spec(encoder, {}) == recipe.dataset_spec(encoder, {})
+
+
 def test_equal_groups_include_the_base_layer_for_clip_and_stop_before_it_for_siglip(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL)
     clip = recipe.connector_spec(encoder_spec(num_blocks=24)).global_branch.fusion.maps
@@ -248,6 +264,28 @@ MISTAKES = [
     ),
     ('kind = "dci", groups = 2', 'kind = "sci", layers = [1, "2"]', r'fusion\.layers\[1\]: found "2"; allowed: a layer'),
     ('kind = "dci", groups = 2', 'kind = "sci", layers = 1', r"fusion\.layers: found 1; allowed: a list, such as \[2, 5\]$"),
+    (
+        "[dataset]",
+        '[evaluation]\nmetrics = ["anls", "anlz"]\n[dataset]',
+        r"evaluation\.metrics\[1\]: found 'anlz'; did you mean 'anls'\? allowed: exact",
+    ),
+    (
+        "[dataset]",
+        "[evaluation]\nmetrics = []\n[dataset]",
+        r'evaluation\.metrics: found \[\]; allowed: a list of at least 1, such as \["exact_match", ',
+    ),
+    ("[dataset]", "[evaluation.dataset]\nseed = 1\n[dataset]", r"evaluation\.dataset\.sources: found nothing; this key is required"),
+    ("[dataset]", "[evaluation]\ndataset = 3\n[dataset]", r"evaluation\.dataset: found 3; allowed: a table, written \[evaluation\.dataset\]$"),
+    (
+        "[dataset]",
+        "[evaluation.dataset]\nheld_out_fraction = 0.5\nsources = [{ kind = 'rendered', family = 'maps', num_images = 3 }]\n[dataset]",
+        r"evaluation\.dataset: found the unknown key 'held_out_fraction'; allowed here: sources, seed, turns_per_image, legibility",
+    ),
+    (
+        "[dataset]",
+        "[evaluation.dataset]\nsources = [{ kind = 'rendered', family = 'map', num_images = 3 }]\n[dataset]",
+        r"evaluation\.dataset\.sources\[0\]\.family: found 'map'; did you mean 'maps'\?",
+    ),
     ('family = "charts"', 'family = "chart"', r"dataset\.sources\[0\]\.family: found 'chart'; did you mean 'charts'\?"),
 ]
 
@@ -274,7 +312,7 @@ def test_mistakes_that_are_not_told_are_counted(tmp_path: Path) -> None:
     assert str(caught.value).count("\n") == 8
 
 
-@pytest.mark.parametrize("key", ["sources", "layers", "train", "modes", "seeds"])
+@pytest.mark.parametrize("key", ["sources", "layers", "train", "metrics", "modes", "seeds"])
 def test_examples_of_lists_are_lists(key: str) -> None:
     assert isinstance(tomllib.loads(f"x = {_LIST_EXAMPLES[key]}")["x"], list)
 

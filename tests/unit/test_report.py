@@ -3,38 +3,10 @@
 import pytest
 
 from model.views import ViewSpec, plan_views
-from pipelines.report import accuracy_rows, answer_view
+from pipelines.report import _asked_words, accuracy_rows, answer_view, metric_rows
+from tests.evaluation_records import evaluation
 from workers.dataset.samples import Turn
-from workers.evaluation import AccuracyCount, EvaluationRecord
-
-
-def evaluation(right: int) -> EvaluationRecord:
-    groups = [("", ""), ("", "small"), ("", "large"), ("charts", ""), ("maps", ""), ("charts", "small")]
-    counts = [
-        AccuracyCount(
-            mode=mode, family=family, detail=detail, kind="", correct=right + shift, total=20, fraction=(right + shift) / 20, low=0.0, high=1.0
-        )
-        for mode, shift in (("blind", 0), ("both", 8), ("majority", 1))
-        for family, detail in groups
-    ]
-    counts.append(
-        AccuracyCount(mode="both", family="charts", detail="small", kind="charts/value", correct=1, total=2, fraction=0.5, low=0.0, high=1.0)
-    )
-    return EvaluationRecord(
-        training_fingerprint="t",
-        dataset_fingerprint="d",
-        split="held_out",
-        modes=("blind", "both"),
-        num_images=4,
-        num_questions=20,
-        num_quarantined=0,
-        quarantined_by_reason={},
-        counts=tuple(counts),
-        answers="answers.parquet",
-        normalisation="casefold; then equality",
-        seconds=1.0,
-        answers_per_second=1.0,
-    )
+from workers.evaluation import ClassificationFigure
 
 
 def test_rows_are_in_order_and_hold_every_seed() -> None:
@@ -46,11 +18,33 @@ def test_rows_are_in_order_and_hold_every_seed() -> None:
         ("family", "charts"),
         ("family", "maps"),
     ]
-    assert rows[0].cells["both"].num_right == (10, 12)
+    assert rows[0].cells["both"].points == (10, 12)
+    assert rows[0].cells["both"].interval == pytest.approx((0.55 - 0.1, 0.55 + 0.2))
     assert rows[0].cells["both"].mean == pytest.approx(0.55)
     assert rows[0].cells["blind"].spread == pytest.approx(0.05)
     assert rows[0].majority == pytest.approx(3 / 20)
     assert rows[0].num_questions == 20
+
+
+def test_further_metrics_stand_in_rows_of_their_own() -> None:
+    figures = tuple(
+        ClassificationFigure(metric="yes_no", name=name, mode=mode, fraction=0.5, low=0.25, high=0.75)
+        for mode in ("blind", "both")
+        for name in ("precision", "f1")
+    )
+    rows = metric_rows([evaluation(2, figures=figures), evaluation(4, figures=figures)])
+    assert [row.label for row in rows] == ["anls", "yes_no: precision", "yes_no: f1"]
+    assert rows[0].cells["both"] == pytest.approx(((10.5 + 12.5) / 40, (10.5 + 12.5) / 40 - 0.1, (10.5 + 12.5) / 40 + 0.2))
+    assert (rows[0].rule, rows[0].num_questions) == ("near", 20)
+    assert rows[2].cells["blind"] == (0.5, 0.25, 0.75)
+    assert metric_rows([evaluation(2, metrics=("exact_match",))]) == ()
+
+
+def test_what_was_asked_is_said() -> None:
+    assert _asked_words(evaluation(2)) == "Held-out pictures"
+    assert _asked_words(evaluation(2, of_training_dataset=False)) == "4 pictures of a dataset of their own"
+    partly = evaluation(2, of_training_dataset=False, num_images_trained_on=3, num_questions_trained_on=7)
+    assert _asked_words(partly) == "4 pictures of a dataset of their own, less 3 that are in the training split (7 questions)"
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,39 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_accuracy_over_seeds() -> None:
-    cell = AccuracyCell(num_right=(10, 20), num_asked=(100, 100))
+    cell = AccuracyCell(points=(10, 20), num_asked=(100, 100), ends=((0.05, 0.17), (0.13, 0.29)))
     assert cell.mean == pytest.approx(0.15)
     assert cell.spread == pytest.approx(0.05)
-    assert cell.interval is not None
-    low, high = cell.interval
-    assert low < 0.15 < high
+    assert cell.interval == pytest.approx((0.09, 0.23))
 
 
 def test_what_was_not_asked_has_no_accuracy() -> None:
-    cell = AccuracyCell(num_right=(0,), num_asked=(0,))
+    cell = AccuracyCell(points=(0,), num_asked=(0,), ends=((0.0, 1.0),))
     assert cell.mean is None
     assert cell.spread is None
     assert cell.interval is None
+
+
+def test_scores_between_right_and_wrong_are_shown_as_such() -> None:
+    from dataclasses import replace
+
+    whole = page()
+    turn = replace(whole.samples[0].turns[0], answers=(("blind", "Chat", 0.75), ("global", "Chad", 1.0), ("local", "x", 0.0), ("both", "y", None)))
+    sample = replace(whole.samples[0], turns=(turn,))
+    shown = render_page(replace(whole, samples=(sample,), metric="anls", metric_is_share=False, more_metrics=(), asked="9 pictures"))
+    cells = re.findall(r'<td data-label="(?:blind|global only|local only|both views)".*?</td>', shown)
+    assert [re.sub("<.*?>", "", cell).strip() for cell in cells] == ["Chat 75.0 %", "&#10003; Chad (right)", "&#10007; x (wrong)", "y (not scored)"]
+    assert "Mean score in percent" in shown
+    assert "answered right" not in shown
+    assert "9 pictures, every question asked once per mode" in shown
+    assert "The same answers by other metrics" not in shown
+
+
+def test_other_metrics_have_a_table() -> None:
+    html = render_page(page())
+    table = html[html.index("The same answers by other metrics") :].partition("</table>")[0]
+    assert "yes_no: f1" in table
+    assert "<b>67.0</b>" in table  # anls, both views
 
 
 def test_bytes_read_well() -> None:
@@ -68,6 +88,26 @@ def test_bytes_read_well() -> None:
         "2.31 MB",
         "4 GB",
     ]
+
+
+def test_the_line_of_an_evaluation_tells_its_main_metric_and_what_was_not_asked() -> None:
+    def scored(metric: str, fraction: float, family: str = "") -> dict[str, object]:
+        return {"metric": metric, "mode": "blind", "fraction": fraction, "family": family, "detail": "", "kind": ""}
+
+    record = {
+        "seconds": 3.0,
+        "num_questions": 20,
+        "modes": ["blind"],
+        "metrics": ["anls", "exact_match"],
+        "num_images_trained_on": 0,
+        "scores": [scored("exact_match", 0.1), scored("anls", 0.25), scored("anls", 0.9, "maps")],
+    }
+    outcome = StageOutcome(stage="evaluate", key="0123", seed=1, record=record, reused=False)
+    assert outcome_line(outcome) == "evaluate seed 1          done in 3 s           20 questions, anls: blind 25.0%"
+    record |= {"metrics": ["exact_match"], "num_images_trained_on": 4}
+    assert outcome_line(outcome).endswith("20 questions, right: blind 10.0%; 4 images not asked, the run was trained on them")
+    asked = StageOutcome(stage="build-dataset", key="0", seed=None, record={"seconds": 1, "num_samples": 2, "num_turns": 3}, reused=True, asked=True)
+    assert outcome_line(asked) == "build-dataset (asked)    found done            2 images, 3 questions"
 
 
 def test_a_record_that_lacks_a_figure_is_named() -> None:

@@ -117,7 +117,7 @@ def test_a_stage_that_is_not_committed_is_run(experiment: Experiment) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: feature_bytes(experiment.dataset, experiment.features))
     with pytest.raises(DiskSpaceError, match=r"needs up to .* GB for images and features, and .* are free"):
         check_ready(experiment)
     monkeypatch.setattr(Store, "free_bytes", lambda self: None)
@@ -181,6 +181,69 @@ def test_a_dataset_with_nothing_held_out_can_still_be_shown_and_planned(experime
     assert "done" in told
     assert "later stages" in told
     assert [(line.fact, "holds out none" in line.value) for line in plan_lines(experiment) if line.topic == "stages"][-1] == ("later ones", True)
+
+
+ASKED = """
+[evaluation]
+metrics = ["anls", "exact_match"]
+
+[evaluation.dataset]
+sources = [{ kind = "rendered", family = "maps", num_images = 5 }]
+turns_per_image = 2
+legibility = { local_min_px = 3.0, global_max_px = 3.0 }
+
+[[schedule.align]]"""
+
+
+def test_a_dataset_to_be_asked_has_stages_of_its_own(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    plain = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "held_out_fraction = 0.4", "held_out_fraction = 0.4")
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    runs = list(stage_runs(experiment))
+    assert [run.name for run in runs[:5]] == [
+        "build-dataset",
+        "build-dataset (asked)",
+        "cache-features",
+        "cache-features (asked)",
+        "train-connector seed 0",
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+    # What is trained does not depend on what is asked; what is asked is another evaluation.
+    assert experiment.training(0) == plain.training(0)
+    assert experiment.dataset == plain.dataset
+    assert experiment.asked is not None
+    assert experiment.evaluation(0).dataset_fingerprint == fingerprint(experiment.asked[0]) != plain.evaluation(0).dataset_fingerprint
+    assert experiment.asked[1] == replace(experiment.features, dataset_fingerprint=fingerprint(experiment.asked[0]))
+    assert experiment.evaluation(0).metrics == ("anls", "exact_match")
+    assert [run.name for run in stage_runs(experiment, "build-dataset")] == ["build-dataset", "build-dataset (asked)"]
+
+
+def test_the_plan_tells_what_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    lines = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
+    assert lines["evaluation", "metrics"] == "anls, exact_match"
+    assert lines["evaluation", "images"] == "5 drawn, of a dataset of its own"
+    assert lines["evaluation", "questions"] == "at most 10"
+    assert lines["evaluation", "cache"] == "108 kB as fp16"  # 5 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
+    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["stages", "cache-features (asked)"].endswith("to do")
+
+
+def test_nothing_need_be_held_out_where_another_dataset_is_asked(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder).replace("held_out_fraction = 0.4", "held_out_fraction = 1e-7")
+    (tmp_path / "none.toml").write_text(text.replace("[[schedule.align]]", ASKED, 1))
+    experiment = open_experiment(load_recipe(str(tmp_path / "none.toml")), Store(str(tmp_path / "root")), ExecutionSettings())
+    key = fingerprint(experiment.dataset)[:16]
+    experiment.store.write_json(f"runs/build-dataset/{key}/COMMITTED.json", {"num_held_out": 0, "num_samples": 16, "num_train_by_source": {}})
+    assert len(list(stage_runs(experiment))) == 10
+
+
+def test_room_is_checked_for_the_dataset_that_is_asked_too(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, "[[schedule.align]]", ASKED)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 16 * 300_000 + 400_000)  # enough for the training dataset alone
+    with pytest.raises(DiskSpaceError, match="needs up to"):
+        check_ready(experiment)
 
 
 def test_an_encoder_folder_without_weights_is_refused(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
@@ -366,7 +429,7 @@ def test_a_plan_counts_records_without_an_image_and_no_features_of_them(
     assert lines["dataset", "split"] == "about 24 train, 16 held out"
     shown = re.match(r"up to (\d+) kB", lines["features", "cache"])
     assert shown
-    assert int(shown[1]) == round(feature_bytes(experiment, 10) / 1000)
+    assert int(shown[1]) == round(feature_bytes(experiment.dataset, experiment.features, 10) / 1000)
 
 
 def test_a_built_mix_sets_the_length_of_epochs_and_is_shown(

@@ -106,7 +106,7 @@ class DatasetSpec:
     seed: int
     held_out_fraction: float
     """Share of the samples kept for evaluation; decided by the hash of each one's image, or of its conversation where there is none, so that none is
-    ever on both sides."""
+    ever on both sides. 1 keeps all: a dataset that is only asked."""
     view_px: int
     """Side of the encoder's view that the images are made for."""
     views: ViewSpec
@@ -121,8 +121,8 @@ class DatasetSpec:
         labels = [source_label(source) for source in self.sources]
         if not labels or len(set(labels)) != len(labels):
             raise SpecError(f"dataset.sources must name at least one source and each once, found {labels}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise SpecError(f"dataset.held_out_fraction must lie in [0, 1), found {self.held_out_fraction}")
+        if not 0 <= self.held_out_fraction <= 1:
+            raise SpecError(f"dataset.held_out_fraction must lie in [0, 1], found {self.held_out_fraction}")
         if self.turns_per_image < 1 or self.view_px < 1:
             raise SpecError(f"dataset.turns_per_image and dataset.view_px must be at least 1, found {self.turns_per_image} and {self.view_px}")
 
