@@ -16,11 +16,13 @@ from model.specs import BranchMix, PhaseSpec, ScheduleSpec, fingerprint
 from tests import small_data
 from tests.ranks import ENGINES, tune, tune_in_ranks
 from tests.tiny_training import FakeFeatures, build_small_store, fake_samples, mixed_samples, tiny_schedule, tiny_training_spec
+from workers.caching.build import cache_features
 from workers.dataset.samples import read_samples
 from workers.errors import TrainingError
-from workers.evaluation import EvaluationSpec, evaluate
+from workers.evaluation import EvaluationSpec, asked_features, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
+from workers.runtime import InlineCluster
 from workers.storage import Store
 from workers.training.assemble import assemble_model
 from workers.training.batches import BatchBuilder
@@ -465,7 +467,28 @@ def test_held_out_text_is_counted_and_not_asked(trained):
     assert record.num_text_only == len(alone) > 0
     assert record.num_images == len(samples) - len(alone)
     assert record.num_questions == sum(len(sample.turns) for sample in samples if not sample.text_only)
-    assert not {count.family for count in record.counts} & {"text"}
-    assert not any(count.kind == "llava/text" for count in record.counts)
+    assert not {score.family for score in record.scores} & {"text"}
+    assert not any(score.kind == "llava/text" for score in record.scores)
     rows = pq.read_table(store.local_path(record.answers)).to_pylist()
     assert {row["sample_id"] for row in rows} == {sample.sample_id for sample in samples} - alone
+
+
+@pytest.mark.slow
+def test_another_dataset_with_text_is_asked_about_its_images_alone(trained, mixed, tmp_path):
+    """One of its pictures and one of its conversations are of the training split: the picture is left out, the conversation was never to be asked."""
+    store, spec, _ = trained
+    samples = read_samples(store, spec.dataset_fingerprint, "train")
+    known = next(sample for sample in samples if not sample.text_only)
+    said = next(sample for sample in samples if sample.text_only).turns[0]
+    images = {"known.png": store.read_reference(known.image_path), "new.png": small_data.png(77, 112, 56)}
+    records = [{"image": name, "conversations": small_data.conversation("What?", "noise")} for name in images]
+    records += [{"conversations": small_data.conversation(*words)} for words in ((said.question, said.answer), ("New?", "yes"))]
+    dataset = small_data.dataset_spec(
+        sources=(small_data.write_llava(tmp_path / "llava", records, images),), held_out_fraction=1.0, views=spec.features.views
+    )
+    small_data.build(store, dataset)
+    wanted = EvaluationSpec(training_fingerprint=fingerprint(spec), dataset_fingerprint=fingerprint(dataset), max_new_tokens=3)
+    cache_features(asked_features(wanted, spec), store, EXECUTION, SilentProgress(), cluster=InlineCluster())
+    check_other_dataset(wanted, spec, store, EXECUTION)
+    record = evaluate(wanted, spec, store, EXECUTION, SilentProgress())
+    assert (record.num_images, record.num_questions, record.num_images_trained_on, record.num_text_only) == (1, 1, 1, 2)
