@@ -1,47 +1,47 @@
 """The frozen vision encoder: from uint8 views to named maps.
 
-Loads CLIP and SigLIP vision towers in the Hugging Face format, cut off behind the deepest layer that a map needs, so later blocks are neither held
-nor run. Maps are reduced on the device in fp32, with the prefix tokens stripped: nobody downstream knows that a CLS token exists.
+Loads CLIP, SigLIP, SigLIP 2 and DINOv2 vision towers in the Hugging Face format, cut off behind the deepest layer that a map needs: later blocks,
+final norms, pooling heads and text towers are neither held nor run. Maps are reduced on the device in fp32, with the prefix tokens stripped: nobody
+downstream knows that a CLS token or a register exists.
 
-Layer numbering as in model.specs: 0 = embedding output (for CLIP behind its first norm), k = output of block k.
+Layer numbering as in model.specs: 0 = embedding output (for CLIP behind its first norm), k = output of block k. No final norm touches any map.
+
+A family of encoders is a word of `EncoderFamily`; what differs among them stands in the `match` statements of this module and of
+model.architectures, and each ends in `assert_never`.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, assert_never
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width
 from model.errors import EncoderError, first_line
-from model.specs import EncoderSpec, MapSpec
-from model.weights import unreadable_weights
+from model.specs import EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
+from model.weights import absent_shards, cached_snapshot, unreadable_weights
 
-__all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "resolve_encoder"]
-
-Family = Literal["clip", "siglip"]
+__all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "plan_encoder", "resolve_encoder"]
 
 BUILTIN_PREFIX = "builtin:"
 
-_FAMILIES: dict[str, Family] = {
+_FAMILIES: dict[str, EncoderFamily] = {
     "clip": "clip",
     "clip_vision_model": "clip",
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
+    "siglip2": "siglip2",
+    "siglip2_vision_model": "siglip2",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2_with_registers",
 }
 """`model_type` in config.json to the family. A full model's vision part is taken."""
-
-_PREFIX_TOKENS: dict[Family, int] = {"clip": 1, "siglip": 0}
-
-_DEFAULT_MEAN_STD: dict[Family, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Of the families' own preprocessors, for folders without a preprocessor_config.json."""
 
 _UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -98,9 +98,13 @@ def encoder_folder(name: str) -> Path:
         raise EncoderError(
             f"encoder {name!r}: expected config.json and *.safetensors in {folder}, found no config.json; point to a complete model folder"
         )
+    _check_weights(folder, name)
+    return folder
+
+
+def _check_weights(folder: Path, name: str) -> None:
     if not list(folder.glob("*.safetensors")):
-        unsafe = sorted(path.name for pattern in _UNSAFE_PATTERNS for path in folder.glob(pattern))
-        if unsafe:
+        if unsafe := _unsafe_weights(folder):
             raise EncoderError(
                 f"encoder {name!r}: expected weights as *.safetensors in {folder}, found {', '.join(unsafe)}. Pickled weights can run code when they "
                 "are loaded, so Loupe never does; convert them with save_pretrained where you trust them, or choose a repository with safetensors."
@@ -109,9 +113,10 @@ def encoder_folder(name: str) -> Path:
             f"encoder {name!r}: expected weights as *.safetensors (for example model.safetensors) in {folder}, found none; "
             "copy the weights there or point to a complete model folder"
         )
+    if absent := absent_shards(folder):
+        raise EncoderError(f"encoder {name!r}: expected all weights that the index in {folder} names, found no {absent[0]}; copy or fetch it")
     if fault := unreadable_weights(folder):
         raise EncoderError(f"encoder {name!r}: in {folder}, {fault}")
-    return folder
 
 
 def describe_encoder(model: str) -> EncoderSpec:
@@ -124,40 +129,133 @@ def describe_encoder(model: str) -> EncoderSpec:
         The spec; `weights_sha256` is the digest of the weight file, or over the digests of several in name order.
 
     Raises:
-        EncoderError: a folder without config or weights, an unknown family, views that are not square or not whole patches.
+        EncoderError: a folder without config or weights, an unknown family, views that are not square or less than a patch.
     """
     folder = encoder_folder(model)
+    return _described(model, folder, _weights_sha256(folder))
+
+
+def plan_encoder(model: str) -> EncoderSpec:
+    """What is known of an encoder on this machine without fetching anything: for a plan, which needs shapes and no weights.
+
+    Args:
+        model: as `resolve_encoder` takes it.
+
+    Returns:
+        The spec as `describe_encoder` gives it where the weights are here. Where there is a config.json alone, or a hub id whose architecture is
+        known and nothing else, `weights_sha256` is an UnknownDigest.
+
+    Raises:
+        EncoderError: as for `describe_encoder`; a hub id that is neither known nor in the hub's cache here.
+    """
+    resolved = resolve_encoder(model)
+    is_folder = Path(resolved).is_dir()
+    folder = Path(resolved) if is_folder else cached_snapshot(resolved)
+    if folder is None or (not is_folder and not (folder / "config.json").is_file()):
+        known = known_encoder(resolved)
+        if known is None:
+            raise EncoderError(
+                f"encoder {model!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no network. "
+                f"Known are {', '.join(known_encoders())}"
+            )
+        return known
+    has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
+    if not has_weights and (folder / "config.json").is_file() and not (is_folder and _unsafe_weights(folder)):
+        return _described(model, folder, UnknownDigest(f"the weights of {model}"))
+    if is_folder:
+        return describe_encoder(model)
+    _check_weights(folder, model)
+    return _described(model, folder, _weights_sha256(folder))
+
+
+def _unsafe_weights(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in _UNSAFE_PATTERNS for path in folder.glob(pattern))
+
+
+def _described(model: str, folder: Path, weights_sha256: str) -> EncoderSpec:
     family = _family(_read_json(folder / "config.json"), folder)
-    loaded = _vision_config(folder, family)
-    view_px, patch_px = int(loaded.image_size), int(loaded.patch_size)
-    if view_px % patch_px:
-        raise EncoderError(f"encoder {model!r}: views of {view_px} px are not whole patches of {patch_px} px; such an encoder is not supported")
+    config = _vision_config(folder, family)
+    patch_px = _side(config.patch_size, "patch_size", folder)
+    view_px = _view_px(config, family, patch_px, folder)
+    if view_px < patch_px:
+        raise EncoderError(f"encoder {model!r}: expected views of at least one patch, found views of {view_px} px and patches of {patch_px} px")
     mean, std = _mean_std(folder, family)
+    mlp_width, activation = _mlp(config, family)
     return EncoderSpec(
         model=model,
-        weights_sha256=_weights_sha256(folder),
+        weights_sha256=weights_sha256,
         family=family,
         view_px=view_px,
         patch_px=patch_px,
-        width=int(loaded.hidden_size),
-        num_blocks=int(loaded.num_hidden_layers),
-        prefix_tokens=_PREFIX_TOKENS[family],
+        width=int(config.hidden_size),
+        num_blocks=int(config.num_hidden_layers),
+        prefix_tokens=prefix_tokens(family, int(config.num_register_tokens) if family == "dinov2_with_registers" else 0),
         mean=mean,
         std=std,
-        num_heads=int(loaded.num_attention_heads),
-        mlp_width=int(loaded.intermediate_size),
-        activation=str(loaded.hidden_act),
-        norm_eps=float(loaded.layer_norm_eps),
+        num_heads=int(config.num_attention_heads),
+        mlp_width=mlp_width,
+        activation=activation,
+        norm_eps=float(config.layer_norm_eps),
     )
+
+
+def _side(value: Any, key: str, folder: Path) -> int:
+    """A side that a config gives as one number or as two equal ones."""
+    match value:
+        case {"height": height, "width": width}:
+            sides = [height, width]
+        case [height, width]:
+            sides = [height, width]
+        case _:
+            sides = [value, value]
+    side = sides[0]
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side != sides[1]:
+        raise EncoderError(f"encoder in {folder}: {key} should be a side in pixels, the same both ways, found {value!r}; views are square")
+    return side
+
+
+def _view_px(config: Any, family: EncoderFamily, patch_px: int, folder: Path) -> int:
+    """Side of the square view that an encoder sees."""
+    match family:
+        case "clip" | "siglip":
+            return _side(config.image_size, "image_size", folder)
+        case "siglip2":
+            # It takes any shape of as many patches; its own positions are a square grid, for which nothing has to be interpolated.
+            grid = isqrt(int(config.num_patches))
+            if grid**2 != config.num_patches:
+                raise EncoderError(f"encoder in {folder}: num_patches should be a square number, found {config.num_patches}; views are square")
+            return grid * patch_px
+        case "dinov2" | "dinov2_with_registers":
+            # Trained at 518 px, used at the preprocessor's 224 px: transformers interpolates the positions.
+            path = folder / "preprocessor_config.json"
+            crop = _read_json(path).get("crop_size") if path.is_file() else None
+            return _side(config.image_size, "image_size", folder) if crop is None else _side(crop, "crop_size", folder)
+        case _:
+            assert_never(family)
+
+
+def _mlp(config: Any, family: EncoderFamily) -> tuple[int, str]:
+    """Width and activation of a block's MLP."""
+    match family:
+        case "clip" | "siglip" | "siglip2":
+            return int(config.intermediate_size), str(config.hidden_act)
+        case "dinov2" | "dinov2_with_registers":
+            width = int(config.hidden_size * config.mlp_ratio)
+            return (swiglu_width(width), "swiglu") if config.use_swiglu_ffn else (width, str(config.hidden_act))
+        case _:
+            assert_never(family)
 
 
 class Encoder(nn.Module):
     """A vision tower cut off behind the deepest layer that is needed. Make it with `load_encoder`.
 
     Args:
-        tower: a CLIP or SigLIP vision model, still whole; it is cut in place.
+        tower: a vision model of the spec's family, with at least as many blocks as are needed; it is cut in place.
         spec: its description.
         deepest_layer: highest layer number that a map may ask for.
+
+    Attributes:
+        blocks: those that were kept, shallow to deep.
     """
 
     mean: Tensor
@@ -170,18 +268,11 @@ class Encoder(nn.Module):
         self.spec = spec
         self.deepest_layer = deepest_layer
         self.embeddings: nn.Module = tower.embeddings
-        # SigLIP has no norm in front of its blocks.
-        self.first_norm: nn.Module = getattr(tower, "pre_layrnorm", None) or nn.Identity()
-        tower.encoder.layers = tower.encoder.layers[:deepest_layer]
-        self.encoder: nn.Module = tower.encoder
+        self.first_norm: nn.Module | None = tower.pre_layrnorm if spec.family == "clip" else None
+        self.blocks = nn.ModuleList(_tower_blocks(tower, spec.family)[:deepest_layer])
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks that were kept, shallow to deep."""
-        return list(self.encoder.get_submodule("layers").children())
 
     @property
     def device(self) -> torch.device:
@@ -233,21 +324,46 @@ class Encoder(nn.Module):
             for item in wanted:
                 sums[item.name] = patches if item.name not in sums else sums[item.name] + patches
 
-        hooks = [
-            block.register_forward_hook(
-                lambda _module, _inputs, output, layer=layer: reduce(layer, output[0] if isinstance(output, tuple) else output)
-            )
-            for layer, block in enumerate(self.blocks, start=1)
-        ]
-        try:
-            embedded = self.first_norm(self.embeddings(self.normalise(views_uint8)))
-            reduce(0, embedded)
-            if deepest > 0:
-                self.encoder(inputs_embeds=embedded)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        state = self._embed(self.normalise(views_uint8))
+        reduce(0, state)
+        for layer, block in enumerate(list(self.blocks)[:deepest], start=1):
+            state = block(state, attention_mask=None)
+            reduce(layer, state)
         return {item.name: (sums[item.name] / len(item.layers)).contiguous() for item in maps}
+
+    def _embed(self, pixels: Float[Tensor, "batch 3 px px"]) -> Float[Tensor, "batch tokens width"]:
+        """Layer 0, prefix tokens included."""
+        embedded: Tensor
+        match self.spec.family:
+            case "clip":
+                assert self.first_norm is not None
+                embedded = self.first_norm(self.embeddings(pixels))
+            case "siglip" | "dinov2" | "dinov2_with_registers":
+                embedded = self.embeddings(pixels)
+            case "siglip2":
+                # Every patch of a square view is real, so the attention mask that NaFlex has for shorter images would hide nothing: there is none.
+                grid = torch.tensor([[self.spec.grid, self.spec.grid]], device=pixels.device).expand(len(pixels), 2)
+                embedded = self.embeddings(_patchify(pixels, self.spec.patch_px), grid)
+            case _:
+                assert_never(self.spec.family)
+        return embedded
+
+
+def _tower_blocks(tower: Any, family: EncoderFamily) -> list[nn.Module]:
+    match family:
+        case "clip" | "siglip" | "siglip2":
+            return list(tower.encoder.layers)
+        case "dinov2" | "dinov2_with_registers":
+            return list(tower.encoder.layer)
+        case _:
+            assert_never(family)
+
+
+def _patchify(pixels: Float[Tensor, "batch 3 px px"], patch_px: int) -> Float[Tensor, "batch patches values"]:
+    """Whole patches, row by row; within a patch row by row too, with a pixel's channels side by side."""
+    count, channels, grid = pixels.shape[0], pixels.shape[1], pixels.shape[-1] // patch_px
+    cut = pixels.reshape(count, channels, grid, patch_px, grid, patch_px)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, grid * grid, patch_px * patch_px * channels)
 
 
 def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
@@ -265,7 +381,6 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
     Raises:
         EncoderError: the folder is incomplete, its weights or its config are others than the spec's, or tensors are missing in them.
     """
-    from transformers import CLIPVisionModel, SiglipVisionModel
     from transformers.utils import logging
 
     transformers_logging: Any = logging
@@ -280,14 +395,16 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
         raise EncoderError(
             f"encoder {spec.model!r}: {folder} was changed after the spec was made ({changed}); restore it, or take it as another one (a new cache)"
         )
-    kinds: dict[Family, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+    if not 0 <= deepest_layer <= spec.num_blocks:
+        raise EncoderError(f"{spec.model} has layers 0..{spec.num_blocks}, asked for {deepest_layer}")
+    config = _cut_config(_vision_config(folder, spec.family), spec.family, deepest_layer)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it lists a full model's unused text weights; missing ones are checked below
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tower, report = kinds[spec.family].from_pretrained(
-            folder, config=_vision_config(folder, spec.family), use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
+        tower, report = _classes(spec.family)[1].from_pretrained(
+            folder, config=config, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise EncoderError(f"encoder {spec.model!r} cannot be loaded from {folder}: {first_line(error)}") from error
@@ -296,14 +413,33 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
         if had_bars:
             transformers_logging.enable_progress_bar()
     # A tensor that is missing would be left at random values: features without meaning, and no sign of it.
-    needed = [name for name in report["missing_keys"] if not name.startswith("head.") and "post_layernorm" not in name and "position_ids" not in name]
-    if needed or report.get("mismatched_keys"):
-        first = min(map(str, needed or report["mismatched_keys"]))
+    needed = sorted(str(name) for name in (*report["missing_keys"], *report.get("mismatched_keys", ())) if _is_needed(str(name)))
+    if needed:
         raise EncoderError(
-            f"encoder {spec.model!r}: the weights in {folder} lack tensors of the vision tower, first {first}; the folder's config.json and weights "
-            "do not belong together"
+            f"encoder {spec.model!r}: the weights in {folder} lack tensors of the vision tower, or have them in another shape, first {needed[0]}; "
+            "the folder's config.json and weights do not belong together"
         )
     return Encoder(tower, spec, deepest_layer).to(device)
+
+
+def _cut_config(config: Any, family: EncoderFamily, deepest_layer: int) -> Any:
+    """The config of a tower without what no map needs, so that it is not even read: blocks behind the deepest layer, heads, the mask token."""
+    config.num_hidden_layers = deepest_layer
+    match family:
+        case "clip" | "dinov2_with_registers":
+            pass
+        case "siglip" | "siglip2":
+            config.vision_use_head = False
+        case "dinov2":
+            config.use_mask_token = False
+        case _:
+            assert_never(family)
+    return config
+
+
+def _is_needed(tensor: str) -> bool:
+    """Whether maps depend on a tensor: not on a final norm, and not on the mask token, which stands for hidden patches in pretraining."""
+    return tensor.startswith(("embeddings.", "pre_layrnorm.", "encoder.")) and not tensor.endswith(("mask_token", "position_ids"))
 
 
 def _fetch(hub_id: str) -> Path:
@@ -335,28 +471,45 @@ def _is_vision_config(path: Path) -> bool:
     return _read_json(path).get("model_type") in _FAMILIES
 
 
-def _family(config: dict[str, Any], folder: Path) -> Family:
+def _family(config: dict[str, Any], folder: Path) -> EncoderFamily:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:
         raise EncoderError(
-            f"{folder}/config.json: expected a model_type out of {sorted(_FAMILIES)}, found {model_type!r}; only CLIP and SigLIP towers load"
+            f"{folder}/config.json: expected a model_type out of {sorted(_FAMILIES)}, found {model_type!r}; only CLIP, SigLIP, SigLIP 2 "
+            "and DINOv2 towers load"
         )
     return _FAMILIES[model_type]
 
 
-def _vision_config(folder: Path, family: Family) -> Any:
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
+def _classes(family: EncoderFamily) -> tuple[Any, Any]:
+    """The classes in transformers of the vision part: its config and its model."""
+    import transformers
 
-    kinds: dict[Family, Any] = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+    match family:
+        case "clip":
+            return transformers.CLIPVisionConfig, transformers.CLIPVisionModel
+        case "siglip":
+            return transformers.SiglipVisionConfig, transformers.SiglipVisionModel
+        case "siglip2":
+            return transformers.Siglip2VisionConfig, transformers.Siglip2VisionModel
+        case "dinov2":
+            return transformers.Dinov2Config, transformers.Dinov2Model
+        case "dinov2_with_registers":
+            return transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel
+        case _:
+            assert_never(family)
+
+
+def _vision_config(folder: Path, family: EncoderFamily) -> Any:
     try:
         # A full model's config.json holds the vision part in `vision_config`; from_pretrained takes it out.
-        return kinds[family].from_pretrained(folder, local_files_only=True)
+        return _classes(family)[0].from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(f"{folder}/config.json describes no {family} vision tower: {first_line(error)}") from error
 
 
-def _mean_std(folder: Path, family: Family) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    mean, std = _DEFAULT_MEAN_STD[family]
+def _mean_std(folder: Path, family: EncoderFamily) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    mean, std = family_mean_std(family)
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return mean, std

@@ -27,6 +27,7 @@ __all__ = [
     "LanguageModelError",
     "MissingMapError",
     "ModelError",
+    "ReleasedWeightsError",
     "SpecError",
     "first_line",
 ]
@@ -113,3 +114,7 @@ class FrozenBlockChangedError(ModelError):
 
 class ExportError(ModelError):
     """An export folder is incomplete, damaged or does not fit its encoder or language model."""
+
+
+class ReleasedWeightsError(ModelError):
+    """Released weights cannot be read, are incomplete, or are of another model than the recipe describes."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.chat import with_template
 from model.errors import LanguageModelError, first_line
 from model.specs import ChatTemplate, LanguageModelSpec
-from model.weights import unreadable_weights
+from model.weights import absent_shards, cached_snapshot, unreadable_weights
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
@@ -32,6 +32,7 @@ __all__ = [
     "first_token",
     "load_language_model",
     "load_tokenizer",
+    "local_folder",
     "resolve_folder",
 ]
 
@@ -71,17 +72,9 @@ def resolve_folder(name: str) -> Path:
     Raises:
         LanguageModelError: there is no such folder or id, or it lacks a part.
     """
-    if name == BUILTIN_LANGUAGE_MODEL:
-        return check_folder(Path(__file__).parent / "assets" / "language-model", name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = _named_folder(name)
+    if folder is not None:
         return check_folder(folder, name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "builtin:")):
-        raise LanguageModelError(
-            f"language model {name!r}: no such folder. Expected {BUILTIN_LANGUAGE_MODEL!r}, 'smollm2-135m-instruct', a folder in transformers' "
-            "layout or "
-            "a hub id like 'owner/name'"
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -92,6 +85,37 @@ def resolve_folder(name: str) -> Path:
             f"language model {name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Check the name and the "
             "connection, or give a folder"
         ) from error
+
+
+def local_folder(name: str) -> Path | None:
+    """Where a language model's files are on this machine, whole or in part. Asks no network.
+
+    Args:
+        name: as `resolve_folder` takes it.
+
+    Returns:
+        A folder, or what the hub's client has fetched of a hub id; None where there is nothing of it.
+
+    Raises:
+        LanguageModelError: the name is neither a folder nor one that a hub id can have.
+    """
+    return _named_folder(name) or cached_snapshot(name)
+
+
+def _named_folder(name: str) -> Path | None:
+    """The folder that a name stands for; None for a hub id."""
+    if name == BUILTIN_LANGUAGE_MODEL:
+        return Path(__file__).parent / "assets" / "language-model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "builtin:")):
+        raise LanguageModelError(
+            f"language model {name!r}: no such folder. Expected {BUILTIN_LANGUAGE_MODEL!r}, 'smollm2-135m-instruct', a folder in transformers' "
+            "layout or "
+            "a hub id like 'owner/name'"
+        )
+    return None
 
 
 def check_folder(folder: Path, name: str) -> Path:
@@ -114,6 +138,8 @@ def check_folder(folder: Path, name: str) -> Path:
     }
     if missing := [part for part, there in parts.items() if not there]:
         raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+    if absent := absent_shards(folder):
+        raise LanguageModelError(f"language model {name!r}: {folder} lacks {absent[0]}, which its index of weights names; copy or fetch it")
     if fault := unreadable_weights(folder):
         raise LanguageModelError(f"language model {name!r}: in {folder}, {fault}")
     return folder

@@ -28,6 +28,7 @@ __all__ = [
     "CompressionSpec",
     "ConnectorSpec",
     "DCISpec",
+    "EncoderFamily",
     "EncoderSpec",
     "FeatureSpec",
     "FusionSpec",
@@ -46,8 +47,10 @@ __all__ = [
     "SelectorSpec",
     "SingleSpec",
     "TextGuidedSelectorSpec",
+    "UnknownDigest",
     "canonical_json",
     "fingerprint",
+    "fingerprint_if_known",
     "spec_differences",
 ]
 
@@ -62,6 +65,20 @@ CONNECTOR_BLOCKS: tuple[Block, ...] = tuple(block for block in BLOCKS if block !
 
 ChatTemplate = Literal["own", "vicuna_v1", "llama3", "plain", "chatml"]
 """How questions and answers become text: `own` is the tokenizer's, the others are the files in model/templates."""
+
+
+class UnknownDigest(str):
+    """Stands where the digest of bytes would, when those are not on this machine; its text says what they are, such as `the weights of owner/name`.
+
+    It has no canonical form, so nothing that holds it has a fingerprint. What is described without its bytes can be planned, and nothing else: every
+    key, table and folder is named by a fingerprint.
+    """
+
+    __slots__ = ()
+
+
+EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
+"""Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,13 +114,13 @@ class EncoderSpec:
     model: str
     """Folder or hub id: where it is loaded from. Part of the identity too, so the same weights in another place are another encoder."""
     weights_sha256: str
-    family: Literal["clip", "siglip"]
+    family: EncoderFamily
     view_px: int
     patch_px: int
     width: int
     num_blocks: int
     prefix_tokens: int
-    """Tokens before the patches, removed from every map: 1 (CLS) for CLIP, 0 for SigLIP."""
+    """Tokens before the patches, removed from every map: 1 (CLS) for CLIP and DINOv2, registers besides where there are some, 0 for SigLIP."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_heads: int
@@ -119,7 +136,7 @@ class EncoderSpec:
 
     @property
     def grid(self) -> int:
-        """Patches on a side."""
+        """Patches on a side. Pixels behind the last whole patch are seen by none: 6 of SigLIP-SO400M/14's 384."""
         return self.view_px // self.patch_px
 
     @property
@@ -738,7 +755,7 @@ class PhaseSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSpec:
-    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one."""
+    """The alternating schedule: alignment phases over one engine, then fine-tuning on a fresh one. Without phases nothing is trained."""
 
     align: tuple[PhaseSpec, ...]
     sft: PhaseSpec | None
@@ -749,8 +766,8 @@ class ScheduleSpec:
             if "language_model" in phase.train:
                 raise SpecError(f"align phase {phase.name!r} trains the language model; only sft may")
         names = [phase.name for phase in self.phases]
-        if not names or len(set(names)) != len(names):
-            raise SpecError(f"phases need different names and at least one phase, found {names}")
+        if len(set(names)) != len(names):
+            raise SpecError(f"phases need different names, found {names}")
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
@@ -759,6 +776,8 @@ class ScheduleSpec:
 
 
 def _canonical(value: Any, path: str) -> SpecValue:
+    if isinstance(value, UnknownDigest):
+        raise CanonicalisationError(f"{path}: {value} are not on this machine, so what depends on them has no key; put them there")
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _canonical(getattr(value, field.name), f"{path}.{field.name}") for field in fields(value)}
     match value:
@@ -808,6 +827,32 @@ def fingerprint(spec: Any) -> str:
     if not is_dataclass(spec) or isinstance(spec, type) or not type(spec).__name__.endswith("Spec"):
         raise CanonicalisationError(f"only specs have a fingerprint, found {type(spec).__name__}")
     return hashlib.sha256(f"{type(spec).__name__}:{canonical_json(spec)}".encode()).hexdigest()
+
+
+def fingerprint_if_known(spec: Any) -> str:
+    """The fingerprint of a spec, for a plan of what cannot be run yet.
+
+    Args:
+        spec: as `fingerprint` takes it.
+
+    Returns:
+        64 hex digits, or the first UnknownDigest that the spec holds, again one.
+
+    Raises:
+        CanonicalisationError: as for `fingerprint`, but for unknown digests.
+    """
+    unknown = _first_unknown(spec)
+    return fingerprint(spec) if unknown is None else unknown
+
+
+def _first_unknown(value: Any) -> UnknownDigest | None:
+    if isinstance(value, UnknownDigest):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name) for field in fields(value)]
+    else:
+        items = list(value) if isinstance(value, tuple | list) else []
+    return next((unknown for item in items if (unknown := _first_unknown(item)) is not None), None)
 
 
 def spec_differences(stored: SpecValue, asked: SpecValue, path: str = "") -> list[str]:

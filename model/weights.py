@@ -1,8 +1,47 @@
-"""Weights files: safetensors only, and whole."""
+"""Weights files: safetensors only, and whole; and where the hub's client keeps what it has fetched."""
 
+import json
 from pathlib import Path
 
-__all__ = ["unreadable_weights"]
+__all__ = ["absent_shards", "cached_snapshot", "unreadable_weights"]
+
+
+def absent_shards(folder: Path) -> list[str]:
+    """Weights files that a folder's index names and the folder does not hold, as a broken-off download leaves it.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        Their names; none where there is no index.
+    """
+    named: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named |= {str(name) for name in weight_map.values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            named.add(index.name)  # an index that cannot be read vouches for nothing
+            continue
+    return sorted(name for name in named if not name.endswith(".safetensors") or not (folder / name).is_file())
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The folder in which the hub's client has put a model, or a part of it, on this machine. Asks no network.
+
+    Args:
+        hub_id: such as `openai/clip-vit-large-patch14-336`.
+
+    Returns:
+        The newest revision that was fetched; None when there is none, or the id is none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def unreadable_weights(folder: Path) -> str | None:

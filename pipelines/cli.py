@@ -68,7 +68,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
     from workers.storage import Store
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
-    experiment = open_experiment(file, Store(root), execution)
+    experiment = open_experiment(file, Store(root), execution, planning=dry_run)
     if dry_run:
         from pipelines.plan import print_plan
 
@@ -207,6 +207,22 @@ def show(
     from workers.storage import Store
 
     show_recipe(what, open_experiment(load_recipe(recipe), Store(root), execution_settings({})), root)
+
+
+@app.command(name="import-weights")
+def import_weights(
+    *sources: Annotated[Path, Parameter(name="SOURCES", help="The folder of a released model, or its files (mm_projector.bin, sampler.bin).")],
+    recipe: Annotated[str, Parameter(name="--recipe", help="The recipe whose connector and encoder the weights are for: a name or a path.")],
+    root: Root = DEFAULT_ROOT,
+    connector_only: Annotated[
+        bool, Parameter(name="--connector-only", help="Leave the language model of a whole model where it is.", negative=())
+    ] = False,
+    dry_run: Annotated[bool, Parameter(name="--dry-run", help="Check the files, print the report, write nothing.", negative=())] = False,
+) -> None:
+    """Make the released weights of Dense Connector, SliME or LLaVA into a connector (and a language model) that recipes can name."""
+    from pipelines.importing import import_for_recipe
+
+    import_for_recipe(sources, load_recipe(recipe), root, connector_only=connector_only, dry_run=dry_run)
 
 
 @app.command

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from rich.table import Table
 
 from model.errors import SpecError
+from model.specs import FeatureSpec, UnknownDigest, fingerprint_if_known, sees_text_only
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.stages import Experiment, check_ready, feature_bytes, num_drawn, shown_path, stage_runs
+from pipelines.recipe import Phase
+from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, most_local_views, num_drawn, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec, source_label
 
 __all__ = ["PlanLine", "plan_lines", "print_plan"]
 
@@ -36,8 +39,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
         Facts; what is known only once the dataset is built says so.
     """
     recipe, encoder = experiment.file.recipe, experiment.encoder
-    num_records, num_text_only = _num_records(experiment.dataset)
-    yield from _dataset_lines(experiment, num_records, num_text_only)
+    images = _SourceImages.of(experiment, experiment.dataset)
+    yield from _dataset_lines(images)
     yield PlanLine(
         topic="features",
         fact="encoder",
@@ -46,59 +49,126 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    up_to = "up to " if num_records else ""
-    value = f"{up_to}{bytes_text(feature_bytes(experiment.dataset, experiment.features, num_records))} as {experiment.features.precision}"
-    yield PlanLine(topic="features", fact="cache", value=value)
+    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images))
     yield from _connector_lines(experiment)
+    if experiment.weights is not None:
+        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address} (sha256 {experiment.weights.sha256[:16]})")
+    if not recipe.schedule.phases:
+        yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:
-        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
-        seen = "" if phase.steps is None else f", {phase.steps * phase.batch_size} images seen"
-        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{length} of {phase.batch_size}{seen}, rate {phase.learning_rate:g}")
+        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{_length_text(phase, experiment, images)}, rate {phase.learning_rate:g}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     yield from _evaluation_lines(experiment)
     free = experiment.store.free_bytes()
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
+    for part in experiment.missing:
+        yield PlanLine(topic="missing", fact=part.what, value=part.note)
     try:
         for stage_run in stage_runs(experiment, until):
-            done = experiment.record(stage_run.stage, stage_run.spec) is not None
-            yield PlanLine(topic="stages", fact=stage_run.name, value=f"{stage_run.key}  {'done' if done else 'to do'}")
+            yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
 
 
-def _num_records(dataset: DatasetSpec) -> tuple[int, int]:
-    """Records of the sources that have records: those that name an image, and those that do not."""
-    from workers.dataset.sources import is_text_only, read_records
-
-    num_records = num_text_only = 0
-    for source in dataset.sources:
-        if not isinstance(source, RenderedSourceSpec):
-            text_only = [is_text_only(record) for record in read_records(source)]
-            num_records, num_text_only = num_records + text_only.count(False), num_text_only + text_only.count(True)
-    return num_records, num_text_only
+def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
+    digest = fingerprint_if_known(stage_run.spec)
+    if isinstance(digest, UnknownDigest):
+        return f"key unknown without {digest}"
+    done = experiment.record(stage_run.stage, stage_run.spec) is not None
+    return f"{stage_run.key}  {'done' if done else 'to do'}"
 
 
-def _dataset_lines(experiment: Experiment, num_records: int, num_text_only: int) -> Iterator[PlanLine]:
-    dataset = experiment.dataset
-    yield PlanLine(topic="dataset", fact="images", value=_images_text(dataset, num_records))
-    if num_text_only:
-        value = f"{num_text_only} records without an image: seen by phases that train the language model, neither cached nor asked"
+def _length_text(phase: Phase, experiment: Experiment, images: "_SourceImages") -> str:
+    """How long a phase is, as far as the number of its training images is known."""
+    if phase.steps is not None:
+        return f"{phase.steps} steps of {phase.batch_size}, {phase.steps * phase.batch_size} images seen"
+    assert phase.epochs is not None
+    labels = phase.source_labels(tuple(images.by_source)) or images.by_source
+    numbers = [images.by_source[label] for label in labels]
+    known = [number for number in numbers if number is not None]
+    template = phase.template or experiment.file.recipe.language_model.template
+    seen = sees_text_only(phase.blocks(experiment.connector), template)
+    num_text_only = sum(images.text_only_by_source[label] for label in labels) if seen else 0
+    num_train = round((sum(known) + num_text_only) * (1 - experiment.dataset.held_out_fraction))
+    steps = "" if len(known) < len(numbers) else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
+    return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SourceImages:
+    """How many images a dataset has, as far as its records can be read."""
+
+    dataset: DatasetSpec
+    by_source: dict[str, int | None]
+    """By the source's label; None where its records cannot be read."""
+    text_only_by_source: dict[str, int]
+    """Records without an image."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, dataset: DatasetSpec) -> "_SourceImages":
+        from workers.dataset.sources import is_text_only, read_records
+
+        unreadable = {part.records for part in experiment.missing}
+        numbers: dict[str, int | None] = {}
+        text_only: dict[str, int] = {}
+        for source in dataset.sources:
+            label = source_label(source)
+            numbers[label], text_only[label] = None, 0
+            if isinstance(source, RenderedSourceSpec):
+                numbers[label] = source.num_images
+            elif source.records not in unreadable:
+                alone = [is_text_only(record) for record in read_records(source)]
+                numbers[label], text_only[label] = alone.count(False), alone.count(True)
+        return cls(dataset=dataset, by_source=numbers, text_only_by_source=text_only)
+
+    @property
+    def num_drawn(self) -> int:
+        """Pictures that are drawn."""
+        return num_drawn(self.dataset)
+
+    @property
+    def num_records(self) -> int:
+        """Images of records that can be read."""
+        return sum(number or 0 for number in self.by_source.values()) - self.num_drawn
+
+    @property
+    def num_text_only(self) -> int:
+        """Records without an image."""
+        return sum(self.text_only_by_source.values())
+
+    @property
+    def num_unread(self) -> int:
+        """Sources whose records cannot be read."""
+        return sum(number is None for number in self.by_source.values())
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        parts = [
+            (self.num_drawn, f"{self.num_drawn} drawn"),
+            (self.num_records, f"{self.num_records} records read"),
+            (self.num_unread, f"those of {self.num_unread} source{'s' if self.num_unread > 1 else ''} that cannot be read"),
+        ]
+        return ", ".join(text for number, text in parts if number)
+
+    @property
+    def question_words(self) -> str:
+        """How many questions there are, for people."""
+        num_records = self.num_records + self.num_text_only
+        asked = [(self.num_drawn, f"at most {self.num_drawn * self.dataset.turns_per_image}"), (num_records, "those of the records")]
+        return ", ".join(text for number, text in asked if number)
+
+
+def _dataset_lines(images: _SourceImages) -> Iterator[PlanLine]:
+    yield PlanLine(topic="dataset", fact="images", value=images.words)
+    if images.num_text_only:
+        value = f"{images.num_text_only} records without an image: seen by phases that train the language model, neither cached nor asked"
         yield PlanLine(topic="dataset", fact="text only", value=value)
-    num_samples = num_drawn(dataset) + num_records + num_text_only
-    held_out = round(num_samples * dataset.held_out_fraction)
-    yield PlanLine(topic="dataset", fact="split", value=f"about {num_samples - held_out} train, {held_out} held out")
-    yield PlanLine(topic="dataset", fact="questions", value=_questions_text(dataset, num_records + num_text_only))
-
-
-def _images_text(dataset: DatasetSpec, num_records: int) -> str:
-    drawn = num_drawn(dataset)
-    return ", ".join(text for number, text in [(drawn, f"{drawn} drawn"), (num_records, f"{num_records} records read")] if number)
-
-
-def _questions_text(dataset: DatasetSpec, num_records: int) -> str:
-    drawn = num_drawn(dataset)
-    parts = [(drawn, f"at most {drawn * dataset.turns_per_image}"), (num_records, "those of the records")]
-    return ", ".join(text for number, text in parts if number)
+    if not (total := images.num_drawn + images.num_records + images.num_text_only):
+        return
+    held_out = round(total * images.dataset.held_out_fraction)
+    yield PlanLine(topic="dataset", fact="split", value=f"about {total - held_out} train, {held_out} held out")
+    yield PlanLine(topic="dataset", fact="questions", value=images.question_words)
 
 
 def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
@@ -108,39 +178,50 @@ def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
     if experiment.asked is None:
         return
     dataset, features = experiment.asked
-    num_records, _ = _num_records(dataset)
-    yield PlanLine(topic="evaluation", fact="images", value=f"{_images_text(dataset, num_records)}, of a dataset of its own")
-    yield PlanLine(topic="evaluation", fact="questions", value=_questions_text(dataset, num_records))
-    up_to = "up to " if num_records else ""
-    yield PlanLine(
-        topic="evaluation", fact="cache", value=f"{up_to}{bytes_text(feature_bytes(dataset, features, num_records))} as {features.precision}"
-    )
+    images = _SourceImages.of(experiment, dataset)
+    yield PlanLine(topic="evaluation", fact="images", value=f"{images.words}, of a dataset of its own")
+    if images.question_words:
+        yield PlanLine(topic="evaluation", fact="questions", value=images.question_words)
+    yield PlanLine(topic="evaluation", fact="cache", value=_cache_text(features, images))
+
+
+def _cache_text(features: FeatureSpec, images: _SourceImages) -> str:
+    up_to = "" if all(isinstance(source, RenderedSourceSpec) for source in images.dataset.sources) else "up to "
+    num_maps = len(features.global_maps) + most_local_views(images.dataset) * len(features.local_maps)
+    each = num_maps * features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
+    total = f"{up_to}{bytes_text(feature_bytes(images.dataset, features, images.num_records))} as {features.precision}"
+    parts = [total] if images.num_drawn + images.num_records else []
+    if images.num_unread:
+        parts.append("those of the records that cannot be read")
+    return f"{', and '.join(parts)}; {up_to}{bytes_text(each)} an image"
 
 
 def _views_text(experiment: Experiment) -> str:
     if not experiment.all_drawn:
-        return f"1 global + 2 to {experiment.most_local_views()} local, by its shape and size"
+        fewest = min(columns * rows for columns, rows in experiment.dataset.views.candidate_grids)
+        return f"1 global + {fewest} to {experiment.most_local_views()} local, by its shape and size"
     views = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, experiment.encoder.view_px, experiment.dataset.views)
     return f"1 global + {views.columns} x {views.rows} local ({RENDERED_WIDTH_PX} x {RENDERED_HEIGHT_PX} px)"
 
 
 def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
-    from model.connector import build_connector
-    from workers.language_models import language_model_hidden
+    from pipelines.path import image_facts, parameter_facts, path_facts, planned_connector
+    from workers.language_models import planned_shape
 
-    connector = build_connector(
-        experiment.connector, experiment.encoder, hidden=language_model_hidden(experiment.language_model.model), embedding_rms=1.0, seed=0
-    )
-    counts: dict[str, int] = {}
-    for name, parameter in connector.named_parameters():
-        block = name.split(".")[0]
-        counts[block] = counts.get(block, 0) + parameter.numel()
-    yield PlanLine(topic="connector", fact="parameters", value=", ".join(f"{block} {count:,}" for block, count in counts.items()))
-    global_tokens = connector.tokens_per_global_view
+    shape = planned_shape(experiment.language_model.model)
+    connector = planned_connector(experiment, shape)
     local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
-    yield PlanLine(topic="connector", fact="visual tokens", value=f"{global_tokens} global + {up_to}{local_tokens} local")
+    yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global + {up_to}{local_tokens} local")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
+    by_topic = {
+        "path": path_facts(experiment, connector, shape),
+        "image": image_facts(experiment, connector),
+        "parameters": parameter_facts(experiment, connector, shape),
+    }
+    for topic, facts in by_topic.items():
+        for fact, value in facts:
+            yield PlanLine(topic=topic, fact=fact, value=value)
 
 
 def print_plan(experiment: Experiment, until: StageName = "report") -> None:

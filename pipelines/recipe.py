@@ -31,6 +31,7 @@ from model.specs import (
     CompressionSpec,
     ConnectorSpec,
     DCISpec,
+    EncoderFamily,
     EncoderSpec,
     FeatureSpec,
     FusionSpec,
@@ -45,7 +46,7 @@ from model.specs import (
     SingleSpec,
     STISpec,
     TextGuidedSelectorSpec,
-    fingerprint,
+    fingerprint_if_known,
     sees_text_only,
 )
 from model.views import ViewSpec
@@ -287,21 +288,40 @@ class DCIFusion(Table):
             SpecError: groups that cannot be equal.
 
         Source: Dense Connector's code. The groups cover the layers up to the base one; for CLIP they include it, for SigLIP they stop before it.
+        Differs: the authors have SO400M alone of SigLIP; where the layers before the base one do not share out, as in towers of 12 or 24 blocks,
+        the base one is included. They have neither SigLIP 2, which does as SigLIP does, nor DINOv2, which does as CLIP does.
         """
         base = _base(self.base, encoder)
         if not isinstance(self.groups, int):
             return DCISpec(base=base, groups=self.groups)
-        num_layers = base + 1 if encoder.family == "clip" else base
-        if num_layers % self.groups:
+        allowed = [base + 1] if _groups_include_base(encoder.family) else [base, base + 1]
+        num_layers = next((number for number in allowed if number % self.groups == 0), None)
+        if num_layers is None:
+            num_layers = allowed[0]
             edges = [round(number * num_layers / self.groups) for number in range(self.groups + 1)]
             unequal = [[first, last - 1] for first, last in itertools.pairwise(edges) if first < last]
-            divisors = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
+            divisors = [number for number in range(1, max(allowed) + 1) if any(total % number == 0 for total in allowed)]
             raise SpecError(
                 f"fusion.groups: found {self.groups}, but {encoder.model} has the {num_layers} layers 0..{num_layers - 1} to share out, which do not "
                 f"divide into {self.groups} equal groups; allowed: one of {divisors}, or groups by their first and last layers, such as {unequal}"
             )
         edges = [number * num_layers // self.groups for number in range(self.groups + 1)]
         return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
+
+
+def _groups_include_base(family: EncoderFamily) -> bool:
+    """Whether a family's DCI groups always cover the base layer as well.
+
+    The authors' two encoders share their layers out evenly either way: CLIP-L has 24 layers up to its base one, SO400M has 26 before it. SigLIP 2's
+    are SigLIP's. DINOv2's numbers of blocks are 12, 24 and 40: up to the base layer, itself included, they halve, as CLIP's do.
+    """
+    match family:
+        case "clip" | "dinov2" | "dinov2_with_registers":
+            return True
+        case "siglip" | "siglip2":
+            return False
+        case _:
+            assert_never(family)
 
 
 def _base(layer: int | None, encoder: EncoderSpec) -> int:
@@ -425,6 +445,8 @@ class Connector(Table):
     """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
+    weights: Word | None = None
+    """Path or URL of a connector.safetensors that training starts from, as `loupe import-weights` and every training run write it."""
 
 
 class LanguageModel(Table):
@@ -719,7 +741,8 @@ class Recipe(Table):
     features: Features = Features()
     connector: Connector
     language_model: LanguageModel
-    schedule: Schedule
+    schedule: Schedule = Schedule()
+    """Without phases, `connector.weights` are evaluated and exported as they are."""
     evaluation: Evaluation = Evaluation()
 
     @field_validator("seeds")
@@ -728,6 +751,16 @@ class Recipe(Table):
         if len(set(seeds)) != len(seeds):
             raise PydanticCustomError("not_allowed", "different numbers")
         return seeds
+
+    @model_validator(mode="after")
+    def _have_weights_from_somewhere(self) -> "Recipe":
+        if not self.schedule.phases and self.connector.weights is None:
+            raise PydanticCustomError(
+                "told",
+                "schedule: found no phase; allowed: at least one, [[schedule.align]] or [schedule.sft], or connector.weights, to evaluate and export "
+                "those as they are",
+            )
+        return self
 
     @property
     def uses_epochs(self) -> bool:
@@ -829,7 +862,7 @@ class Recipe(Table):
     def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:
         """The cache that the connector reads: the union of its maps per branch."""
         return FeatureSpec(
-            dataset_fingerprint=fingerprint(dataset),
+            dataset_fingerprint=fingerprint_if_known(dataset),
             encoder=encoder,
             views=self.view_spec(),
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),

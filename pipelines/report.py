@@ -378,6 +378,8 @@ def _phase_curves(store: Store, runs: Sequence[_SeedRun]) -> tuple[PhaseCurves, 
     """Losses per phase, steps counted from 1 in each."""
     losses: dict[str, dict[int, list[float]]] = defaultdict(dict)
     for run in runs:
+        if not run.training.phases:
+            continue
         text = store.read_bytes(f"runs/train-connector/{fingerprint(run.training_spec)[:16]}/metrics.jsonl").decode()
         for row in map(json.loads, text.splitlines()):
             losses[row["phase"]].setdefault(run.seed, []).append(float(row["loss"]))

@@ -9,17 +9,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from model.errors import ModelError, SpecError
-from model.specs import ChatTemplate, ConnectorSpec, EncoderSpec, FeatureSpec, LanguageModelSpec, fingerprint
+from model.specs import (
+    ChatTemplate,
+    ConnectorSpec,
+    EncoderSpec,
+    FeatureSpec,
+    LanguageModelSpec,
+    UnknownDigest,
+    fingerprint,
+    fingerprint_if_known,
+)
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource, RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
-from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError
+from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
 from workers.training.spec import TrainingSpec
@@ -27,17 +37,21 @@ from workers.training.spec import TrainingSpec
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
     from workers.exporting import ExportSpec
+    from workers.training.initial_weights import WeightsFile
 
 
 __all__ = [
+    "BYTES_PER_NUMBER",
     "STAGES",
     "Experiment",
+    "MissingPart",
     "ReportSpec",
     "StageOutcome",
     "StageRun",
     "check_ready",
     "feature_bytes",
     "fetches_language_model",
+    "most_local_views",
     "num_drawn",
     "open_experiment",
     "run_stage",
@@ -47,6 +61,9 @@ __all__ = [
 
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
+
+BYTES_PER_NUMBER = {"fp16": 2, "fp32": 4}
+"""By the precision of stored features."""
 
 _PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
@@ -119,6 +136,18 @@ def _stage_name(stage: StageName, seed: int | None, *, asked: bool) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MissingPart:
+    """Something that a recipe names and this machine does not have."""
+
+    what: str
+    """Such as `weights of openai/clip-vit-large-patch14-336`."""
+    note: str
+    """What follows from it."""
+    records: str | None = None
+    """Address of a source's records, where those are what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """A recipe resolved: every spec that does not depend on a stage's outcome."""
 
@@ -127,11 +156,17 @@ class Experiment:
     execution: ExecutionSettings
     encoder: EncoderSpec
     language_model: LanguageModelSpec
+    context_tokens: int
+    """Longest sequence that the language model allows."""
     connector: ConnectorSpec
     dataset: DatasetSpec
     features: FeatureSpec
     asked: tuple[DatasetSpec, FeatureSpec] | None = None
     """The dataset that is asked instead of the held-out images, and its features."""
+    missing: tuple[MissingPart, ...] = ()
+    """Only in plans: what holds an unknown digest in its place has no fingerprint, so no stage runs without it."""
+    weights: "WeightsFile | None" = None
+    """What training starts from; None for random weights."""
 
     @property
     def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
@@ -140,7 +175,9 @@ class Experiment:
         return (trained,) if self.asked is None else (trained, (*self.asked, True))
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:
-        """The committed record of a stage as JSON; None when it is not done."""
+        """The committed record of a stage as JSON; None when it is not done, or when nobody can tell for want of a key."""
+        if isinstance(fingerprint_if_known(spec), UnknownDigest):
+            return None
         path = f"runs/{stage}/{fingerprint(spec)[:16]}/COMMITTED.json"
         record = self.store.read_json(path) if self.store.exists(path) else None
         if record is None:
@@ -159,10 +196,13 @@ class Experiment:
 
     def most_local_views(self) -> int:
         """Local views that an image has at most: those of a drawn picture, or the rule's most where other images are among the sources."""
-        spec = self.dataset.views
-        if self.all_drawn:
-            return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec).local_views)
-        return spec.max_local_views
+        return max(most_local_views(dataset) for dataset, _, _ in self.data)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: what the language model allows, or less where the recipe says so."""
+        asked = self.file.recipe.language_model.max_tokens
+        return self.context_tokens if asked is None else asked
 
     def most_local_tokens(self) -> int:
         """Visual tokens of local views that an image has at most, before any selection."""
@@ -194,12 +234,13 @@ class Experiment:
 
     def _training(self, seed: int, num_train_images: Mapping[str, int] | None, num_train_text_only: Mapping[str, int] | None = None) -> TrainingSpec:
         return TrainingSpec(
-            dataset_fingerprint=fingerprint(self.dataset),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images, num_train_text_only),
             language_model=self.language_model,
             max_tokens=self.file.recipe.language_model.max_tokens,
+            initial_weights_sha256=None if self.weights is None else self.weights.sha256,
         )
 
     def evaluation(self, seed: int) -> "EvaluationSpec":
@@ -211,8 +252,8 @@ class Experiment:
 
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
-            training_fingerprint=fingerprint(training),
-            dataset_fingerprint=fingerprint(self.dataset if self.asked is None else self.asked[0]),
+            training_fingerprint=fingerprint_if_known(training),
+            dataset_fingerprint=fingerprint_if_known(self.dataset if self.asked is None else self.asked[0]),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
             metrics=wanted.metrics,
@@ -247,14 +288,14 @@ class Experiment:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
         from workers.evaluation import MAX_NEW_TOKENS
 
-        context = _context_tokens(self.language_model.model, self.file.recipe.templates)
+        context = self.context_tokens
         asked = self.file.recipe.language_model.max_tokens
         if asked is not None and asked > context:
             raise RecipeError(
                 f"recipe {self.file.path}: language_model.max_tokens: found {asked}, but {self.language_model.model} holds {context} tokens; "
                 "allowed: at most that many"
             )
-        context = context if asked is None else asked
+        context = self.max_sequence_tokens
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
         if num_global + num_local + MAX_NEW_TOKENS >= context:
@@ -294,7 +335,9 @@ class Experiment:
         from workers.exporting import ExportSpec
 
         seed = self.file.recipe.seeds[0]
-        return ExportSpec(training_fingerprint=fingerprint(self.training(seed)), evaluation_fingerprint=fingerprint(self.evaluation(seed)))
+        return ExportSpec(
+            training_fingerprint=fingerprint_if_known(self.training(seed)), evaluation_fingerprint=fingerprint_if_known(self.evaluation(seed))
+        )
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
@@ -304,11 +347,11 @@ class Experiment:
         return ReportSpec(
             recipe_name=self.file.recipe.name,
             recipe_sha256=hashlib.sha256(self.file.text.encode()).hexdigest(),
-            dataset_fingerprint=fingerprint(self.dataset),
-            feature_fingerprint=fingerprint(self.features),
-            training_fingerprints=tuple(fingerprint(self.training(seed)) for seed in seeds),
-            evaluation_fingerprints=tuple(fingerprint(self.evaluation(seed)) for seed in seeds),
-            export_fingerprint=fingerprint(self.export()),
+            dataset_fingerprint=fingerprint_if_known(self.dataset),
+            feature_fingerprint=fingerprint_if_known(self.features),
+            training_fingerprints=tuple(fingerprint_if_known(self.training(seed)) for seed in seeds),
+            evaluation_fingerprints=tuple(fingerprint_if_known(self.evaluation(seed)) for seed in seeds),
+            export_fingerprint=fingerprint_if_known(self.export()),
             template_sha256=template_sha256(),
         )
 
@@ -316,6 +359,20 @@ class Experiment:
 def num_drawn(dataset: DatasetSpec) -> int:
     """Pictures of a dataset that are drawn; other sources' images are not among them."""
     return sum(source.num_images for source in dataset.sources if isinstance(source, RenderedSourceSpec))
+
+
+def most_local_views(dataset: DatasetSpec) -> int:
+    """Local views that an image of a dataset has at most.
+
+    Args:
+        dataset: its spec.
+
+    Returns:
+        Those of a drawn picture, or the rule's most where other images are among the sources.
+    """
+    if _all_drawn(dataset):
+        return len(plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, dataset.view_px, dataset.views).local_views)
+    return dataset.views.max_local_views
 
 
 def _all_drawn(dataset: DatasetSpec) -> bool:
@@ -337,13 +394,15 @@ def _context_tokens(language_model: str, templates: frozenset[ChatTemplate]) -> 
     return check_usable(language_model, sorted(templates))
 
 
-def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings) -> Experiment:
+def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings, *, planning: bool = False) -> Experiment:
     """Resolve a recipe: find and fingerprint its models, make all specs, check them against each other.
 
     Args:
         file: the checked recipe.
         store: where its results are or will be.
         execution: settings of the run.
+        planning: for a plan alone: fetch nothing, and go on without weights, tokenizers and records that are not here, as far as the shapes are
+            known. What is missing then stands in `Experiment.missing`, and what depends on it has no key, so no stage can run.
 
     Returns:
         The experiment. Nothing was started and nothing was written.
@@ -351,35 +410,118 @@ def open_experiment(file: RecipeFile, store: Store, execution: ExecutionSettings
     Raises:
         RecipeError: something in the recipe does not fit the models it names.
     """
-    from workers.language_models import describe_language_model
-
     recipe = file.recipe
     try:
-        encoder = _describe_encoder(recipe.encoder.model)
-        connector = recipe.connector_spec(encoder)
-        digests = _records_sha256(file)
-        dataset, asked = recipe.dataset_spec(encoder, digests), recipe.evaluation_dataset_spec(encoder, digests)
-        features = recipe.feature_spec(dataset, encoder, connector)
+        models = _planned_models(file) if planning else _whole_models(file)
+        connector = recipe.connector_spec(models.encoder)
+        digests, missing_sources = _planned_sources(file) if planning else (_records_sha256(file), ())
+        dataset, asked = recipe.dataset_spec(models.encoder, digests), recipe.evaluation_dataset_spec(models.encoder, digests)
+        features = recipe.feature_spec(dataset, models.encoder, connector)
+        weights = None
+        if recipe.connector.weights is not None:
+            weights = _checked_weights(recipe.connector.weights, connector, models.encoder, recipe.language_model.model)
         experiment = Experiment(
             file=file,
             store=store,
             execution=execution,
-            encoder=encoder,
-            language_model=describe_language_model(recipe.language_model.model, recipe.language_model.template),
+            encoder=models.encoder,
+            language_model=models.language_model,
+            context_tokens=models.context_tokens,
             connector=connector,
             dataset=dataset,
             features=features,
-            asked=None if asked is None else (asked, recipe.feature_spec(asked, encoder, connector)),
+            asked=None if asked is None else (asked, recipe.feature_spec(asked, models.encoder, connector)),
+            missing=(*models.missing, *missing_sources),
+            weights=weights,
         )
         experiment.check()
-    except (ModelError, SourceError, StorageError) as error:
+    except (ModelError, SourceError, StorageError, TrainingError) as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
     return experiment
 
 
-def _records_sha256(file: RecipeFile) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Models:
+    """The models that a recipe names."""
+
+    encoder: EncoderSpec
+    language_model: LanguageModelSpec
+    context_tokens: int
+    missing: tuple[MissingPart, ...] = ()
+
+
+def _whole_models(file: RecipeFile) -> _Models:
+    """With all their files, fetched if need be."""
+    from workers.language_models import describe_language_model
+
+    recipe, wanted = file.recipe, file.recipe.language_model
+    return _Models(
+        encoder=_describe_encoder(recipe.encoder.model),
+        language_model=describe_language_model(wanted.model, wanted.template),
+        context_tokens=_context_tokens(wanted.model, recipe.templates),
+    )
+
+
+def _planned_models(file: RecipeFile) -> _Models:
+    """With what of them is here."""
+    from model.encoder import plan_encoder
+    from workers.language_models import plan_language_model
+
+    encoder = plan_encoder(file.recipe.encoder.model)
+    wanted = file.recipe.language_model
+    language = plan_language_model(wanted.model, wanted.template, sorted(file.recipe.templates))
+    missing = []
+    if isinstance(encoder.weights_sha256, UnknownDigest):
+        missing.append(MissingPart(what=f"weights of {encoder.model}", note=_absent(encoder.model)))
+    missing += [MissingPart(what=f"{part} of {language.spec.model}", note=_absent(language.spec.model)) for part in language.missing]
+    return _Models(encoder=encoder, language_model=language.spec, context_tokens=language.context_tokens, missing=tuple(missing))
+
+
+def _absent(model: str) -> str:
+    from workers.language_models import PACKAGED
+
+    if Path(model).expanduser().is_dir():
+        return "not in that folder; the run itself needs them there"
+    if model in PACKAGED:
+        return "not here, and a plan fetches nothing; the run itself fetches and converts their package"
+    return "not here, and a plan fetches nothing; the run itself fetches them from the hub"
+
+
+def _planned_sources(file: RecipeFile) -> tuple[dict[str, str], tuple[MissingPart, ...]]:
+    """Digests of the sources' records as far as they can be read or are given, by address; and what is missing."""
+    from workers.dataset.sources import plan_llava_json
+
+    digests: dict[str, str] = {}
+    missing = []
+    for source in _llava_sources(file):
+        planned = plan_llava_json(source.records, source.images, source.records_sha256)
+        digests[source.records] = planned.spec.records_sha256
+        if planned.unreadable is not None:
+            note = f"cannot be read, so their images are unknown and the plan counts none of them ({planned.unreadable})"
+            missing.append(MissingPart(what=f"records {source.records}", note=note, records=source.records))
+        if not planned.has_images:
+            missing.append(MissingPart(what=f"images {source.images}", note="no such folder here; the run itself needs it"))
+    return digests, tuple(missing)
+
+
+def _llava_sources(file: RecipeFile) -> list[LlavaJsonSource]:
+    """Those of the training dataset, and of the one that is asked."""
     datasets = [dataset for dataset in (file.recipe.dataset, file.recipe.evaluation.dataset) if dataset is not None]
-    sources = [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
+    return [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
+
+
+def _checked_weights(address: str, connector: ConnectorSpec, encoder: EncoderSpec, language_model: str) -> "WeightsFile":
+    """Initial weights that fit the recipe."""
+    from workers.language_models import planned_shape
+    from workers.training.initial_weights import check_weights, open_weights
+
+    weights, tensors = open_weights(address)
+    check_weights(tensors, address, connector, encoder, planned_shape(language_model).hidden)
+    return weights
+
+
+def _records_sha256(file: RecipeFile) -> dict[str, str]:
+    sources = _llava_sources(file)
     if not sources:
         return {}
     from workers.dataset.sources import describe_llava_json
@@ -474,9 +616,12 @@ def _train_run(experiment: Experiment, seed: int) -> StageRun:
     spec = experiment.training(seed)
 
     def train(progress: Progress) -> Any:
+        from workers.training.initial_weights import keep_weights
         from workers.training.run import train_connector
 
         experiment.check_other_dataset(spec)
+        if experiment.weights is not None:
+            keep_weights(experiment.store, experiment.weights)
         return train_connector(spec, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="train-connector", seed=seed, spec=spec, run=train)
@@ -503,10 +648,14 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
 
     Returns:
         Its outcome.
+
+    Raises:
+        CanonicalisationError: the experiment was opened for a plan, and the stage depends on what is missing.
     """
+    key = stage_run.key
     there = experiment.record(stage_run.stage, stage_run.spec)
     record = there if there is not None else to_json(stage_run.run(progress))
-    return StageOutcome(stage=stage_run.stage, key=stage_run.key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
+    return StageOutcome(stage=stage_run.stage, key=key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
 
 
 def shown_path(url: str) -> str:
@@ -527,7 +676,7 @@ def feature_bytes(dataset: DatasetSpec, features: FeatureSpec, num_records: int 
     """
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
     num_local_views = num_drawn(dataset) * len(drawn.local_views) + num_records * features.views.max_local_views
-    per_map = features.encoder.num_patches * features.encoder.width * {"fp16": 2, "fp32": 4}[features.precision]
+    per_map = features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
     return per_map * ((num_drawn(dataset) + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
 
 

@@ -88,6 +88,8 @@ def _figures(outcome: "StageOutcome") -> str:
         case "cache-features":
             return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}"
         case "train-connector":
+            if not record["phases"]:
+                return "no phases, the weights as they are"
             return "loss " + ", ".join(f"{phase['name']} {phase['first_loss']:.2f} to {phase['last_loss']:.2f}" for phase in record["phases"])
         case "evaluate":
             return f"{record['num_questions']} questions, {_scored(record)}: {', '.join(_shares(record))}{_left_out(record)}"

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import tests.typechecker  # noqa: F401 - jaxtyping's hook looks it up as an attribute of `tests`
 
 _SESSION_HOME = Path(tempfile.mkdtemp(prefix="loupe-test-", dir="/tmp"))  # short: Ray puts sockets below it
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables are as wide as it says
 
 # Before anything imports Ray, Prefect or transformers: they read their environment when imported, and their workers inherit it.
 os.environ.update(
@@ -35,6 +38,11 @@ os.environ.update(
         "MPLCONFIGDIR": str(_SESSION_HOME / "matplotlib"),
     }
 )
+
+
+# A machine that does other things too is no error: tests time nothing.
+settings.register_profile("loupe", deadline=None)
+settings.load_profile("loupe")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

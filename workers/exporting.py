@@ -234,6 +234,23 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         *_figures_table(evaluated),
         "## Training",
         "",
+        *([] if training.initial_weights_sha256 is None else [f"It starts from weights of sha256 `{training.initial_weights_sha256}`.", ""]),
+        *(_training_lines(training, trained) if trained.phases else ["Nothing was trained: these are those weights.", ""]),
+        "## Made of",
+        "",
+        f"- dataset `{training.dataset_fingerprint[:16]}`; licences of its images: {', '.join(licences)}",
+        f"- encoder `{features.encoder.model}`, weights sha256 `{features.encoder.weights_sha256[:16]}`",
+        f"- language model `{training.language_model.model}`, sha256 `{training.language_model.weights_sha256[:16]}`"
+        + (f", {PACKAGED[training.language_model.model].licence}" if training.language_model.model in PACKAGED else ""),
+        f"- training run `{trained.training_fingerprint[:16]}`",
+        "- " + ", ".join(f"{name} {number}" for name, number in sorted(trained.versions.items())),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training_lines(training: TrainingSpec, trained: TrainingRecord) -> list[str]:
+    return [
         (
             f"{trained.num_images} images, {trained.samples} conversations in {trained.steps} steps, {trained.seconds:.0f} s on {trained.workers} "
             "worker(s) "
@@ -251,17 +268,7 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         "",
         "Every block that a phase does not train was proven unchanged by it, byte for byte.",
         "",
-        "## Made of",
-        "",
-        f"- dataset `{training.dataset_fingerprint[:16]}`; licences of its images: {', '.join(licences)}",
-        f"- encoder `{features.encoder.model}`, weights sha256 `{features.encoder.weights_sha256[:16]}`",
-        f"- language model `{training.language_model.model}`, sha256 `{training.language_model.weights_sha256[:16]}`"
-        + (f", {PACKAGED[training.language_model.model].licence}" if training.language_model.model in PACKAGED else ""),
-        f"- training run `{trained.training_fingerprint[:16]}`",
-        "- " + ", ".join(f"{name} {number}" for name, number in sorted(trained.versions.items())),
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _local_words(local: LocalBranchSpec | None, num_patches: int) -> str:

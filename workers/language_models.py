@@ -19,22 +19,29 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from model.architectures import LanguageModelArchitecture, known_language_model, known_language_models
 from model.errors import LanguageModelError
-from model.specs import ChatTemplate, LanguageModelSpec
+from model.specs import ChatTemplate, LanguageModelSpec, UnknownDigest
 from workers.errors import LanguageModelPrepareError
 from workers.execution import cache_folder
+
+if TYPE_CHECKING:
+    from model.counting import LanguageModelShape
 
 __all__ = [
     "PACKAGED",
     "PackagedModel",
+    "PlannedLanguageModel",
     "check_convertible",
     "check_usable",
     "describe_language_model",
     "is_prepared",
     "language_model_folder",
     "language_model_hidden",
+    "plan_language_model",
+    "planned_shape",
     "verified_folder",
 ]
 
@@ -137,17 +144,117 @@ def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
         if missing := [template for template in templates if template not in known]:
             raise LanguageModelError(f"language model {name!r} does not know the tokens of the template {missing[0]}; allowed: {', '.join(known)}")
         return PACKAGED[name].max_tokens
-    from model.chat import with_template
-    from model.language_model import context_tokens, load_tokenizer, resolve_folder
+    from model.language_model import context_tokens, resolve_folder
 
     folder = resolve_folder(name)
+    _check_templates(folder, name, templates)
+    return context_tokens(folder)
+
+
+def _check_templates(folder: Path, name: str, templates: Collection[ChatTemplate]) -> None:
+    from model.chat import with_template
+    from model.language_model import load_tokenizer
+
     tokenizer = load_tokenizer(folder, None)
     for template in templates:
         try:
             with_template(tokenizer, template)
         except LanguageModelError as error:
             raise LanguageModelError(f"language model {name!r}: {error}") from error
-    return context_tokens(folder)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedLanguageModel:
+    """What is known of a language model on this machine without fetching anything."""
+
+    spec: LanguageModelSpec
+    """With an UnknownDigest where its files are not all here."""
+    context_tokens: int
+    """Longest sequence that it allows."""
+    missing: tuple[str, ...]
+    """Parts that are not here, in words."""
+
+
+def plan_language_model(name: str, template: ChatTemplate, templates: Collection[ChatTemplate]) -> PlannedLanguageModel:
+    """Describe a language model for a plan: from its files where they are here, and else from what is known of its architecture.
+
+    Args:
+        name: as for `describe_language_model`.
+        template: the model's own among the recipe's.
+        templates: all in which conversations will be written.
+
+    Returns:
+        What is known.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known, or what is here is not good for conversations.
+    """
+    if name in PACKAGED:
+        missing = () if is_prepared(name) else ("weights", "tokenizer")
+        spec = describe_language_model(name, template)
+        return PlannedLanguageModel(spec=spec, context_tokens=check_usable(name, templates), missing=missing)
+    from model.language_model import context_tokens
+    from model.weights import absent_shards
+
+    folder = _folder_with_config(name)
+    if folder is None:
+        unknown = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the weights of {name}"), template=template)
+        return PlannedLanguageModel(spec=unknown, context_tokens=_known(name).context_tokens, missing=("weights", "tokenizer"))
+    has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if has_tokenizer:
+        _check_templates(folder, name, templates)
+    absent = tuple(part for part, there in (("weights", has_weights), ("tokenizer", has_tokenizer)) if not there)
+    if absent:
+        spec = LanguageModelSpec(model=name, weights_sha256=UnknownDigest(f"the {' and the '.join(absent)} of {name}"), template=template)
+    else:
+        from model.language_model import describe_folder
+
+        spec = replace(describe_folder(folder, name), template=template)
+    return PlannedLanguageModel(spec=spec, context_tokens=context_tokens(folder), missing=absent)
+
+
+def planned_shape(name: str) -> "LanguageModelShape":
+    """Sizes of a language model, from its config where that is here, and else from what is known of its architecture. Reads no weights.
+
+    Args:
+        name: as for `describe_language_model`.
+
+    Returns:
+        The shape.
+
+    Raises:
+        LanguageModelError: there is nothing of it here and it is not known.
+    """
+    from model.counting import LanguageModelShape, language_model_shape
+
+    folder = None if name in PACKAGED else _folder_with_config(name)
+    if folder is not None:
+        return language_model_shape(folder)
+    known = _known(name)
+    return LanguageModelShape(context_tokens=known.context_tokens, hidden=known.hidden, num_parameters=known.num_parameters)
+
+
+def _folder_with_config(name: str) -> Path | None:
+    """Where a language model's config is on this machine; None for a hub id that has none here."""
+    from model.language_model import check_folder, local_folder
+
+    folder = local_folder(name)
+    if folder is None or (folder / "config.json").is_file():
+        return folder
+    if name.startswith("builtin:") or Path(name).expanduser().is_dir():
+        check_folder(folder, name)  # it lacks a config, and this says so
+    return None
+
+
+def _known(name: str) -> LanguageModelArchitecture:
+    known = known_language_model(name)
+    if known is None:
+        raise LanguageModelError(
+            f"language model {name!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no "
+            f"network. Known are {', '.join(known_language_models())}"
+        )
+    return known
 
 
 def is_prepared(name: str) -> bool:

@@ -17,7 +17,15 @@ MAY_IMPORT = {"model": {"model"}, "workers": {"workers", "model"}, "pipelines": 
 FOREIGN_TO_MODEL = ("ray", "prefect", "pyarrow", "deltalake", "fsspec", "s3fs", "deepspeed", "cyclopts")
 
 # Standard library alone, so that planning needs no torch.
-STDLIB_ONLY = ("model/errors.py", "model/specs.py", "model/views.py", "workers/errors.py", "workers/execution.py", "workers/dataset/spec.py")
+STDLIB_ONLY = (
+    "model/errors.py",
+    "model/specs.py",
+    "model/architectures.py",
+    "model/views.py",
+    "workers/errors.py",
+    "workers/execution.py",
+    "workers/dataset/spec.py",
+)
 
 # The only files that know Ray. Everything else is plain functions and classes, tested without a cluster.
 KNOW_RAY = {

@@ -451,3 +451,32 @@ def test_a_dataset_of_text_alone_has_an_empty_cache(root, tmp_path, tiny_encoder
     assert small_data.build(store, dataset).num_text_only == 3
     record = cache(store, small_data.feature_spec(dataset, tiny_encoder_folder))
     assert (record.num_images, record.num_units, record.num_global_views, record.feature_bytes) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "dinov2", "dinov2_with_registers"])
+def test_every_family_of_encoders_is_cached_as_it_encodes(family, root, tmp_path):
+    import transformers
+
+    size = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "patch_size": 14}
+    kinds = {
+        "siglip": ("SiglipVision", {"intermediate_size": 64, "image_size": 56}),
+        "siglip2": ("Siglip2Vision", {"intermediate_size": 64, "num_patches": 16}),
+        "dinov2": ("Dinov2", {"mlp_ratio": 2, "image_size": 56}),
+        "dinov2_with_registers": ("Dinov2WithRegisters", {"mlp_ratio": 2, "image_size": 56}),
+    }
+    name, more = kinds[family]
+    torch.manual_seed(0)
+    getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**size, **more)).save_pretrained(tmp_path / "encoder")
+    store = Store(root)
+    dataset = small_data.dataset_spec(sources=small_data.NOISE_SOURCES[1:])
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tmp_path / "encoder", precision="fp32")
+    assert spec.encoder.family == family
+    cache(store, spec)
+    samples = read_samples(store, fingerprint(dataset))
+    ours = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    theirs = LiveFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    for cached_image, live_image in zip(ours, theirs, strict=True):
+        assert tuple(cached_image.global_maps.shape) == (len(spec.global_maps), 16, 32)
+        torch.testing.assert_close(cached_image.global_maps, live_image.global_maps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(cached_image.local_maps, live_image.local_maps, rtol=0, atol=1e-5)

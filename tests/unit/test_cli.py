@@ -29,6 +29,7 @@ FROZEN = {
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
     "compare": ["RUN", "--root", "--metric", "--json"],
+    "import-weights": ["SOURCES", "--recipe", "--root", "--connector-only", "--dry-run"],
     "recipes": [],
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
 }

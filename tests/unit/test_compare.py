@@ -194,7 +194,8 @@ def test_95_percent_intervals_of_differences_hold_the_truth_in_about_95_percent_
     assert 0.915 <= held / 300 <= 0.985
 
 
-def test_the_table_says_what_holds_zero(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_holds_zero(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     first = replace(run("first", grid(lambda image, turn, mode: turn == 0)), note="seeds 2 are not finished")
     second = run("second", grid(lambda image, turn, mode: turn == 0 or (mode == "both" and turn == 1 + image % 2 and image > 0)))
     print_comparison(compare_runs([first, second]))

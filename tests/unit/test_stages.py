@@ -223,8 +223,8 @@ def test_the_plan_tells_what_is_asked(tmp_path: Path, tiny_encoder_folder: Path,
     assert lines["evaluation", "metrics"] == "anls, exact_match"
     assert lines["evaluation", "images"] == "5 drawn, of a dataset of its own"
     assert lines["evaluation", "questions"] == "at most 10"
-    assert lines["evaluation", "cache"] == "108 kB as fp16"  # 5 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
-    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["evaluation", "cache"] == "108 kB as fp16; 21.5 kB an image"  # 5 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
+    assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
     assert lines["stages", "cache-features (asked)"].endswith("to do")
 
 
@@ -261,7 +261,7 @@ def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None
     assert lines["dataset", "images"] == "16 drawn"
     assert lines["features", "views of an image"].startswith("1 global + 3 x 2 local")
     # 16 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
-    assert lines["features", "cache"] == "344 kB as fp16"
+    assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
     assert lines["connector", "visual tokens"] == "16 global + 24 local"
     assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
     assert lines["stages", "build-dataset"].endswith("to do")
@@ -427,6 +427,7 @@ def test_a_plan_counts_records_without_an_image_and_no_features_of_them(
     assert lines["dataset", "images"] == "10 records read"
     assert lines["dataset", "text only"].startswith("30 records without an image: seen by phases that train the language model")
     assert lines["dataset", "split"] == "about 24 train, 16 held out"
+    assert lines["dataset", "questions"] == "those of the records"
     shown = re.match(r"up to (\d+) kB", lines["features", "cache"])
     assert shown
     assert int(shown[1]) == round(feature_bytes(experiment.dataset, experiment.features, 10) / 1000)

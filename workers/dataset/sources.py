@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, assert_never
 
-from model.errors import ImageError
+from model.errors import ImageError, first_line
 from model.images import decode_image, detail_score
+from model.specs import UnknownDigest
 from workers.dataset.rendering import Rendered
 from workers.dataset.samples import ImageRef, Sample, Split, Turn, conversation_sha256
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, SourceSpec, source_label
@@ -20,7 +21,19 @@ from workers.errors import SourceError, StorageError
 from workers.quarantine import QuarantineRow, StoreReason, store_reason
 from workers.storage import Store, open_url
 
-__all__ = ["Item", "Renderer", "describe_llava_json", "image_path", "is_text_only", "load_item", "normalise_conversation", "read_records", "split_of"]
+__all__ = [
+    "Item",
+    "PlannedSource",
+    "Renderer",
+    "describe_llava_json",
+    "image_path",
+    "is_text_only",
+    "load_item",
+    "normalise_conversation",
+    "plan_llava_json",
+    "read_records",
+    "split_of",
+]
 
 Renderer = Callable[[str, int, DatasetSpec], Rendered]
 """family, number, spec -> picture."""
@@ -92,6 +105,45 @@ def describe_llava_json(records: str, images: str) -> LlavaJsonSourceSpec:
     if folder is not None and not folder.is_dir():
         raise SourceError(f"source {records}: expected a folder with its images at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     return LlavaJsonSourceSpec(records=records, images=images, records_sha256=hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSource:
+    """What is known of a LLaVA source whose files may not be readable from here."""
+
+    spec: LlavaJsonSourceSpec
+    """Its digest is the recipe's, or an UnknownDigest, where the records cannot be read."""
+    unreadable: str | None
+    """Why the records cannot be read."""
+    has_images: bool
+    """Whether the image folder is there, as far as can be told: one behind a URL counts as there."""
+
+
+def plan_llava_json(records: str, images: str, records_sha256: str) -> PlannedSource:
+    """Describe a LLaVA source for a plan.
+
+    Args:
+        records: path or URL of the JSON file.
+        images: path or URL of the image folder.
+        records_sha256: digest that a recipe gives, or nothing.
+
+    Returns:
+        What is known of it.
+
+    Raises:
+        SourceError: the records can be read and are no JSON array.
+    """
+    folder = Store(images).local_path()
+    has_images = folder is None or folder.is_dir()
+    try:
+        data = _records_bytes(records)
+    except (SourceError, StorageError) as error:
+        digest = records_sha256 or UnknownDigest(f"the records {records}")
+        spec = LlavaJsonSourceSpec(records=records, images=images, records_sha256=digest)
+        return PlannedSource(spec=spec, unreadable=first_line(error.__cause__ or error), has_images=has_images)
+    _parsed(records, data)
+    spec = LlavaJsonSourceSpec(records=records, images=images, records_sha256=hashlib.sha256(data).hexdigest())
+    return PlannedSource(spec=spec, unreadable=None, has_images=has_images)
 
 
 def read_records(source: LlavaJsonSourceSpec) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from model.errors import SpecError
+from model.specs import UnknownDigest
 from model.views import ViewSpec
 
 __all__ = [
@@ -66,7 +67,8 @@ class LlavaJsonSourceSpec:
     """Of what makes samples of records. From 2 on, records without an image are samples too."""
 
     def __post_init__(self) -> None:
-        if len(self.records_sha256) != 64 or set(self.records_sha256) - set("0123456789abcdef"):
+        is_digest = len(self.records_sha256) == 64 and not set(self.records_sha256) - set("0123456789abcdef")
+        if not is_digest and not isinstance(self.records_sha256, UnknownDigest):
             raise SpecError(f"source {self.records!r}: records_sha256 must be 64 hex digits, found {self.records_sha256!r}")
 
 

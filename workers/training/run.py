@@ -84,7 +84,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
         step_seconds = sum(record.seconds for record in records)
-        facts = store.read_json(stage.path("facts.json"))
+        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "device": "none"}
         record = TrainingRecord(
             training_fingerprint=fingerprint(spec),
             folder=f"checkpoints/{stage.key}/final",
@@ -149,12 +149,8 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
     from workers.training.assemble import final_folder
     from workers.training.checkpoints import write_checked
 
-    last = [name for name in _STAGES if _phases(spec, name)][-1]
-    saved = _last_checkpoint(spec, store, last)
-    if saved is None:
-        raise TrainingError(f"the last checkpoint of stage {last} below {store.url('checkpoints')} is damaged; remove it and run again")
     parts: dict[str, dict[str, Any]] = {}
-    for name, tensor in saved.model.items():
+    for name, tensor in _final_weights(spec, store).items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     files = {f"{part}.safetensors": safetensors.torch.save(tensors) for part, tensors in parts.items()}
@@ -165,6 +161,21 @@ def _write_final(spec: TrainingSpec, store: Store) -> tuple[dict[str, str], dict
         parameters["language_model"] = sum(tensor.numel() for tensor in parts["language_model"].values())
     digests = write_checked(store, final_folder(spec), files)
     return digests, {block: count for block, count in parameters.items() if count}, sum(len(data) for data in files.values())
+
+
+def _final_weights(spec: TrainingSpec, store: Store) -> dict[str, Any]:
+    """What the last phase left; without phases, what training would have started from."""
+    stages = [name for name in _STAGES if _phases(spec, name)]
+    if not stages:
+        from workers.training.initial_weights import initial_tensors
+
+        assert spec.initial_weights_sha256 is not None
+        return {f"connector.{name}": tensor for name, tensor in initial_tensors(store, spec.initial_weights_sha256).items()}
+    saved = _last_checkpoint(spec, store, stages[-1])
+    if saved is None:
+        raise TrainingError(f"the last checkpoint of stage {stages[-1]} below {store.url('checkpoints')} is damaged; remove it and run again")
+    weights: dict[str, Any] = saved.model
+    return weights
 
 
 @contextlib.contextmanager
@@ -389,11 +400,12 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:
         if rank == 0:
             check_questions(read_samples(store, spec.dataset_fingerprint, "held_out"), model, spec.features, execution)
-        global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
-        model.connector.measure_inputs(
-            {name: maps.to(device) for name, maps in global_maps.items()},
-            None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
-        )
+        if spec.initial_weights_sha256 is None:  # else the measured numbers are among them
+            global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
+            model.connector.measure_inputs(
+                {name: maps.to(device) for name, maps in global_maps.items()},
+                None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
+            )
     zero_stage = execution.zero_stage if name == "sft" else 0
     engine = DeepSpeedEngine(
         model,
@@ -426,14 +438,13 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
 
 def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The model that a stage starts from, and the blocks that its optimizer knows."""
-    from workers.training.assemble import assemble_model
     from workers.training.checkpoints import load_weights
 
     if stage == "align":
-        return assemble_model(spec, freeze_language_model=True, device=device), spec.connector.blocks
+        return _assembled(spec, store, freeze_language_model=True, device=device), spec.connector.blocks
     assert spec.schedule.sft is not None
     trains = spec.schedule.sft.train
-    model = assemble_model(spec, freeze_language_model="language_model" not in trains, device=device)
+    model = _assembled(spec, store, freeze_language_model="language_model" not in trains, device=device)
     if spec.schedule.align:
         aligned = _last_checkpoint(spec, store, "align")
         if aligned is None:
@@ -442,6 +453,17 @@ def _starting_model(spec: TrainingSpec, store: Store, stage: str, device: Any) -
             )
         load_weights(model, aligned.model)
     return model, trains
+
+
+def _assembled(spec: TrainingSpec, store: Store, *, freeze_language_model: bool, device: Any) -> Any:
+    """The model as it is before the first phase: with the seed's weights, or those that the recipe names."""
+    from workers.training.assemble import assemble_model
+    from workers.training.initial_weights import start_from
+
+    model = assemble_model(spec, freeze_language_model=freeze_language_model, device=device)
+    if spec.initial_weights_sha256 is not None:
+        start_from(model.connector, store, spec.initial_weights_sha256, spec.features.encoder)
+    return model
 
 
 def _device_name(device: Any) -> str:

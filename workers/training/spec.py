@@ -28,6 +28,8 @@ class TrainingSpec:
     feature_source: Literal["cached", "live"] = "cached"
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type."""
+    initial_weights_sha256: str | None = None
+    """sha256 (hex) of the connector.safetensors that training starts from, kept in the root; None starts from the seed's random weights."""
     max_tokens: int | None = None
     """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
 
@@ -56,6 +58,8 @@ class TrainingSpec:
             raise SpecError(f"language_model.max_tokens must be at least 1, found {self.max_tokens}")
         if self.dataset_fingerprint != self.features.dataset_fingerprint:
             raise SpecError("training and its features name different datasets; cache the features of the dataset that is trained on")
+        if not self.schedule.phases and self.initial_weights_sha256 is None:
+            raise SpecError("the schedule has no phases, and without connector.weights there is nothing to evaluate; add at least one of the two")
         for phase in self.schedule.phases:
             known = (*self.connector.blocks, "language_model")
             if missing_blocks := [block for block in phase.train if block not in known]:

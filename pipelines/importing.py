@@ -1,0 +1,59 @@
+"""What `loupe import-weights` does: resolve the recipe's connector, import, and say what to put into the recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import ModelError
+from pipelines.errors import RecipeError
+from pipelines.recipe import RecipeFile
+from pipelines.stages import shown_path
+from pipelines.wording import bytes_text
+
+__all__ = ["import_for_recipe"]
+
+
+def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, connector_only: bool, dry_run: bool) -> None:
+    """Import released weights for a recipe, and print the report.
+
+    Only the recipe's encoder and connector are looked at: the language model that it names may be the one that the import makes.
+
+    Args:
+        sources: the folder of a released model, or its files.
+        file: the recipe.
+        root: where the import goes.
+        connector_only: leave a whole model's language model out.
+        dry_run: write nothing.
+
+    Raises:
+        RecipeError: no sources, or the recipe's connector does not fit its encoder.
+        ModelError: the weights are refused.
+    """
+    if not sources:
+        raise RecipeError("import-weights: found no files to import; give the folder of a released model, or its .bin or .safetensors files")
+    from model.encoder import describe_encoder
+    from workers.importing import import_weights
+    from workers.storage import Store
+
+    try:
+        encoder = describe_encoder(file.recipe.encoder.model)
+        connector = file.recipe.connector_spec(encoder)
+    except ModelError as error:
+        raise RecipeError(f"recipe {file.path}: {error}") from error
+    store = Store(root)
+    places = [source.expanduser() for source in sources]
+    record = import_weights(places, connector, encoder, store, connector_only=connector_only, write=not dry_run)
+    for line in record.report.lines():
+        print(line)
+    if dry_run and not record.files:
+        print("Nothing was written.")
+        return
+    print()
+    print(f"Put into {file.path}:")
+    print(f'  [connector]       weights = "{shown_path(store.url(record.connector))}"')
+    model = record.language_model
+    if model is None:
+        return
+    print(f'  [language_model]  model = "{shown_path(store.url(f"{record.folder}/language_model"))}"')
+    print(f"({model.model_type}, {model.num_tensors} tensors, {bytes_text(model.num_bytes)})")
+    if store.local_path() is None:
+        print("A language model is loaded from a folder: copy it from the root to this machine, and name that folder.")
