@@ -68,6 +68,24 @@ def own_cells(query_grid: int, key_grid: int) -> Int[Tensor, "patches"]:
     return (place[:, None] * query_grid + place[None, :]).reshape(-1)
 
 
+def place_codes(query_grid: int, key_grid: int, width: int) -> tuple[Float[Tensor, "queries width"], Float[Tensor, "patches width"]]:
+    """Where queries and patches stand: the patches' codes are the queries', resized bicubically.
+
+    Args:
+        query_grid: queries on a side.
+        key_grid: patches on a side.
+        width: channels.
+
+    Returns:
+        Codes of the queries and of the patches, row by row.
+    """
+    places = positions_2d(query_grid, width)
+    resized = places.T.reshape(1, width, query_grid, query_grid)
+    if key_grid != query_grid:
+        resized = F.interpolate(resized, size=(key_grid, key_grid), mode="bicubic", align_corners=False)
+    return places, resized.reshape(width, key_grid**2).T.contiguous()
+
+
 def _num_heads(width: int) -> int:
     """The most heads of at least HEAD_WIDTH channels that share the position codes' frequencies evenly."""
     quarter = width // 4
@@ -107,12 +125,9 @@ class Resampler(nn.Module):
             raise SpecError(f"a resampler lays queries and patches on square grids, found {num_queries} queries and {num_patches} patches")
         self.num_queries, self.num_patches, self.width = num_queries, num_patches, width
         self.num_heads = _num_heads(width)
-        places = positions_2d(query_grid, width)
-        resized = places.T.reshape(1, width, query_grid, query_grid)
-        if key_grid != query_grid:
-            resized = F.interpolate(resized, size=(key_grid, key_grid), mode="bicubic", align_corners=False)
-        self.register_buffer("query_places", places, persistent=False)
-        self.register_buffer("key_places", resized.reshape(width, num_patches).T.contiguous(), persistent=False)
+        query_places, key_places = place_codes(query_grid, key_grid, width)
+        self.register_buffer("query_places", query_places, persistent=False)
+        self.register_buffer("key_places", key_places, persistent=False)
         self.queries = nn.Parameter(torch.empty(num_queries, width))
         self.norm_queries = nn.LayerNorm(width, eps=NORM_EPS)
         self.norm_keys = nn.LayerNorm(width, eps=NORM_EPS, bias=False)

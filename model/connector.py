@@ -179,6 +179,10 @@ class Connector(nn.Module):
     ) -> None:
         """Set the standardisation from some images' features, where the spec asks for it.
 
+        Each branch has numbers of its own, but for one case: where the same fusion of both branches goes straight into the same projector, with
+        neither a mixture nor a compression before it, one set is measured on the tokens of both. So the projector is one function of the maps, as in
+        LLaVA-NeXT, and folds into that model's.
+
         Args:
             global_maps: maps of their global views.
             local_maps: maps of their local views; needed with a local branch.
@@ -188,11 +192,17 @@ class Connector(nn.Module):
         """
         if not self.spec.standardise_inputs:
             return
-        self.global_input.measure(self.fuse_global(global_maps))
-        if self.local_input is not None:
-            if local_maps is None:
-                raise MissingMapError("the connector's local branch needs local maps to measure its inputs, found none")
-            self.local_input.measure(self.fuse_local(local_maps))
+        global_tokens = self.fuse_global(global_maps)
+        if self.local_input is None:
+            self.global_input.measure(global_tokens)
+            return
+        if local_maps is None:
+            raise MissingMapError("the connector's local branch needs local maps to measure its inputs, found none")
+        local_tokens = self.fuse_local(local_maps)
+        if self.spec.projects_alike:
+            global_tokens = local_tokens = torch.cat([global_tokens, local_tokens])
+        self.global_input.measure(global_tokens)
+        self.local_input.measure(local_tokens)
 
     def global_tokens(
         self,

@@ -11,6 +11,8 @@ ModelError
 |-- ConversationError        a conversation cannot be tokenised with a correct loss mask
 |-- FrozenBlockChangedError  a block that a phase must not train was changed by it
 |-- ExportError              an export folder is incomplete or does not fit its encoder
+|-- ReleasedWeightsError     released weights cannot be read or are of another model
+|-- FoldingError             a connector is not what a stock model of transformers computes
 """
 
 from typing import Literal
@@ -22,6 +24,7 @@ __all__ = [
     "DecodingError",
     "EncoderError",
     "ExportError",
+    "FoldingError",
     "FrozenBlockChangedError",
     "ImageError",
     "LanguageModelError",
@@ -118,3 +121,7 @@ class ExportError(ModelError):
 
 class ReleasedWeightsError(ModelError):
     """Released weights cannot be read, are incomplete, or are of another model than the recipe describes."""
+
+
+class FoldingError(ModelError):
+    """A connector is not what a stock model of transformers computes; the message says what cannot be folded and what can be done."""

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,12 +33,12 @@ from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
-from model.language_model import load_language_model
+from model.language_model import hold_in, load_language_model
 from model.specs import ConnectorSpec, EncoderSpec, MapSpec, canonical_json
 from model.views import ViewPlan, ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
 
-__all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "load_export", "write_config", "write_manifest"]
+__all__ = ["CONFIG", "MANIFEST", "Answer", "ExportConfig", "ExportedModel", "as_stored", "load_export", "write_config", "write_manifest"]
 
 CONFIG = "loupe_config.json"
 MANIFEST = "manifest.json"
@@ -133,6 +134,11 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
         ExportError: the folder is no export, or a file is missing, other than it was, or does not fit the rest.
     """
     folder = Path(folder)
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        raise ExportError(
+            f"{folder} was exported for transformers, which loads it by itself; its README.md shows how. `loupe ask` reads what "
+            "`loupe export RECIPE` writes without --to"
+        )
     if not (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is no complete export: it has no {MANIFEST}, which is written last. Export again")
     try:
@@ -148,7 +154,7 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     encoder_spec = dataclasses.replace(config.encoder, model=str(folder / "encoder"))
     language_model = load_language_model(folder / "language_model")
     if config.language_model_precision == "bf16":
-        language_model.network.to(torch.bfloat16)
+        hold_in(language_model.network, torch.bfloat16)
     connector = Connector(
         config.connector,
         encoder_width=config.encoder.width,
@@ -169,6 +175,19 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     return ExportedModel(config=config, model=model, encoder=encoder)
 
 
+def as_stored(maps: Mapping[str, Tensor], precision: Literal["fp32", "fp16"]) -> Mapping[str, Tensor]:
+    """Maps as a cache gives them back, since the connector was trained on those.
+
+    Args:
+        maps: fp32, as the encoder gives them.
+        precision: that they are stored in.
+
+    Returns:
+        fp32, rounded to the precision.
+    """
+    return maps if precision == "fp32" else {name: values.half().float() for name, values in maps.items()}
+
+
 class ExportedModel:
     """An export in memory.
 
@@ -179,7 +198,7 @@ class ExportedModel:
     """
 
     def __init__(self, *, config: ExportConfig, model: VisionLanguageModel, encoder: Encoder) -> None:
-        self.config, self.model, self._encoder = config, model, encoder
+        self.config, self.model, self.encoder = config, model, encoder
 
     def ask(self, image_bytes: bytes, question: str, mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS) -> Answer:
         """Answer a question about an image, greedily.
@@ -264,6 +283,47 @@ class ExportedModel:
         _, loss, correct = self.model(self._batch([conversation], shown, pad_left=False).to(self.model.device))
         return -float(loss), int(correct) == conversation.num_supervised
 
+    @torch.no_grad()
+    def prompt_logits(self, image_bytes: bytes, question: str, mode: Mode = "both", *, last: int = 0) -> Float[Tensor, "length vocabulary"]:
+        """What the language model predicts at the positions of a question's prompt, visual tokens included.
+
+        Args:
+            image_bytes: an image file.
+            question: about it.
+            mode: which views the language model sees.
+            last: so many positions at the end; 0 is all.
+
+        Returns:
+            Logits in fp32.
+
+        Raises:
+            ImageError: as for `ask`.
+            ConversationError: as for `ask`.
+            ExportError: as for `ask`.
+        """
+        batch = self.prompt(image_bytes, question, mode)
+        return self.model.prompt_logits(batch.to(self.model.device), last)[0]
+
+    def prompt(self, image_bytes: bytes, question: str, mode: Mode = "both") -> Batch:
+        """A question's prompt.
+
+        Args:
+            image_bytes: an image file.
+            question: about it.
+            mode: which views the language model sees.
+
+        Returns:
+            A batch of one sequence, padded in front.
+
+        Raises:
+            ImageError: as for `ask`.
+            ConversationError: as for `ask`.
+            ExportError: as for `ask`.
+        """
+        shown = self._show([image_bytes], mode)
+        conversation = tokenise_question(self.model.tokenizer, question, self._room(self.model.max_tokens, shown.plans[0]))
+        return self._batch([conversation], shown, pad_left=True)
+
     def _room(self, limit: int, plan: ViewPlan | None) -> int:
         """Text tokens beside an image's visual ones; all of them where there is no image."""
         return limit if plan is None else room_for_text(limit, self.model.connector, plan)
@@ -314,12 +374,9 @@ class ExportedModel:
     def _maps(self, views: NDArray[np.uint8], maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
         wanted = list(dict.fromkeys(maps))
         parts: list[dict[str, Tensor]] = [
-            self._encoder(torch.from_numpy(views[start : start + _VIEWS_AT_ONCE]), wanted) for start in range(0, len(views), _VIEWS_AT_ONCE)
+            self.encoder(torch.from_numpy(views[start : start + _VIEWS_AT_ONCE]), wanted) for start in range(0, len(views), _VIEWS_AT_ONCE)
         ]
-        reduced = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if self.config.feature_precision == "fp32":
-            return reduced
-        return {name: values.half().float() for name, values in reduced.items()}
+        return as_stored({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self.config.feature_precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

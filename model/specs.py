@@ -30,6 +30,7 @@ __all__ = [
     "DCISpec",
     "EncoderFamily",
     "EncoderSpec",
+    "ExportForm",
     "FeatureSpec",
     "FusionSpec",
     "GatedMixtureSpec",
@@ -46,6 +47,7 @@ __all__ = [
     "ScheduleSpec",
     "SelectorSpec",
     "SingleSpec",
+    "StockForm",
     "TextGuidedSelectorSpec",
     "UnknownDigest",
     "canonical_json",
@@ -417,6 +419,13 @@ SelectorSpec = TextGuidedSelectorSpec | LearnableSelectorSpec
 
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
+ExportForm = Literal["folder", "llava-hf", "llava-next-hf", "loupe"]
+"""What an export is written as. `folder`: what `loupe ask` reads. `llava-hf`, `llava-next-hf`: transformers' own LLaVA and LLaVA-NeXT. `loupe`: a
+transformers model of Loupe's own classes."""
+
+StockForm = Literal["llava-hf", "llava-next-hf"]
+"""Forms that need no code of Loupe's."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalBranchSpec:
@@ -527,6 +536,18 @@ class ConnectorSpec:
     def selector(self) -> SelectorSpec | None:
         """What drops local tokens; None where nothing does."""
         return None if self.local_branch is None else self.local_branch.selector
+
+    @property
+    def projects_alike(self) -> bool:
+        """Whether tokens of both branches are fused alike and go straight into one and the same projector."""
+        local = self.local_branch
+        return (
+            local is not None
+            and local.projector == "shared"
+            and local.compression is None
+            and local.fusion == self.global_branch.fusion
+            and isinstance(self.global_branch.adapters, MLPSpec)
+        )
 
     def global_tokens(self, num_patches: int) -> int:
         """Visual tokens of a global view.

@@ -189,6 +189,12 @@ class Sequences:
     label_positions: Int[Tensor, "supervised"]
     """Flat positions (batch * length) whose hidden state predicts a supervised token."""
 
+    def left_padding(self) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+        """Attention mask and position numbers of sequences that are padded in front."""
+        length = self.embedded.shape[1]
+        mask = (torch.arange(length, device=self.lengths.device)[None] >= length - self.lengths[:, None]).long()
+        return mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
 
 def _without(sequences: Sequences, dropped: Bool[Tensor, "batch length"], *, pad_left: bool) -> Sequences:
     """Sequences with some positions taken out and the gaps closed."""
@@ -298,13 +304,16 @@ class VisionLanguageModel(nn.Module):
     Dropout stays off, so a step is a pure function of weights and batch.
     """
 
-    def __init__(self, connector: Connector, language_model: LanguageModel, *, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(
+        self, connector: Connector, language_model: LanguageModel, *, precision: Literal["fp32", "bf16"] = "fp32", separator_id: int | None = None
+    ) -> None:
         """Put the parts together.
 
         Args:
             connector: as built for this language model's width.
             language_model: loaded.
             precision: of matrix products; weights keep the type they have.
+            separator_id: of the separator's token where it is known; else the tokenizer says it.
         """
         super().__init__()
         self.connector = connector
@@ -313,7 +322,9 @@ class VisionLanguageModel(nn.Module):
         self.max_tokens = language_model.max_tokens
         self.precision = precision
         separator = connector.spec.separator
-        self.separator_id = None if separator is None else first_token(language_model.tokenizer, separator)
+        self.separator_id = separator_id
+        if separator is not None and separator_id is None:
+            self.separator_id = first_token(language_model.tokenizer, separator)
         self.language_model.train(mode=False)
 
     @property
@@ -443,6 +454,25 @@ class VisionLanguageModel(nn.Module):
         return objective, loss.total.detach(), loss.correct
 
     @torch.no_grad()
+    def prompt_logits(self, batch: Batch, last: int = 0) -> Float[Tensor, "batch length vocabulary"]:
+        """What the language model predicts at the positions of a prompt, visual tokens included.
+
+        Args:
+            batch: padded in front; without labels.
+            last: so many positions at the end, which spares memory; 0 is all.
+
+        Returns:
+            Logits in fp32; what stands at padding means nothing.
+        """
+        head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
+        with self._autocast():
+            sequences = self.sequences(batch, self.visual_tokens(batch), pad_left=True)
+            mask, positions = sequences.left_padding()
+            output = decoder(self.language_model)(inputs_embeds=sequences.embedded, attention_mask=mask, position_ids=positions, use_cache=False)
+            logits: Tensor = head(output.last_hidden_state[:, -last:])
+        return logits.float()
+
+    @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, visual: VisualTokens | None = None) -> list[list[int]]:
         """Greedy answers, batched, with a cache of keys and values.
 
@@ -456,13 +486,11 @@ class VisionLanguageModel(nn.Module):
         """
         network = decoder(self.language_model)
         head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
-        ends = torch.tensor(self._end_ids(), device=batch.gather.device)
+        ends = torch.tensor(self.end_ids(), device=batch.gather.device)
         with self._autocast():
             sequences = self.sequences(batch, self.visual_tokens(batch) if visual is None else visual, pad_left=True)
             embedded, lengths = sequences.embedded, sequences.lengths
-            length = embedded.shape[1]
-            mask = (torch.arange(length, device=lengths.device)[None] >= length - lengths[:, None]).long()
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            mask, positions = sequences.left_padding()
             output = network(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=True)
             new: list[Tensor] = []
             finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
@@ -482,7 +510,8 @@ class VisionLanguageModel(nn.Module):
                 )
         return [[token for token in row if token >= 0] for row in torch.stack(new, dim=1).tolist()]
 
-    def _end_ids(self) -> list[int]:
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
         configured = getattr(getattr(self.language_model, "generation_config", None), "eos_token_id", None)
         more = configured if isinstance(configured, list) else [configured]
         return sorted({self.tokenizer.eos_token_id, *(token for token in more if token is not None)})

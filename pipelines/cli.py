@@ -19,6 +19,7 @@ from rich.table import Table
 
 from model.errors import ModelError, first_line
 from model.metrics import MetricName
+from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
@@ -53,10 +54,21 @@ Settings = Annotated[
 ]
 DryRun = Annotated[bool, Parameter(name="--dry-run", help="Check everything, print the plan, start nothing, write nothing.", negative=())]
 
+Form = Annotated[
+    ExportForm,
+    Parameter(
+        name="--to",
+        help="What to write: `folder`, which `loupe ask` reads; `llava-hf` or `llava-next-hf`, transformers' own LLaVA or LLaVA-NeXT, where the "
+        "connector folds into it; `loupe`, a transformers model of Loupe's classes.",
+    ),
+]
+
 DEFAULT_ROOT = "loupe-data"
 
 
-def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool) -> list[dict[str, Any]]:
+def _run_until(
+    recipe: str, root: str, settings: tuple[str, ...], until: StageName, *, dry_run: bool, form: ExportForm = "folder"
+) -> list[dict[str, Any]]:
     """Check the recipe, then run its flow up to a stage."""
     from pipelines.flow_server import start_flow_server
 
@@ -69,10 +81,11 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
 
     # Once before the flow, so that a mistake is told before anything starts; the server comes up meanwhile.
     experiment = open_experiment(file, Store(root), execution, planning=dry_run)
+    experiment.check_form(form)
     if dry_run:
         from pipelines.plan import print_plan
 
-        print_plan(experiment, until)
+        print_plan(experiment, until, form)
         return []
     check_ready(experiment)
     assert server is not None
@@ -83,7 +96,7 @@ def _run_until(recipe: str, root: str, settings: tuple[str, ...], until: StageNa
 
     flow_recipe = _flow_recipe(file, recipe)
     try:
-        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until)
+        outcomes: list[dict[str, Any]] = loupe_flow(recipe=flow_recipe, root=experiment.store.root, settings=by_name, until=until, form=form)
     except httpx.HTTPError as error:
         raise FlowServerError(
             f"the flow's server at {server.url} went away ({first_line(error)}). What is done is kept: run the same command to go on."
@@ -162,9 +175,9 @@ def evaluate(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Sett
 
 
 @app.command
-def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False) -> None:
+def export(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settings = (), dry_run: DryRun = False, form: Form = "folder") -> None:
     """Write the export folder of the first seed, after what comes before. Its path is printed last."""
-    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run)
+    outcomes = _run_until(recipe, root, settings, "export", dry_run=dry_run, form=form)
     if outcomes:
         print(_shown(root, _recorded(outcomes[-1], "folder")))
 

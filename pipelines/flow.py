@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from uuid import UUID
 
 import httpx
@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from model.errors import first_line
+from model.specs import ExportForm
 from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress
 from pipelines.recipe import load_recipe
@@ -162,7 +163,9 @@ def _summary(experiment: Experiment, outcomes: list[StageOutcome]) -> str:
 
 # Prefect keeps the error of a failed flow run, as a pickle unless told otherwise.
 @flow(name="loupe", flow_run_name="{recipe}", persist_result=False, result_serializer="json", validate_parameters=True)
-def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] | None = None, until: str = "report") -> list[dict[str, Any]]:
+def loupe_flow(
+    recipe: str, root: str = "loupe-data", settings: dict[str, str] | None = None, until: str = "report", form: str = "folder"
+) -> list[dict[str, Any]]:
     """Run a recipe from its sources to its report; stages that are done are found done.
 
     Args:
@@ -170,16 +173,19 @@ def loupe_flow(recipe: str, root: str = "loupe-data", settings: dict[str, str] |
         root: where everything durable lies, as a URL or a path.
         settings: execution settings by name, as text.
         until: the last stage to run.
+        form: what the export is written as.
 
     Returns:
         The outcomes of the stages, as JSON.
     """
     experiment = open_experiment(load_recipe(recipe), Store(root), execution_settings(settings or {}))
     check_ready(experiment)
+    wanted = next(name for name in get_args(ExportForm) if name == form)
+    experiment.check_form(wanted)
     last = STAGES[STAGES.index(until)]
     if fetches_language_model(experiment, last):
         _fetch_language_model(experiment.language_model.model)
-    outcomes = run_experiment(experiment, last)
+    outcomes = run_experiment(experiment, last, wanted)
     return [to_json(outcome) for outcome in outcomes]
 
 
@@ -192,18 +198,19 @@ def _fetch_language_model(name: str) -> None:
     print(f"language model {name}: in {folder} after {duration_text(time.monotonic() - began_s)}", flush=True)
 
 
-def run_experiment(experiment: Experiment, until: StageName) -> list[StageOutcome]:
+def run_experiment(experiment: Experiment, until: StageName, form: ExportForm = "folder") -> list[StageOutcome]:
     """Run the stages of an experiment as tasks of the flow run that is under way, and print one line for each.
 
     Args:
         experiment: to run.
         until: the last stage.
+        form: what the export is written as.
 
     Returns:
         What the stages left behind.
     """
     outcomes = []
-    for stage_run in stage_runs(experiment, until):
+    for stage_run in stage_runs(experiment, until, form):
         outcome = _stage_task(experiment, stage_run)()
         outcomes.append(outcome)
         print(outcome_line(outcome), flush=True)

@@ -7,7 +7,7 @@ from math import ceil
 from rich.table import Table
 
 from model.errors import SpecError
-from model.specs import FeatureSpec, UnknownDigest, fingerprint_if_known, sees_text_only
+from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_known, sees_text_only
 from model.views import plan_views
 from pipelines.errors import RecipeError
 from pipelines.recipe import Phase
@@ -28,12 +28,13 @@ class PlanLine:
     value: str
 
 
-def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[PlanLine]:
+def plan_lines(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> Iterator[PlanLine]:
     """The facts of an experiment's plan, in the order of its stages.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Yields:
         Facts; what is known only once the dataset is built says so.
@@ -64,7 +65,7 @@ def plan_lines(experiment: Experiment, until: StageName = "report") -> Iterator[
     for part in experiment.missing:
         yield PlanLine(topic="missing", fact=part.what, value=part.note)
     try:
-        for stage_run in stage_runs(experiment, until):
+        for stage_run in stage_runs(experiment, until, form):
             yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact="later ones", value=str(error))
@@ -224,12 +225,13 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
             yield PlanLine(topic=topic, fact=fact, value=value)
 
 
-def print_plan(experiment: Experiment, until: StageName = "report") -> None:
+def print_plan(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> None:
     """Print the plan, once nothing is seen that would keep it from being carried out.
 
     Args:
         experiment: checked, nothing started.
         until: the last stage that would run.
+        form: what the export would be written as.
 
     Raises:
         WorkerError: as for `check_ready`.
@@ -241,7 +243,7 @@ def print_plan(experiment: Experiment, until: StageName = "report") -> None:
     for heading in ("topic", "fact", "value"):
         table.add_column(heading, overflow="fold")
     topic = ""
-    for line in plan_lines(experiment, until):
+    for line in plan_lines(experiment, until, form):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
     console.print(table)

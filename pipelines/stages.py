@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from model.errors import ModelError, SpecError
+from model.errors import FoldingError, ModelError, SpecError
 from model.specs import (
     ChatTemplate,
     ConnectorSpec,
     EncoderSpec,
+    ExportForm,
     FeatureSpec,
     LanguageModelSpec,
     UnknownDigest,
@@ -36,6 +37,7 @@ from workers.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from workers.evaluation import EvaluationSpec
+    from workers.export_forms import FormExportSpec
     from workers.exporting import ExportSpec
     from workers.training.initial_weights import WeightsFile
 
@@ -339,6 +341,30 @@ class Experiment:
             training_fingerprint=fingerprint_if_known(self.training(seed)), evaluation_fingerprint=fingerprint_if_known(self.evaluation(seed))
         )
 
+    def export_form(self, form: ExportForm) -> "FormExportSpec":
+        """The same connector in another form."""
+        from workers.export_forms import FormExportSpec
+
+        standard = self.export()
+        return FormExportSpec(training_fingerprint=standard.training_fingerprint, evaluation_fingerprint=standard.evaluation_fingerprint, form=form)
+
+    def check_form(self, form: ExportForm) -> None:
+        """Refuse a form that this recipe's connector can never have, before anything is trained.
+
+        Args:
+            form: of the export.
+
+        Raises:
+            RecipeError: names what stands in the way.
+        """
+        if form in ("llava-hf", "llava-next-hf"):
+            from model.folding import check_foldable
+
+            try:
+                check_foldable(form, self.connector, self.encoder, self.dataset.views)
+            except FoldingError as error:
+                raise RecipeError(f"recipe {self.file.path}: {error}") from error
+
     def report(self) -> ReportSpec:
         """What the report tells of."""
         from pipelines.report import template_sha256
@@ -529,7 +555,7 @@ def _records_sha256(file: RecipeFile) -> dict[str, str]:
     return {source.records: describe_llava_json(source.records, source.images).records_sha256 for source in sources}
 
 
-def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[StageRun]:
+def stage_runs(experiment: Experiment, until: StageName = "report", form: ExportForm = "folder") -> Iterator[StageRun]:
     """The stages of an experiment in order, up to and including one.
 
     Specs of later stages are made only once the earlier ones are done, since a schedule in epochs needs the built dataset.
@@ -537,6 +563,7 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
     Args:
         experiment: whose stages.
         until: the last one.
+        form: what the export is written as; the standard one is left out where it is another.
 
     Yields:
         Stages ready to run.
@@ -559,7 +586,9 @@ def stage_runs(experiment: Experiment, until: StageName = "report") -> Iterator[
     if last >= STAGES.index("evaluate"):
         for seed in seeds:
             yield _evaluate_run(experiment, seed)
-    if last >= STAGES.index("export"):
+    if last >= STAGES.index("export") and form != "folder":
+        yield _form_run(experiment, form)
+    elif last >= STAGES.index("export"):
 
         def export_(progress: Progress) -> Any:
             from workers.exporting import export
@@ -592,6 +621,17 @@ def _check_built(experiment: Experiment, built: Mapping[str, Any], *, evaluates:
             f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
             f"{num_images} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
         )
+
+
+def _form_run(experiment: Experiment, form: ExportForm) -> StageRun:
+    spec = experiment.export_form(form)
+
+    def export_(progress: Progress) -> Any:
+        from workers.export_forms import export_form
+
+        return export_form(spec, experiment.training(experiment.file.recipe.seeds[0]), experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="export", seed=None, spec=spec, run=export_)
 
 
 def _build_run(experiment: Experiment, dataset: DatasetSpec, *, asked: bool) -> StageRun:

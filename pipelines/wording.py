@@ -94,7 +94,9 @@ def _figures(outcome: "StageOutcome") -> str:
         case "evaluate":
             return f"{record['num_questions']} questions, {_scored(record)}: {', '.join(_shares(record))}{_left_out(record)}"
         case "export":
-            return f"{len(record['files'])} files, {bytes_text(record['num_bytes'])}"
+            error = record.get("max_abs_logit_error")  # of forms that are compared
+            compared = "" if error is None else f", {record['form']}: logits within {error:.1e} of Loupe's own"
+            return f"{len(record['files'])} files, {bytes_text(record['num_bytes'])}{compared}"
         case "report":
             return bytes_text(record["bytes_written"])
 

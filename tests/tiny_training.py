@@ -187,6 +187,7 @@ def build_small_store(
     num_images: int = 24,
     renderer: Any = draw_square,
     more_sources: tuple[Any, ...] = (),
+    views: Any = None,
     **changes: Any,
 ) -> tuple[Any, Any]:
     """A store with a built dataset of squares (and more) and its cached features, made in this process; and a training spec over it."""
@@ -201,18 +202,19 @@ def build_small_store(
     from workers.storage import Store
 
     store = Store(root)
+    views = views or ViewSpec(max_slices=2)
     dataset = DatasetSpec(
         sources=(RenderedSourceSpec(family="charts", num_images=num_images), *more_sources),
         seed=0,
         held_out_fraction=0.3,
         view_px=56,
-        views=ViewSpec(max_slices=2),
+        views=views,
         legibility=LegibilitySpec(local_min_px=6.0, global_max_px=4.0),
         turns_per_image=2,
     )
     execution = ExecutionSettings(device="cpu")
     build_dataset(dataset, store, execution, SilentProgress(), cluster=InlineCluster(), renderer=renderer)
-    connector = tiny_connector_spec()
+    connector = changes.pop("connector", None) or tiny_connector_spec()
     maps = connector.global_branch.fusion.maps
     features = FeatureSpec(
         dataset_fingerprint=fingerprint(dataset),

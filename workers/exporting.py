@@ -8,6 +8,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,12 +25,15 @@ from workers.storage import Store
 from workers.training.spec import TrainingRecord, TrainingSpec
 
 if TYPE_CHECKING:
-    from model.export import ExportedModel
+    from model.export import ExportConfig, ExportedModel
     from workers.dataset.samples import Sample, Turn
 
 Decoded = TypeVar("Decoded")
 
-__all__ = ["ExportRecord", "ExportSpec", "export", "model_card"]
+__all__ = ["ExportRecord", "ExportSpec", "committed_record", "export", "export_config", "model_card", "publish_folder"]
+
+ASK = 'Ask it: `loupe ask THIS_FOLDER IMAGE "question"`.'
+"""How the standard export's card says to use it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,9 +88,9 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
         return done
     if spec.training_fingerprint != fingerprint(training):
         raise ExportingError("the export names another training run than it was given; make both from one recipe")
-    trained = _record(store, "train-connector", spec.training_fingerprint, TrainingRecord)
-    evaluated = _record(store, "evaluate", spec.evaluation_fingerprint, EvaluationRecord)
-    from model.export import MANIFEST, load_export
+    trained = committed_record(store, "train-connector", spec.training_fingerprint, TrainingRecord)
+    evaluated = committed_record(store, "evaluate", spec.evaluation_fingerprint, EvaluationRecord)
+    from model.export import load_export
     from workers.training.assemble import set_threads
 
     set_threads(execution)
@@ -103,9 +107,7 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
             progress.advance()
             sample, turn, answer = _check(exported, training, store)
             progress.advance()
-            for name in [*sorted(files), MANIFEST]:
-                with store.publishing(f"{target}/{name}") as file:
-                    shutil.copyfile(folder / name, file)
+            publish_folder(store, folder, target, files)
             progress.advance()
         finally:
             progress.finish()
@@ -125,11 +127,63 @@ def export(spec: ExportSpec, training: TrainingSpec, store: Store, execution: Ex
     return stage.commit(record)
 
 
-def _record(store: Store, stage: str, full: str, kind: type[Decoded]) -> Decoded:
+def publish_folder(store: Store, folder: Path, target: str, files: Iterable[str]) -> None:
+    """Put an export's files in place, its manifest last.
+
+    Args:
+        store: where to.
+        folder: with the files and their manifest.
+        target: relative to the root.
+        files: paths inside the folder.
+    """
+    from model.export import MANIFEST
+
+    for name in [*sorted(files), MANIFEST]:
+        with store.publishing(f"{target}/{name}") as file:
+            shutil.copyfile(folder / name, file)
+
+
+def committed_record(store: Store, stage: str, full: str, kind: type[Decoded]) -> Decoded:
+    """The record of a finished run that an export is written from.
+
+    Args:
+        store: where it is.
+        stage: of the run.
+        full: its fingerprint.
+        kind: of its record.
+
+    Returns:
+        The record.
+
+    Raises:
+        ExportingError: the run is not finished.
+    """
     path = f"runs/{stage}/{full[:16]}/COMMITTED.json"
     if not store.exists(path):
         raise ExportingError(f"{store.url(path)} is not there; an export is written from finished runs, so run {stage} first")
     return from_json(kind, store.read_json(path), where=store.url(path))
+
+
+def export_config(training: TrainingSpec, trained: TrainingRecord) -> "ExportConfig":
+    """What an export of a run computes.
+
+    Args:
+        training: the run.
+        trained: its record.
+
+    Returns:
+        The config.
+    """
+    from model.export import ExportConfig
+
+    return ExportConfig(
+        connector=training.connector,
+        encoder=training.features.encoder,
+        views=training.features.views,
+        feature_precision=training.features.precision,
+        precision=training.precision,
+        language_model_precision="fp32" if "language_model.safetensors" in trained.files else training.precision,
+    )
 
 
 def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, store: Store) -> dict[str, str]:
@@ -137,26 +191,17 @@ def _write(folder: Path, training: TrainingSpec, trained: TrainingRecord, evalua
     import torch
 
     from model.encoder import encoder_folder
-    from model.export import ExportConfig, write_config, write_manifest
+    from model.export import write_config, write_manifest
+    from model.language_model import hold_in
     from workers.training.assemble import load_trained
 
     model = load_trained(training, store)
     trains_language_model = "language_model.safetensors" in trained.files
-    write_config(
-        folder,
-        ExportConfig(
-            connector=training.connector,
-            encoder=training.features.encoder,
-            views=training.features.views,
-            feature_precision=training.features.precision,
-            precision=training.precision,
-            language_model_precision="fp32" if trains_language_model else training.precision,
-        ),
-    )
+    write_config(folder, export_config(training, trained))
     (folder / "connector.safetensors").write_bytes(store.read_bytes(f"{trained.folder}/connector.safetensors"))
     network = model.language_model
     if not trains_language_model:
-        network.to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        hold_in(network, torch.bfloat16 if training.precision == "bf16" else torch.float32)
     network.save_pretrained(folder / "language_model")  # type: ignore[operator]
     model.tokenizer.save_pretrained(folder / "language_model")
     _copy_encoder(encoder_folder(training.features.encoder.model), folder / "encoder")
@@ -193,7 +238,7 @@ def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> t
     raise ExportingError(f"dataset {training.dataset_fingerprint[:16]} holds no question that the export can be asked ({last}); build another")
 
 
-def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str]) -> str:
+def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: EvaluationRecord, licences: list[str], usage: str = ASK) -> str:
     """The card: what it is, how it was trained, how good it is, what it is made of. From records alone.
 
     Args:
@@ -201,6 +246,7 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         trained: its record.
         evaluated: its evaluation's record.
         licences: of the training images.
+        usage: how to ask it.
 
     Returns:
         Markdown.
@@ -214,7 +260,7 @@ def model_card(training: TrainingSpec, trained: TrainingRecord, evaluated: Evalu
         f"`{features.encoder.model}` ({features.encoder.view_px} px views, {features.encoder.num_patches} patches) and the language model "
         f"`{training.language_model.model}`. " + _local_words(local, features.encoder.num_patches),
         "",
-        'Ask it: `loupe ask THIS_FOLDER IMAGE "question"`.',
+        usage,
         "",
         "## Accuracy",
         "",

@@ -24,7 +24,7 @@ FROZEN = {
     "cache-features": ["RECIPE", "--root", "--set", "--dry-run"],
     "train": ["RECIPE", "--root", "--set", "--dry-run"],
     "evaluate": ["RECIPE", "--root", "--set", "--dry-run"],
-    "export": ["RECIPE", "--root", "--set", "--dry-run"],
+    "export": ["RECIPE", "--root", "--set", "--dry-run", "--to"],
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode"],
     "show": ["WHAT", "RECIPE", "--root"],
@@ -90,6 +90,8 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "demo", "--cron", "0 3 * * mon,5-8"], "where weekday 8 is out of range"),
         (["serve", "demo", "--timezone", "Europe"], "serve --timezone: found 'Europe'"),
         (["serve", "demo", "--timezone", "Europe/Berlyn"], "did you mean 'Europe/Berlin'?"),
+        (["export", "demo", "--to", "llava-hf", "--dry-run"], "--to llava-hf: LlavaForConditionalGeneration does not compute this connector"),
+        (["export", "demo", "--to", "gguf"], "llava-next-hf"),
         (["serve", "demo", "--port", "70000"], "serve --port: found 70000; allowed: 1 to 65535"),
     ],
 )
@@ -296,7 +298,7 @@ def test_tables_are_not_cut_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch
 
 def test_a_dry_run_plans_no_further_than_its_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     planned: list[str] = []
-    monkeypatch.setattr("pipelines.plan.print_plan", lambda experiment, until: planned.append(until))
+    monkeypatch.setattr("pipelines.plan.print_plan", lambda experiment, until, form: planned.append(until))
     for command in ("build-dataset", "train", "run"):
         assert run([command, "demo", "--dry-run"], capsys)[0] == 0
     assert planned == ["build-dataset", "train-connector", "report"]

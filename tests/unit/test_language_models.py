@@ -125,3 +125,21 @@ def test_the_real_package_answers(monkeypatch, tmp_path):
     with torch.no_grad():
         told = model.network.generate(**ids, max_new_tokens=12, do_sample=False)[0]
     assert "Paris" in model.tokenizer.decode(told)
+
+
+def test_a_model_held_in_bf16_keeps_its_exact_positions(tiny_language_model_folder):
+    """As transformers holds it: rotary frequencies that are rounded put every later token in another place."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model.language_model import hold_in, load_language_model
+
+    ours = load_language_model(tiny_language_model_folder).network
+    hold_in(ours, torch.bfloat16)
+    stock = AutoModelForCausalLM.from_pretrained(tiny_language_model_folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    for (name, found), (_, wanted) in zip(ours.named_buffers(), stock.named_buffers(), strict=True):
+        assert torch.equal(found, wanted), name
+        assert found.dtype == wanted.dtype
+    ids = torch.arange(6, 206)[None] % 262
+    assert torch.equal(ours(ids).logits, stock(ids).logits)

@@ -88,6 +88,35 @@ def test_stages_come_in_order_with_different_keys(experiment: Experiment) -> Non
     assert [run.stage for run in stage_runs(experiment, "cache-features")] == ["build-dataset", "cache-features"]
 
 
+def test_forms_are_stages_of_their_own_in_the_export_s_place(experiment: Experiment) -> None:
+    standard = list(stage_runs(experiment, "export"))
+    keys = {standard[-1].key}
+    for form in ("llava-hf", "llava-next-hf", "loupe"):
+        runs = list(stage_runs(experiment, "export", form))
+        assert [(run.stage, run.key) for run in runs[:-1]] == [(run.stage, run.key) for run in standard[:-1]]
+        assert runs[-1].stage == "export"
+        keys.add(runs[-1].key)
+    assert len(keys) == 4
+
+
+def test_a_form_that_a_recipe_can_never_have_is_refused_first(
+    experiment: Experiment, tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    for form in ("folder", "loupe"):
+        experiment.check_form(form)
+    for form in ("llava-hf", "llava-next-hf"):
+        with pytest.raises(RecipeError, match=rf"recipe .*tiny\.toml: --to {form}: .* does not compute this connector"):
+            experiment.check_form(form)
+    path = tmp_path / "folds.toml"
+    text = tiny_recipe(tiny_encoder_folder, tiny_language_model_folder)
+    text = text.replace('adapters = { kind = "gated_mixture" }', 'adapters = { kind = "mlp" }').replace("compression = { queries = 4 }\n", "")
+    text = text.replace("[connector.local]", '[connector.local]\nmerge = "spatial_unpad"\nnewline = true').replace(
+        "[connector.global]", '[views]\nrule = "anyres"\n\n[connector]\nseparator = ""\n\n[connector.global]'
+    )
+    path.write_text(text)
+    open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings()).check_form("llava-next-hf")
+
+
 def test_seeds_change_training_alone(experiment: Experiment) -> None:
     assert fingerprint(experiment.training(0)) != fingerprint(experiment.training(1))
     assert experiment.training(0).features == experiment.training(1).features == experiment.features

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from model.connector import build_connector
-from model.language_model import embedding_rms, load_language_model
+from model.language_model import embedding_rms, hold_in, load_language_model
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
@@ -82,7 +82,7 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     if freeze_language_model:
         model.language_model.requires_grad_(requires_grad=False)
         if spec.precision == "bf16":
-            model.language_model.to(torch.bfloat16)
+            hold_in(model.language_model, torch.bfloat16)
     return model.to(device)
 
 
