@@ -84,7 +84,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
         step_seconds = sum(record.seconds for record in records)
-        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "device": "none"}
+        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "num_text_only": 0, "device": "none"}
         record = TrainingRecord(
             training_fingerprint=fingerprint(spec),
             folder=f"checkpoints/{stage.key}/final",
