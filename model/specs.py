@@ -664,7 +664,7 @@ def sees_text_only(train: Sequence[Block], template: ChatTemplate) -> bool:
         Only if the language model is trained, since no token of such a sample comes from the connector, and its gradient would be nothing; and not in
         `plain`, which leaves out what is asked.
 
-    Differs: LLaVA's trainers put a black image through the encoder and the connector for such a sample and multiply it away. Here it is a blind one.
+    Differs: LLaVA's trainer puts a black image through encoder and connector for such a sample and takes none of its tokens. Here it is a blind one.
     """
     return "language_model" in train and template != "plain"
 
