@@ -201,7 +201,7 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
 
 def _choose(training: TrainingSpec, store: Store) -> Iterator[tuple["Sample", "Turn", bytes]]:
     """Held-out questions with their pictures' bytes, those about a small detail first."""
-    samples = read_samples(store, training.dataset_fingerprint)
+    samples = [sample for sample in read_samples(store, training.dataset_fingerprint) if not sample.text_only]
     for sample in [sample for sample in samples if sample.split == "held_out"] or samples:
         data = store.read_reference(sample.image_path)
         if hashlib.sha256(data).hexdigest() != sample.image_sha256:

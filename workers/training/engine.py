@@ -119,6 +119,44 @@ def _tied(total: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     return total + 0.0 * next(parameter for parameter in parameters if parameter.requires_grad).sum()
 
 
+class _AtOnce(torch.autograd.Function):
+    """Gives tensors on, and their gradients back all at once: zeros for those that nothing asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 - nothing is kept; gradients come materialised
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return gradients
+
+
+class _InOneOrder(nn.Module):
+    """A model whose connector gets its gradients whole, last and in one order, whatever a batch reaches of it.
+
+    ZeRO-1 and 2 sum gradients over ranks in buckets that they fill as gradients come. A rank whose samples reach other blocks than another's (text
+    alone, blind ones, one branch) would fill them otherwise: the sum hangs, dies, or adds gradients of different parameters. Every sequence reaches
+    the language model, in the same order. autograd runs what was made first last, so what is routed before anything else has its gradient behind it.
+
+    Args:
+        model: to run.
+        names: of the parameters that may or may not be reached.
+    """
+
+    def __init__(self, model: VisionLanguageModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self._names = tuple(names)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """As the model's."""
+        if not self._names:
+            return self.model(batch)  # type: ignore[no-any-return]
+        routed = _AtOnce.apply(*(self.model.get_parameter(name) for name in self._names))  # type: ignore[no-untyped-call]
+        objective, total, correct = torch.func.functional_call(self.model, dict(zip(self._names, routed, strict=True)), (batch,))
+        return objective + 0.0 * routed[0].sum(), total, correct
+
+
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -223,7 +261,9 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
             "gradient_clipping": max_grad_norm if zero_stage else 0.0,
         }
-        self._engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=_adamw(self._blocks), config=config, dist_init_required=False)
+        reached = [name for block in self._blocks if zero_stage and block != "language_model" for name in self._blocks[block]]
+        module = _InOneOrder(model, reached)
+        self._engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=_adamw(self._blocks), config=config, dist_init_required=False)
         self._optimizer = optimizer
 
     def set_active(self, active: Sequence[Block]) -> None:
