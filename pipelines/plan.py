@@ -92,7 +92,7 @@ def _length_text(phase: Phase, experiment: Experiment, images: "_SourceImages") 
     num_text_only = sum(images.text_only_by_source[label] for label in labels) if seen else 0
     num_train = round((sum(known) + num_text_only) * (1 - experiment.dataset.held_out_fraction))
     steps = "" if len(known) < len(numbers) else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
-    return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
+    return f"{phase.epochs:g} epoch{'' if phase.epochs == 1 else 's'} of {phase.batch_size}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
