@@ -1,10 +1,11 @@
 """Conversations to tokens, with a mask that covers exactly the answers.
 
-Input: (question, answer) turns about one image and a tokenizer with a chat template. Output: token ids before and behind the image's place, and which
-of them are supervised. The template is the tokenizer's own or one of `templates/`. Where an answer lies in the rendered text is found by rendering
-prefixes: the text of the first k messages with the cue for an answer must begin the text of the first k + 1. The text before the image's place and
-the text behind it are each tokenised as one text, as at inference; where a border of an answer lies among the tokens is found by tokenising the text
-up to the border: its ids must begin the ids of the whole. Where anything of this does not hold, no mask would be right, and that raises.
+Input: (question, answer) turns about one image, or about none, and a tokenizer with a chat template. Output: token ids before and behind the
+image's place, and which of them are supervised. The template is the tokenizer's own or one of `templates/`. Where an answer lies in the rendered
+text is found by rendering prefixes: the text of the first k messages with the cue for an answer must begin the text of the first k + 1. The text
+before the image's place and the text behind it are each tokenised as one text, as at inference; where a border of an answer lies among the tokens
+is found by tokenising the text up to the border: its ids must begin the ids of the whole. Where anything of this does not hold, no mask would be
+right, and that raises.
 
 Invariant: the ids of every prompt in training are the ids of the same prompt at inference. An answer is never cut. What the template adds behind an
 answer's end token is not supervised.
@@ -44,6 +45,7 @@ class Conversation:
     """Tokens of a conversation around the place of its image."""
 
     before: tuple[int, ...]
+    """None of a conversation about no image: all of it is in `after`."""
     after: tuple[int, ...]
     supervised: tuple[bool, ...]
     """For every token in `after`: whether the model is trained to predict it."""
@@ -108,10 +110,10 @@ def with_template(tokenizer: Any, template: ChatTemplate) -> Any:
     return speaking
 
 
-def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+def _messages(turns: Sequence[tuple[str, str]], *, has_image: bool = True) -> list[dict[str, str]]:
     messages = []
     for number, (question, answer) in enumerate(turns):
-        content = f"{IMAGE_PLACE}\n{question}" if number == 0 else question
+        content = f"{IMAGE_PLACE}\n{question}" if has_image and number == 0 else question
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -163,9 +165,9 @@ def _split_at_image(text: str) -> tuple[str, str]:
     return pieces[0], pieces[1]
 
 
-def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> tuple[str, str, list[_Answer]]:
+def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, has_image: bool) -> tuple[str, str, list[_Answer]]:
     """The text before the image's place, the text behind it, and where the answers lie in the latter."""
-    messages = _messages(turns)
+    messages = _messages(turns, has_image=has_image)
     answers: list[tuple[int, int, int]] = []
     done = ""
     for number in range(len(turns)):
@@ -179,8 +181,8 @@ def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> tuple[str, st
             )
         answers.append((len(asked), len(answered), answered.count(tokenizer.eos_token, len(asked))))
         done = answered
-    lead, rest = _split_at_image(done)
-    shift = len(lead) + len(IMAGE_PLACE)
+    lead, rest = _split_at_image(done) if has_image else ("", done)
+    shift = len(done) - len(rest)
     if answers[0][0] < shift:
         raise ConversationError("conversation_template", f"the chat template puts {IMAGE_PLACE!r} behind the cue for the first answer")
     return lead, rest, [_Answer(start=start - shift, stop=stop - shift, num_ends=num_ends) for start, stop, num_ends in answers]
@@ -227,13 +229,14 @@ def _mask(ids: list[int], answers: Sequence[_Answer], begun: Mapping[int, list[i
     return supervised
 
 
-def tokenise_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], max_text_tokens: int) -> Conversation:
+def tokenise_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], max_text_tokens: int, *, has_image: bool = True) -> Conversation:
     """Tokens and mask of a conversation for training.
 
     Args:
         tokenizer: with a chat template.
         turns: (question, answer), in order; the image stands before the first question.
         max_text_tokens: room for text. Turns at the end that do not fit are dropped whole.
+        has_image: whether there is an image. Without one its place and the line break behind it are left out.
 
     Returns:
         The tokens; every kept answer is whole and supervised including its end token.
@@ -243,7 +246,7 @@ def tokenise_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], max_
             message by message, a border of an answer inside a token, or a first turn that does not fit by itself.
     """
     _check_turns(tokenizer, turns)
-    lead, rest, answers = _rendered(tokenizer, turns)
+    lead, rest, answers = _rendered(tokenizer, turns, has_image=has_image)
     # An end token is found by its id: no turn can hold it, and half the texts need not be tokenised.
     borders = sorted({answer.start for answer in answers} | {answer.stop for answer in answers if not answer.num_ends})
     before, ids, *pieces = _encode(tokenizer, [lead, rest, *(rest[:border] for border in borders)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.errors import SpecError
 
-__all__ = ["Resampler", "own_cells", "positions_2d"]
+__all__ = ["Resampler", "num_heads", "own_cells", "positions_2d"]
 
 NORM_EPS = 1e-6
 HEAD_WIDTH = 128
@@ -86,7 +86,7 @@ def place_codes(query_grid: int, key_grid: int, width: int) -> tuple[Float[Tenso
     return places, resized.reshape(width, key_grid**2).T.contiguous()
 
 
-def _num_heads(width: int) -> int:
+def num_heads(width: int) -> int:
     """The most heads of at least HEAD_WIDTH channels that share the position codes' frequencies evenly."""
     quarter = width // 4
     return max(heads for heads in range(1, max(1, width // HEAD_WIDTH) + 1) if quarter % heads == 0)
@@ -124,7 +124,7 @@ class Resampler(nn.Module):
         if query_grid**2 != num_queries or key_grid**2 != num_patches:
             raise SpecError(f"a resampler lays queries and patches on square grids, found {num_queries} queries and {num_patches} patches")
         self.num_queries, self.num_patches, self.width = num_queries, num_patches, width
-        self.num_heads = _num_heads(width)
+        self.num_heads = num_heads(width)
         query_places, key_places = place_codes(query_grid, key_grid, width)
         self.register_buffer("query_places", query_places, persistent=False)
         self.register_buffer("key_places", key_places, persistent=False)

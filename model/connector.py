@@ -61,6 +61,19 @@ class Standardiser(nn.Module):
         self.mean.copy_(flat.mean(dim=0))
         self.scale.copy_(torch.where(deviation > MIN_DEVIATION, 1 / deviation.clamp(min=MIN_DEVIATION), torch.zeros_like(deviation)))
 
+    def folded_into(self, weight: Float[Tensor, "out width"], bias: Float[Tensor, "out"]) -> tuple[Float[Tensor, "out width"], Float[Tensor, "out"]]:
+        """A linear layer that does this work as well: W ((x - mean) * scale) + b = (W * scale) x + (b - (W * scale) mean).
+
+        Args:
+            weight: of the layer behind.
+            bias: of the same.
+
+        Returns:
+            Weight and bias in double precision, on the CPU, without a graph.
+        """
+        scaled = weight.detach().double().cpu() * self.scale.double().cpu()
+        return scaled, bias.detach().double().cpu() - scaled @ self.mean.double().cpu()
+
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Centre and scale."""
         return (tokens - self.mean) * self.scale

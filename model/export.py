@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -408,11 +408,22 @@ class ExportedModel:
                 [bool(globals_) and plan is not None for plan in plans],
                 [plan if locals_ else None for plan in plans],
             ),
-            global_maps=self._maps(np.concatenate(globals_), spec.global_branch.fusion.maps) if globals_ else None,
-            local_maps=self._maps(np.concatenate(locals_), spec.local_branch.fusion.maps) if locals_ and spec.local_branch is not None else None,
+            global_maps=self.maps_of(np.concatenate(globals_), spec.global_branch.fusion.maps) if globals_ else None,
+            local_maps=self.maps_of(np.concatenate(locals_), spec.local_branch.fusion.maps) if locals_ and spec.local_branch is not None else None,
         )
 
-    def _maps(self, views: NDArray[np.uint8], maps: tuple[MapSpec, ...]) -> Mapping[str, Tensor]:
+    def maps_of(
+        self, views: UInt8[NDArray[np.uint8], "views 3 px px"], maps: Sequence[MapSpec]
+    ) -> Mapping[str, Float[Tensor, "views patches width"]]:
+        """Encode views as the connector was trained on them.
+
+        Args:
+            views: as `cut_views` gives them.
+            maps: which.
+
+        Returns:
+            Maps by name, rounded as the cache stored them.
+        """
         wanted = list(dict.fromkeys(maps))
         parts: list[dict[str, Tensor]] = [
             self.encoder(torch.from_numpy(views[start : start + _VIEWS_AT_ONCE]), wanted) for start in range(0, len(views), _VIEWS_AT_ONCE)

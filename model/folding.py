@@ -140,8 +140,7 @@ def fold_connector(connector: Connector) -> FoldedProjector:
             "with connector.standardise_inputs = false, or take --to loupe"
         )
     first, second = connector.global_mlp.linear_1, connector.global_mlp.linear_2
-    scaled = first.weight.detach().double().cpu() * standardiser.scale.double().cpu()
-    bias = first.bias.detach().double().cpu() - scaled @ standardiser.mean.double().cpu()
+    scaled, bias = standardiser.folded_into(first.weight, first.bias)
     layers = tuple(sorted({layer for map_spec in fusion.maps for layer in map_spec.layers}))
     width = scaled.shape[1] // len(fusion.maps)
     columns = {layer: scaled.new_zeros(scaled.shape[0], width) for layer in layers}

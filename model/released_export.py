@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.compression import Resampler, positions_2d
-from model.connector import Connector, Standardiser
+from model.compression import Resampler, num_heads, positions_2d
+from model.connector import Connector
 from model.errors import ExportError
 from model.released_weights import AUTHORS_NEWLINE, AUTHORS_PROJECTOR, AUTHORS_SAMPLER, authors_fusion, authors_heads
-from model.specs import EncoderSpec, GatedMixtureSpec, LearnableSelectorSpec, SingleSpec
+from model.specs import ConnectorSpec, EncoderSpec, GatedMixtureSpec, LearnableSelectorSpec, SingleSpec
 from model.views import ViewSpec
 
-__all__ = ["released_config_fields", "released_tensors", "write_llava_layout"]
+__all__ = ["check_computable", "released_config_fields", "released_tensors", "write_llava_layout"]
 
 _AUTHORS_GATED_TOKENS = 576
 """Their gate counts for views of so many tokens; any other number goes through the projector alone."""
@@ -145,11 +145,12 @@ def released_tensors(connector: Connector, encoder: EncoderSpec) -> dict[str, di
     Raises:
         ExportError: the authors' code cannot compute what this connector does.
     """
-    _check_computable(connector, encoder)
+    check_computable(connector.spec, encoder)
+    _check_foldable(connector)
     inner = "" if connector.resampler is None else ".projection"
     scale = connector.token_scale.detach()
     first, second = connector.global_mlp.linear_1, connector.global_mlp.linear_2
-    weight, bias = with_input(first.weight, first.bias, connector.global_input)
+    weight, bias = (tensor.to(first.weight) for tensor in connector.global_input.folded_into(first.weight, first.bias))
     projector = {
         f"{AUTHORS_PROJECTOR}{inner}.0.weight": weight,
         f"{AUTHORS_PROJECTOR}{inner}.0.bias": bias,
@@ -167,21 +168,6 @@ def released_tensors(connector: Connector, encoder: EncoderSpec) -> dict[str, di
     if connector.compression is not None:
         files["sampler.bin"] = _released_resampler(AUTHORS_SAMPLER, connector.compression)
     return {file: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()} for file, tensors in files.items()}
-
-
-def with_input(weight: Tensor, bias: Tensor, standardiser: Standardiser) -> tuple[Tensor, Tensor]:
-    """A linear layer that does its standardiser's work as well: W ((x - mean) * scale) + b = (W * scale) x + (b - (W * scale) mean).
-
-    Args:
-        weight: [out, in].
-        bias: [out].
-        standardiser: in front of the layer.
-
-    Returns:
-        Weight and bias, folded in double precision.
-    """
-    folded = weight.double() * standardiser.scale.double()
-    return folded.to(weight.dtype), (bias.double() - folded @ standardiser.mean.double()).to(bias.dtype)
 
 
 def _released_resampler(prefix: str, resampler: Resampler) -> dict[str, Tensor]:
@@ -219,12 +205,24 @@ def _released_resampler(prefix: str, resampler: Resampler) -> dict[str, Tensor]:
     }
 
 
-def _check_computable(connector: Connector, encoder: EncoderSpec) -> None:
-    """Refuse what the authors' code has no words for."""
-    spec = connector.spec
+def check_computable(spec: ConnectorSpec, encoder: EncoderSpec) -> None:
+    """Refuse what the authors' code has no words for, before anything is trained.
+
+    Args:
+        spec: of the connector.
+        encoder: whose maps it reads.
+
+    Raises:
+        ExportError: with every reason.
+    """
     fusion, local = spec.global_branch.fusion, spec.local_branch
-    attends = connector.resampler is not None or connector.compression is not None
+    attends = not {"resampler", "compression"}.isdisjoint(spec.blocks)
     faults: list[str] = []
+    if attends and spec.standardise_inputs:
+        faults.append(
+            "a resampler's norm and the gate read the standardised tokens, and the authors have no standardisation to put in front; train with "
+            "connector.standardise_inputs = false"
+        )
     if attends and not isinstance(fusion, SingleSpec):
         faults.append(f"SliME's resamplers read one map, this connector a {fusion.kind} fusion")
     elif not isinstance(fusion, SingleSpec) and fusion != authors_fusion(fusion.kind, encoder):
@@ -233,7 +231,8 @@ def _check_computable(connector: Connector, encoder: EncoderSpec) -> None:
         faults.append(f"their code always reads layer {encoder.num_blocks - 1} of this SigLIP encoder, the connector layer {fusion.layer}")
     if isinstance(spec.global_branch.adapters, GatedMixtureSpec) and encoder.num_patches != _AUTHORS_GATED_TOKENS:
         faults.append(f"SliME's gate counts for views of {_AUTHORS_GATED_TOKENS} patches alone, {encoder.model} has {encoder.num_patches}")
-    if any(part is not None and part.num_heads != authors_heads(part.width) for part in (connector.resampler, connector.compression)):
+    width = encoder.width * fusion.num_wide
+    if attends and num_heads(width) != authors_heads(width):
         faults.append("SliME's attention has one head per 128 channels, this connector another number")
     if spec.global_branch.output_grid is not None or (local is not None and local.output_grid is not None):
         faults.append("their code resizes no grid of tokens (output_grid)")
@@ -252,19 +251,15 @@ def _check_computable(connector: Connector, encoder: EncoderSpec) -> None:
             faults.append("their spatial_unpad ends every line with a newline token")
         if local.newline and local.merge != "spatial_unpad":
             faults.append(f"their {local.merge} merge has no newline token")
-    faults += _folding_faults(connector)
     if faults:
         raise ExportError("this connector is not one that the authors' code computes: " + "; ".join(faults))
 
 
-def _folding_faults(connector: Connector) -> list[str]:
-    """Where the standardisation does not fold into the first linear layer: behind it stands a norm, a gate without a bias, or a shared projector."""
-    inputs = [part for part in (connector.global_input, connector.local_input) if part is not None]
-    if all(bool((part.mean == 0).all() and (part.scale == 1).all()) for part in inputs):
-        return []
-    advice = "; train with connector.standardise_inputs = false"
-    if connector.resampler is not None or connector.compression is not None:
-        return ["a resampler's norm and the gate read the standardised tokens, and the authors have no standardisation to put in front" + advice]
-    if len(inputs) > 1 and not (torch.equal(inputs[0].mean, inputs[1].mean) and torch.equal(inputs[0].scale, inputs[1].scale)):
-        return ["global and local tokens are standardised by different numbers in front of one projector" + advice]
-    return []
+def _check_foldable(connector: Connector) -> None:
+    """One projector behind two standardisations folds where they are the same."""
+    one, other = connector.global_input, connector.local_input
+    if other is not None and not (torch.equal(one.mean, other.mean) and torch.equal(one.scale, other.scale)):
+        raise ExportError(
+            "this connector is not one that the authors' code computes: global and local tokens are standardised by different numbers in front of "
+            "one projector; train with connector.standardise_inputs = false"
+        )

@@ -10,6 +10,7 @@ Layer numbering, defined here and nowhere else: 0 = embedding output, k = output
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from math import isfinite
@@ -418,9 +419,9 @@ SelectorSpec = TextGuidedSelectorSpec | LearnableSelectorSpec
 
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
-ExportForm = Literal["folder", "llava-hf", "llava-next-hf", "loupe"]
-"""What an export is written as. `folder`: what `loupe ask` reads. `llava-hf`, `llava-next-hf`: transformers' own LLaVA and LLaVA-NeXT. `loupe`: a
-transformers model of Loupe's own classes."""
+ExportForm = Literal["folder", "llava", "llava-hf", "llava-next-hf", "loupe"]
+"""What an export is written as. `folder`: what `loupe ask` reads. `llava`: the authors' `mm_projector.bin` and its kin. `llava-hf`, `llava-next-hf`:
+transformers' own LLaVA and LLaVA-NeXT. `loupe`: a transformers model of Loupe's own classes."""
 
 StockForm = Literal["llava-hf", "llava-next-hf"]
 """Forms that need no code of Loupe's."""
@@ -680,6 +681,22 @@ class BranchMix:
             raise SpecError(f"branch: found the shares {self.words}, in sum {sum(shares):g}; allowed: shares of 0 or more that sum to 1")
 
 
+def sees_text_only(train: Sequence[Block], template: ChatTemplate) -> bool:
+    """Whether samples without an image take part in a phase.
+
+    Args:
+        train: the blocks that the phase trains.
+        template: in which its conversations are written.
+
+    Returns:
+        Only if the language model is trained, since no token of such a sample comes from the connector, and its gradient would be nothing; and not in
+        `plain`, which leaves out what is asked.
+
+    Differs: LLaVA's trainer puts a black image through encoder and connector for such a sample and takes none of its tokens. Here it is a blind one.
+    """
+    return "language_model" in train and template != "plain"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseSpec:
     """One phase of the schedule: which blocks train, on which input, for how long, how fast.
@@ -712,13 +729,22 @@ class PhaseSpec:
     template: ChatTemplate = "own"
     """In which the phase's conversations are written: the authors align on `plain` captions and fine-tune on `vicuna_v1` or `llama3`."""
 
-    def sees(self, source: str) -> bool:
-        """Whether the phase is shown samples of a source.
+    @property
+    def sees_text_only(self) -> bool:
+        """Whether samples without an image take part; see the function of that name."""
+        return sees_text_only(self.train, self.template)
+
+    def sees(self, source: str, *, text_only: bool) -> bool:
+        """Whether a sample takes part in the phase.
 
         Args:
-            source: its label.
+            source: label of the source that it is from.
+            text_only: whether it has no image.
+
+        Returns:
+            Whether it does.
         """
-        return not self.sources or source in self.sources
+        return (not self.sources or source in self.sources) and (self.sees_text_only or not text_only)
 
     @property
     def reached(self) -> tuple[Block, ...]:

@@ -10,21 +10,27 @@ Source: `frames`: FreeVA as Dense Connector uses it (section 3.4 and its evaluat
 """
 
 import io
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import isqrt
 from typing import Any, Literal
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from model.errors import ImageError, SpecError
-from model.images import DEFAULT_LIMITS, ImageLimits, upright_rgb
+from model.chat import tokenise_question
+from model.errors import ExportError, ImageError, SpecError
+from model.export import Answer, ExportedModel
+from model.images import DEFAULT_LIMITS, ImageLimits, cut_views, upright_rgb
 from model.views import ViewPlan, ViewSpec, plan_views
+from model.vision_language import Mode, VisualLayout, VisualTokens, lay_out_images, plan_sequences
 
-__all__ = ["VideoLayout", "frame_places", "grid_plan", "pool_frames", "read_frames"]
+__all__ = ["VideoLayout", "ask_video", "frame_places", "grid_plan", "pool_frames", "read_frames"]
 
 VideoLayout = Literal["frames", "grid"]
 
@@ -185,3 +191,84 @@ def _turned(frame: Any) -> Image.Image:
     """As a player shows it: telephones write how they were held, and turn nothing."""
     picture: Image.Image = frame.to_image()
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
+@torch.no_grad()
+def ask_video(
+    exported: ExportedModel,
+    frames: Sequence[Image.Image],
+    question: str,
+    layout: VideoLayout | None = None,
+    *,
+    pool: int = 2,
+    max_new_tokens: int = 64,
+) -> Answer:
+    """Answer a question about some frames of a video, greedily.
+
+    Args:
+        exported: the model; it was trained on pictures.
+        frames: from `read_frames`, in order.
+        question: about the video.
+        layout: how frames stand in for a picture; None is `grid` for a connector with a local branch, `frames` for one without.
+        pool: of `frames`: neighbouring tokens of a frame that become one.
+        max_new_tokens: the answer ends here at the latest.
+
+    Returns:
+        The answer.
+
+    Raises:
+        ConversationError: the question does not fit beside so many frames, or holds a mark of the prompt.
+        ExportError: the layout needs a local branch and there is none.
+        SpecError: there are no frames, or the pool is larger than a frame.
+    """
+    started = time.monotonic()
+    if not frames:
+        raise SpecError("a video needs at least one frame, found none")
+    spec, encoder, model = exported.config.connector, exported.config.encoder, exported.model
+    if layout is None:
+        layout = "frames" if spec.local_branch is None else "grid"
+    views = np.concatenate([_whole(exported, frame) for frame in frames])
+    mode: Mode
+    if layout == "frames":
+        num_visual = len(frames) * (model.connector.tokens_per_global_view // max(pool, 1))
+        shown = VisualLayout(
+            tokens_per_global_view=num_visual,
+            tokens_per_local_view=0,
+            separator=False,
+            global_index=(0,),
+            first_view=(0,),
+            local_orders=(np.zeros(0, dtype=np.int64),),
+        )
+        maps = plan_sequences([], [], [], shown, global_maps=exported.maps_of(views, spec.global_branch.fusion.maps))
+        found = model.visual_tokens(maps.to(model.device)).global_tokens
+        assert found is not None
+        visual = VisualTokens(global_tokens=pool_frames(found, pool), local_tokens=None)
+        mode = "global"
+    else:
+        if spec.local_branch is None:
+            raise ExportError("this export has no local branch, so frames cannot tile a grid of local views; use the layout 'frames'")
+        plan = grid_plan(len(frames), encoder.view_px)
+        shown = lay_out_images(model.connector, [True], [plan])
+        whole = {name: values.mean(dim=0, keepdim=True) for name, values in exported.maps_of(views, spec.global_branch.fusion.maps).items()}
+        maps = plan_sequences([], [], [], shown, global_maps=whole, local_maps=exported.maps_of(views, spec.local_branch.fusion.maps))
+        visual = model.visual_tokens(maps.to(model.device))
+        num_visual = model.connector.tokens_per_global_view + len(shown.local_orders[0]) + shown.separator
+        mode = "both"
+    conversation = tokenise_question(model.tokenizer, question, model.max_tokens - max_new_tokens - num_visual)
+    selects = mode == "both" and spec.selector is not None
+    batch = plan_sequences([conversation], [mode], [0], shown, pad_left=True, selects=selects)
+    tokens = model.generate(batch.to(model.device), max_new_tokens, visual)[0]
+    return Answer(
+        text=model.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        mode=mode,
+        seconds=time.monotonic() - started,
+        num_visual_tokens=num_visual,
+        num_answer_tokens=len(tokens),
+    )
+
+
+def _whole(exported: ExportedModel, frame: Image.Image) -> Any:
+    """A frame as the global view of a picture."""
+    encoder = exported.config.encoder
+    plan = plan_views(frame.width, frame.height, encoder.view_px, exported.config.views)
+    return cut_views(frame, plan, "global", mean_colour=encoder.mean_colour)

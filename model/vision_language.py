@@ -132,6 +132,7 @@ class Batch:
     global_maps: Mapping[str, Float[Tensor, "images patches width"]] | None = None
     local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None = None
     gate_noise: Float[Tensor, "images tokens experts"] | None = None
+    """Of as many images as global_maps has; None where the phase has no noise."""
     selects: bool = False
     """Whether the connector's selector drops local tokens."""
     selector_noise: Float[Tensor, "batch most"] | None = None
@@ -367,7 +368,8 @@ class VisionLanguageModel(nn.Module):
             if batch.global_maps is not None:
                 global_tokens = connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise)
             elif blank:
-                noise = torch.zeros(1, connector.num_patches, NUM_EXPERTS, device=self.device)  # the gate's noise matrix is to take part as well
+                # The gate's noise matrix takes part where it does for ranks that show something.
+                noise = None if batch.gate_noise is None else torch.zeros(1, connector.num_patches, NUM_EXPERTS, device=self.device)
                 maps = connector.blank_maps(connector.spec.global_branch.fusion)
                 idle.append(connector.global_tokens(maps, experts=batch.experts, noise=noise))
             if batch.local_maps is not None:

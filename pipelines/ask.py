@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from model.errors import ConversationError, ImageError
-from pipelines.errors import NothingThereError
+from pipelines.errors import NothingThereError, SettingError
 from workers.errors import ObjectNotFoundError
 from workers.storage import Store, open_url, translated
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from model.export import Answer
 
 __all__ = ["ask_export"]
@@ -19,7 +21,7 @@ _REMEDIES = {"too_many_bytes": "make it smaller", "too_many_pixels": "make it sm
 """What to do about an image, by the reason of its refusal."""
 
 
-def ask_export(export: str, image: str, question: str, mode: Literal["blind", "global", "local", "both"]) -> "Answer":
+def ask_export(export: str, image: str, question: str, mode: Literal["blind", "global", "local", "both"], num_frames: int = 0) -> "Answer":
     """Load an export and ask it one question.
 
     Args:
@@ -27,13 +29,14 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
         image: path or URL of an image file.
         question: what to ask.
         mode: which views the model sees.
+        num_frames: of a video, so many frames are shown; 0 takes the file for an image.
 
     Returns:
         The answer.
 
     Raises:
         ConversationError: there is no question.
-        ImageError: the image is none that Loupe accepts.
+        ImageError: the image is none that Loupe accepts, or the video cannot be read.
         NothingThereError: no such export or image.
         StorageError: one of them cannot be read.
     """
@@ -41,7 +44,8 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
         raise ConversationError(
             "conversation_empty", f"ask: found the question {question!r}; write one, such as 'Which number stands on the brown bar?'"
         )
-    image_bytes = _image_bytes(image)
+    file_bytes = _file_bytes(image)
+    frames = _frames(image, file_bytes, num_frames)
     if not export.strip():
         raise NothingThereError(f"ask: found {export!r} where the export folder should stand; `loupe export RECIPE` writes one and prints its path")
     store = Store(export)
@@ -50,27 +54,47 @@ def ask_export(export: str, image: str, question: str, mode: Literal["blind", "g
         _check_export_folder(local)
     from model.export import load_export
 
+    def ask(folder: Path) -> "Answer":
+        exported = load_export(folder)
+        if not num_frames:
+            return exported.ask(file_bytes, question, mode=mode)
+        from model.video import ask_video
+
+        return ask_video(exported, frames, question)
+
     if local is not None:
-        return load_export(local).ask(image_bytes, question, mode=mode)
+        return ask(local)
     with tempfile.TemporaryDirectory(prefix="loupe-export-") as folder:
         store.download_folder("", Path(folder))
-        return load_export(Path(folder)).ask(image_bytes, question, mode=mode)
+        return ask(Path(folder))
 
 
-def _image_bytes(image: str) -> bytes:
-    """The bytes of an image that can be decoded."""
-    from model.images import decode_image
-
+def _file_bytes(image: str) -> bytes:
     images, name = open_url(image)
     try:
-        image_bytes = images.read_bytes(name)
+        return images.read_bytes(name)
     except ObjectNotFoundError as error:
         raise NothingThereError(f"ask: found no image file {image}; give the path or URL of a PNG or JPEG") from error
+
+
+def _frames(name: str, file_bytes: bytes, num_frames: int) -> "list[Image.Image]":
+    """The frames that are shown; of an image none, but it is decoded, so that a broken one is told before a model is loaded."""
+    if num_frames < 0:
+        raise SettingError(f"ask: --frames: found {num_frames}; allowed: 1 or more, or 0 for an image")
     try:
-        decode_image(image_bytes)
+        if num_frames:
+            from model.video import read_frames
+
+            return read_frames(file_bytes, num_frames)
+        from model.images import decode_image
+
+        decode_image(file_bytes)
     except ImageError as error:
-        raise ImageError(error.reason, f"ask: image {image}: {error}; {_REMEDIES.get(error.reason, 'give a whole PNG or JPEG')}") from error
-    return image_bytes
+        what, remedy = (
+            ("video", "give a whole video or animation") if num_frames else ("image", "give a whole PNG or JPEG, or --frames 8 for a video")
+        )
+        raise ImageError(error.reason, f"ask: {what} {name}: {error}; {_REMEDIES.get(error.reason, remedy)}") from error
+    return []
 
 
 def _check_export_folder(folder: Path) -> None:

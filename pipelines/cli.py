@@ -218,11 +218,12 @@ def ask(
     /,
     *,
     mode: Annotated[Literal["blind", "global", "local", "both"], Parameter(name="--mode", help="Which views the model sees.")] = "both",
+    frames: Annotated[int, Parameter(name="--frames", help="Of a video or an animation, so many frames are shown; 0 takes IMAGE for an image.")] = 0,
 ) -> None:
-    """Ask an exported model about an image; the answer is all that goes to standard output."""
+    """Ask an exported model about an image or a video; the answer is all that goes to standard output."""
     from pipelines.ask import ask_export
 
-    answer = ask_export(export_folder, image, question, mode)
+    answer = ask_export(export_folder, image, question, mode, frames)
     print(answer.text)
 
 

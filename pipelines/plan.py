@@ -7,7 +7,7 @@ from math import ceil
 from rich.table import Table
 
 from model.errors import SpecError
-from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_known
+from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_known, sees_text_only
 from model.views import plan_views
 from pipelines.errors import RecipeError
 from pipelines.recipe import Phase
@@ -97,11 +97,15 @@ def _length_text(phase: Phase, experiment: Experiment, images: "_SourceImages") 
     if phase.steps is not None:
         return f"{phase.steps} steps of {phase.batch_size}, {phase.steps * phase.batch_size} images seen"
     assert phase.epochs is not None
-    numbers = [images.by_source[label] for label in phase.source_labels(tuple(images.by_source)) or images.by_source]
+    labels = phase.source_labels(tuple(images.by_source)) or images.by_source
+    numbers = [images.by_source[label] for label in labels]
     known = [number for number in numbers if number is not None]
-    num_train = round(sum(known) * (1 - experiment.dataset.held_out_fraction))
+    template = phase.template or experiment.file.recipe.language_model.template
+    seen = sees_text_only(phase.blocks(experiment.connector), template)
+    num_text_only = sum(images.text_only_by_source[label] for label in labels) if seen else 0
+    num_train = round((sum(known) + num_text_only) * (1 - experiment.dataset.held_out_fraction))
     steps = "" if len(known) < len(numbers) else f", about {max(1, ceil(phase.epochs * num_train / phase.batch_size))} steps"
-    return f"{phase.epochs:g} epochs of {phase.batch_size}{steps}"
+    return f"{phase.epochs:g} epoch{'' if phase.epochs == 1 else 's'} of {phase.batch_size}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,19 +115,25 @@ class _SourceImages:
     dataset: DatasetSpec
     by_source: dict[str, int | None]
     """By the source's label; None where its records cannot be read."""
+    text_only_by_source: dict[str, int]
+    """Records without an image."""
 
     @classmethod
     def of(cls, experiment: Experiment, dataset: DatasetSpec) -> "_SourceImages":
-        from workers.dataset.sources import read_records
+        from workers.dataset.sources import is_text_only, read_records
 
         unreadable = {part.records for part in experiment.missing}
         numbers: dict[str, int | None] = {}
+        text_only: dict[str, int] = {}
         for source in dataset.sources:
+            label = source_label(source)
+            numbers[label], text_only[label] = None, 0
             if isinstance(source, RenderedSourceSpec):
-                numbers[source_label(source)] = source.num_images
-            else:
-                numbers[source_label(source)] = None if source.records in unreadable else len(read_records(source))
-        return cls(dataset=dataset, by_source=numbers)
+                numbers[label] = source.num_images
+            elif source.records not in unreadable:
+                alone = [is_text_only(record) for record in read_records(source)]
+                numbers[label], text_only[label] = alone.count(False), alone.count(True)
+        return cls(dataset=dataset, by_source=numbers, text_only_by_source=text_only)
 
     @property
     def num_drawn(self) -> int:
@@ -134,6 +144,11 @@ class _SourceImages:
     def num_records(self) -> int:
         """Images of records that can be read."""
         return sum(number or 0 for number in self.by_source.values()) - self.num_drawn
+
+    @property
+    def num_text_only(self) -> int:
+        """Records without an image."""
+        return sum(self.text_only_by_source.values())
 
     @property
     def num_unread(self) -> int:
@@ -153,13 +168,17 @@ class _SourceImages:
     @property
     def question_words(self) -> str:
         """How many questions there are, for people."""
-        asked = [(self.num_drawn, f"at most {self.num_drawn * self.dataset.turns_per_image}"), (self.num_records, "those of the records")]
+        num_records = self.num_records + self.num_text_only
+        asked = [(self.num_drawn, f"at most {self.num_drawn * self.dataset.turns_per_image}"), (num_records, "those of the records")]
         return ", ".join(text for number, text in asked if number)
 
 
 def _dataset_lines(images: _SourceImages) -> Iterator[PlanLine]:
     yield PlanLine(topic="dataset", fact="images", value=images.words)
-    if not (total := images.num_drawn + images.num_records):
+    if images.num_text_only:
+        value = f"{images.num_text_only} records without an image: seen by phases that train the language model, neither cached nor asked"
+        yield PlanLine(topic="dataset", fact="text only", value=value)
+    if not (total := images.num_drawn + images.num_records + images.num_text_only):
         return
     held_out = round(total * images.dataset.held_out_fraction)
     yield PlanLine(topic="dataset", fact="split", value=f"about {total - held_out} train, {held_out} held out")

@@ -48,6 +48,7 @@ from model.specs import (
     STISpec,
     TextGuidedSelectorSpec,
     fingerprint_if_known,
+    sees_text_only,
 )
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
@@ -603,13 +604,22 @@ class Phase(Table):
             found.add(matching[0])
         return tuple(sorted(found))
 
-    def spec(self, connector: ConnectorSpec, *, labels: Sequence[str], num_train_images: Mapping[str, int] | None, fine_tunes: bool) -> PhaseSpec:
+    def spec(
+        self,
+        connector: ConnectorSpec,
+        *,
+        labels: Sequence[str],
+        num_train_images: Mapping[str, int] | None,
+        num_train_text_only: Mapping[str, int],
+        fine_tunes: bool,
+    ) -> PhaseSpec:
         """The phase over this connector's blocks.
 
         Args:
             connector: whose blocks are trained.
             labels: of the dataset's sources.
             num_train_images: training images by source; needed for a phase that counts in epochs, None while unknown.
+            num_train_text_only: training samples without an image by source; they count in phases that see them.
             fine_tunes: whether it is the last phase, schedule.sft.
 
         Returns:
@@ -639,8 +649,14 @@ class Phase(Table):
             )
         else:
             assert self.epochs is not None
-            num_images = sum(number for label, number in num_train_images.items() if not sources or label in sources)
-            steps = max(1, ceil(self.epochs * num_images / self.batch_size))
+            counts = [num_train_images]
+            if sees_text_only(self.blocks(connector), self.template or "own"):
+                counts.append(num_train_text_only)
+            num_samples = sum(number for count in counts for label, number in count.items() if not sources or label in sources)
+            if not num_samples:
+                shown = f"the sources {', '.join(sources)}, which have" if sources else "sources with"
+                raise SpecError(f"the phase sees {shown} no training image; give it others, or a smaller held_out_fraction to the dataset")
+            steps = ceil(self.epochs * num_samples / self.batch_size)
         return PhaseSpec(
             name=self.shown_name,
             train=self.blocks(connector),
@@ -933,13 +949,20 @@ class Recipe(Table):
             for source in self.dataset.sources
         )
 
-    def schedule_spec(self, connector: ConnectorSpec, seed: int, num_train_images: Mapping[str, int] | None = None) -> ScheduleSpec:
+    def schedule_spec(
+        self,
+        connector: ConnectorSpec,
+        seed: int,
+        num_train_images: Mapping[str, int] | None = None,
+        num_train_text_only: Mapping[str, int] | None = None,
+    ) -> ScheduleSpec:
         """The schedule of one seed.
 
         Args:
             connector: whose blocks the phases train.
             seed: of initialisation, order and noise.
             num_train_images: training images by their source's label, None while unknown.
+            num_train_text_only: training samples without an image, likewise; None: there are none.
 
         Returns:
             The schedule's spec.
@@ -951,7 +974,13 @@ class Recipe(Table):
         def build(path: str, phase: Phase, *, fine_tunes: bool = False) -> PhaseSpec:
             with _at(path):
                 written = phase.model_copy(update={"template": phase.template or self.language_model.template})
-                return written.spec(connector, labels=self.source_labels, num_train_images=num_train_images, fine_tunes=fine_tunes)
+                return written.spec(
+                    connector,
+                    labels=self.source_labels,
+                    num_train_images=num_train_images,
+                    num_train_text_only=num_train_text_only or {},
+                    fine_tunes=fine_tunes,
+                )
 
         schedule = self.schedule
         align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))

@@ -299,7 +299,10 @@ def _headline(accuracy: Sequence[AccuracyRow], metric: str, dataset: dict[str, A
     for cells, mode, words in ((overall, "blind", "points over blind"), (small, "global", "points over global only, small detail")):
         if "both" in cells and mode in cells and (best := cells["both"].mean) is not None and (mean := cells[mode].mean) is not None:
             tiles.append((words, f"{100 * (best - mean):+.1f}"))
-    tiles.append(("pictures", str(dataset["num_samples"])))
+    num_text_only = dataset.get("num_text_only", 0)
+    tiles.append(("pictures", str(dataset["num_samples"] - num_text_only)))
+    if num_text_only:
+        tiles.append(("conversations without a picture", str(num_text_only)))
     tiles.append(("questions", str(dataset["num_turns"])))
     tiles.append(("all stages", duration_text(sum(row.seconds for row in stages))))
     return tuple(tiles)
@@ -314,13 +317,19 @@ def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[st
         ("Maps of the global view", ", ".join(map_spec.name for map_spec in features.global_maps)),
         ("Maps of the local views", ", ".join(map_spec.name for map_spec in features.local_maps) or "none"),
         ("Trained parameters", ", ".join(f"{block} {number:,}" for block, number in training.parameters.items())),
-        ("Training", f"{training.steps} steps, {training.samples} images seen, {training.samples_per_second:.1f} images/s on {training.device}"),
+        ("Training", f"{training.steps} steps, {training.samples} samples seen, {training.samples_per_second:.1f} samples/s on {training.device}"),
         ("Asked", _asked_words(runs[0].evaluation)),
         ("Seeds", ", ".join(str(run.seed) for run in runs)),
         ("Features", f"stored as {features.precision}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
         ("Root", experiment.store.root),
     )
+
+
+def _dataset_note(dataset: dict[str, Any]) -> str:
+    num_text_only = dataset.get("num_text_only", 0)
+    text_only = f", {num_text_only} conversations without a picture" if num_text_only else ""
+    return f"{dataset['num_samples'] - num_text_only} pictures{text_only}, {dataset['num_turns']} questions"
 
 
 def _dataset_rows(samples: Sequence[Sample], *, asked: bool) -> tuple[DatasetRow, ...]:
@@ -343,7 +352,7 @@ def _dataset_rows(samples: Sequence[Sample], *, asked: bool) -> tuple[DatasetRow
 
 def _data_row(run: "StageRun", record: dict[str, Any]) -> StageRow:
     if run.stage == "build-dataset":
-        size, note = record["image_bytes"], f"{record['num_samples']} pictures, {record['num_turns']} questions"
+        size, note = record["image_bytes"], _dataset_note(record)
     else:
         size, note = record["feature_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
     return StageRow(name=run.name, key=run.key, seconds=record["seconds"], num_bytes=size, note=note)

@@ -117,13 +117,13 @@ def _show_dataset(experiment: Experiment, dataset: DatasetSpec, root: str | None
     for family in sorted({sample.family for sample in samples}):
         num_turns = sum(len(sample.turns) for sample in samples if sample.family == family)
         table.add_row(family, str(counts[family, "train"]), str(counts[family, "held_out"]), str(num_turns))
-    console.print("\nimages", style="italic")
+    console.print("\nsamples", style="italic")
     console.print(table)
     console.print("\nsome questions, each below its image", style="italic")
     for sample in samples[:: max(1, len(samples) // NUM_SHOWN_SAMPLES)][:NUM_SHOWN_SAMPLES]:
         turn = sample.turns[0]
         # Not in a table: a path in a column is broken into lines, and could not be pasted into `loupe ask`.
-        console.print(shlex.quote(_place(experiment, sample.image_path)), soft_wrap=True)
+        console.print("text only" if sample.image is None else shlex.quote(_place(experiment, sample.image.path)), soft_wrap=True)
         console.print(f"    {_one_line(turn.question)}  {_one_line(turn.answer)}  ({turn.detail})", soft_wrap=True)
 
 

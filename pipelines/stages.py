@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 from urllib.parse import unquote, urlsplit
 
-from model.errors import FoldingError, ModelError, SpecError
+from model.errors import ExportError, FoldingError, ModelError, SpecError
 from model.specs import (
     ChatTemplate,
     ConnectorSpec,
@@ -230,17 +230,18 @@ class Experiment:
         Raises:
             SpecError: the schedule counts in epochs and the dataset is not built yet.
         """
-        num_train_images = None
-        if self.file.recipe.uses_epochs and (built := self.record("build-dataset", self.dataset)) is not None:
-            num_train_images = {str(label): int(number) for label, number in built["num_train_by_source"].items()}
-        return self._training(seed, num_train_images)
+        if not self.file.recipe.uses_epochs or (built := self.record("build-dataset", self.dataset)) is None:
+            return self._training(seed, None)
+        text_only = {str(label): int(number) for label, number in built.get("num_train_text_only_by_source", {}).items()}
+        images = {str(label): int(number) - text_only.get(str(label), 0) for label, number in built["num_train_by_source"].items()}
+        return self._training(seed, images, text_only)
 
-    def _training(self, seed: int, num_train_images: Mapping[str, int] | None) -> TrainingSpec:
+    def _training(self, seed: int, num_train_images: Mapping[str, int] | None, num_train_text_only: Mapping[str, int] | None = None) -> TrainingSpec:
         return TrainingSpec(
             dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
             connector=self.connector,
-            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images),
+            schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images, num_train_text_only),
             language_model=self.language_model,
             lora=self.file.recipe.language_model.lora_spec(),
             max_tokens=self.file.recipe.language_model.max_tokens,
@@ -379,13 +380,22 @@ class Experiment:
             raise RecipeError(
                 f"recipe {self.file.path}: --merge goes with --to folder; what --to {form} writes holds adapters merged always. Leave --merge out"
             )
-        if form in ("llava-hf", "llava-next-hf"):
-            from model.folding import check_foldable
+        try:
+            match form:
+                case "llava-hf" | "llava-next-hf":
+                    from model.folding import check_foldable
 
-            try:
-                check_foldable(form, self.connector, self.encoder, self.dataset.views)
-            except FoldingError as error:
-                raise RecipeError(f"recipe {self.file.path}: {error}") from error
+                    check_foldable(form, self.connector, self.encoder, self.dataset.views)
+                case "llava":
+                    from model.released_export import check_computable
+
+                    check_computable(self.connector, self.encoder)
+                case "folder" | "loupe":
+                    pass
+                case _:
+                    assert_never(form)
+        except (FoldingError, ExportError) as error:
+            raise RecipeError(f"recipe {self.file.path}: --to {form}: {error}") from error
 
     def report(self) -> ReportSpec:
         """What the report tells of."""
@@ -600,11 +610,8 @@ def stage_runs(experiment: Experiment, until: StageName = "report", form: Export
         yield _build_run(experiment, dataset, asked=asked)
 
     built = experiment.record("build-dataset", experiment.dataset)
-    if last >= STAGES.index("evaluate") and built is not None and experiment.asked is None and not built["num_held_out"]:
-        raise RecipeError(
-            f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
-            f"{built['num_samples']} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
-        )
+    if built is not None:
+        _check_built(experiment, built, evaluates=last >= STAGES.index("evaluate") and experiment.asked is None)
 
     if last >= STAGES.index("cache-features"):
         for _, features, asked in experiment.data:
@@ -633,6 +640,23 @@ def stage_runs(experiment: Experiment, until: StageName = "report", form: Export
             return write_report(experiment, progress)
 
         yield StageRun(stage="report", seed=None, spec=experiment.report(), run=report_)
+
+
+def _check_built(experiment: Experiment, built: Mapping[str, Any], *, evaluates: bool) -> None:
+    """Whether the dataset has the images that later stages need; text alone is neither cached nor asked about."""
+    num_text_only = built.get("num_text_only", 0)
+    num_images = built["num_samples"] - num_text_only
+    if not num_images:
+        raise RecipeError(
+            f"recipe {experiment.file.path}: dataset.sources: found {built['num_samples']} samples without an image and none with one, so there is "
+            "nothing that a connector could learn; allowed: sources of which at least some records name an image"
+        )
+    num_train_text_only = sum(built.get("num_train_text_only_by_source", {}).values())
+    if evaluates and built["num_held_out"] == num_text_only - num_train_text_only:
+        raise RecipeError(
+            f"recipe {experiment.file.path}: dataset.held_out_fraction: found {experiment.dataset.held_out_fraction}, which holds out none of the "
+            f"{num_images} images, so there is nothing to evaluate on; allowed: a larger fraction, or more images"
+        )
 
 
 def _form_run(experiment: Experiment, form: ExportForm) -> StageRun:

@@ -88,7 +88,7 @@ def tiny_training_spec(language_model_folder: Path, *, features: Any = None, **c
 
 def fake_samples(count: int = TINY_TRAIN_IMAGES) -> list[Any]:
     """Samples of two aspect ratios and one to three turns."""
-    from workers.dataset.samples import Sample, Turn
+    from workers.dataset.samples import ImageRef, Sample, Turn
 
     samples = []
     for number in range(count):
@@ -101,10 +101,12 @@ def fake_samples(count: int = TINY_TRAIN_IMAGES) -> list[Any]:
             Sample(
                 sample_id=f"fake-{number}",
                 index=number,
-                image_sha256=hashlib.sha256(str(number).encode()).hexdigest(),
-                image_path=f"images/{number}.png",
-                width_px=112 if number % 3 else 56,
-                height_px=56 if number % 3 else 112,
+                image=ImageRef(
+                    sha256=hashlib.sha256(str(number).encode()).hexdigest(),
+                    path=f"images/{number}.png",
+                    width_px=112 if number % 3 else 56,
+                    height_px=56 if number % 3 else 112,
+                ),
                 family="fake",
                 source="fake",
                 split="train",
@@ -184,10 +186,11 @@ def build_small_store(
     *,
     num_images: int = 24,
     renderer: Any = draw_square,
+    more_sources: tuple[Any, ...] = (),
     views: Any = None,
     **changes: Any,
 ) -> tuple[Any, Any]:
-    """A store with a built dataset of squares and its cached features, made in this process; and a training spec over it."""
+    """A store with a built dataset of squares (and more) and its cached features, made in this process; and a training spec over it."""
     from model.encoder import describe_encoder
     from model.specs import FeatureSpec, fingerprint
     from model.views import ViewSpec
@@ -201,7 +204,7 @@ def build_small_store(
     store = Store(root)
     views = views or ViewSpec(max_slices=2)
     dataset = DatasetSpec(
-        sources=(RenderedSourceSpec(family="charts", num_images=num_images),),
+        sources=(RenderedSourceSpec(family="charts", num_images=num_images), *more_sources),
         seed=0,
         held_out_fraction=0.3,
         view_px=56,
@@ -222,6 +225,17 @@ def build_small_store(
     )
     cache_features(features, store, execution, SilentProgress(), cluster=InlineCluster())
     return store, tiny_training_spec(language_model_folder, features=features, connector=connector, **changes)
+
+
+def mixed_samples(count: int = 2 * TINY_TRAIN_IMAGES) -> list[Any]:
+    """Fake samples, every second one about no image."""
+    from dataclasses import replace
+
+    samples = fake_samples(count)
+    for sample in samples[1::2]:
+        turns = tuple(replace(turn, question=f"{turn.question} ({sample.index})", kind="llava/text") for turn in sample.turns)
+        samples[sample.index] = replace(sample, image=None, family="text", turns=turns)
+    return samples
 
 
 def write_tiny_export(folder: Path, encoder_folder: Path, language_model_folder: Path) -> Path:

@@ -5,7 +5,8 @@ metric, mode, family, detail and kind of question with 95 % intervals, and a Par
 `majority` stands beside the modes: the commonest training answer to the question's kind, which needs neither image nor question.
 
 Invariants: all modes are asked the same questions of the same images; a question's answer does not depend on the batch it was asked in; no image of
-the run's training split is asked (of another dataset such images are left out, counted and listed).
+the run's training split is asked (of another dataset such images are left out, counted and listed). So conversations about no image are not asked,
+but counted: they would be blind's alone.
 """
 
 import hashlib
@@ -135,6 +136,8 @@ class EvaluationRecord:
     num_images: int
     num_questions: int
     """That were asked."""
+    num_text_only: int = 0
+    """Conversations of the split that are about no image, of which nothing is asked."""
     num_quarantined: int
     """Questions that cannot be asked."""
     quarantined_by_reason: dict[str, int]
@@ -217,7 +220,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         over_asked = replace(training, dataset_fingerprint=spec.dataset_fingerprint, features=asked_features(spec, training))
         trained = read_samples(store, training.dataset_fingerprint, "train")
         data = training_data(over_asked, store, spec.split, device=device.type)
-        samples, left_out = (data.samples, []) if _of_training_dataset(spec, training) else _without_trained(data.samples, trained)
+        shown = _about_images(data.samples)
+        samples, left_out = (shown, []) if _of_training_dataset(spec, training) else _without_trained(shown, trained)
         questions = _chosen(samples, spec.max_questions)
         _check_there_is_something_to_ask(spec, questions, left_out)
         model = load_trained(training, store, device=device)
@@ -252,6 +256,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
             rules={metric: metric_words(metric) for metric in spec.metrics},
             num_images=len({question.sample.sample_id for question in questions}),
             num_questions=len(questions),
+            num_text_only=len(data.samples) - len(shown),
             num_quarantined=len(refused),
             quarantined_by_reason=dict(sorted(Counter(row.reason for row in refused).items())),
             num_images_trained_on=len(left_out),
@@ -274,9 +279,13 @@ def _progress_word(metric: MetricName) -> str:
     return "right" if is_zero_or_one(metric) else metric
 
 
+def _about_images(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not sample.text_only]
+
+
 def _without_trained(samples: Sequence[Sample], trained: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Samples whose image the run was not trained on, and those whose image it was."""
-    seen = {sample.image_sha256 for sample in trained}
+    seen = {sample.identity for sample in trained}
     return [sample for sample in samples if sample.image_sha256 not in seen], [sample for sample in samples if sample.image_sha256 in seen]
 
 
@@ -344,7 +353,7 @@ def check_other_dataset(spec: EvaluationSpec, training: TrainingSpec, store: Sto
     from workers.language_models import language_model_folder, language_model_hidden
 
     trained = read_samples(store, training.dataset_fingerprint, "train")
-    samples, left_out = _without_trained(read_samples(store, spec.dataset_fingerprint, spec.split), trained)
+    samples, left_out = _without_trained(_about_images(read_samples(store, spec.dataset_fingerprint, spec.split)), trained)
     _check_there_is_something_to_ask(spec, _chosen(samples, spec.max_questions), left_out)
     name = training.language_model.model
     connector = build_connector(training.connector, training.features.encoder, hidden=language_model_hidden(name), embedding_rms=1.0, seed=0)
@@ -365,7 +374,7 @@ def check_questions(samples: Sequence[Sample], model: _Asker, features: FeatureS
     Raises:
         ErrorBudgetError: too many of them cannot be asked.
     """
-    _askable(_chosen(samples, None), model, features, MAX_NEW_TOKENS, execution.max_quarantined_fraction)
+    _askable(_chosen(_about_images(samples), None), model, features, MAX_NEW_TOKENS, execution.max_quarantined_fraction)
 
 
 def _askable(

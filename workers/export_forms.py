@@ -43,6 +43,15 @@ TOLERANCE = 1e-4
 """Largest difference of a logit in fp32, as a share of the largest logit, or of 1. Rounding grows with the logits: with the models that come with
 Loupe, whose largest is 15, the difference was 6e-5; with the projector's weights rounded to fp16 it would have been 6e-2."""
 
+_LLAVA_USAGE = """\
+Files as the authors' code of LLaVA, Dense Connector and SliME saves and loads them: `mm_projector.bin`, of SliME also `sampler.bin`, plain tensors
+that `torch.load(weights_only=True)` reads, and the `mm_*` fields of `config.json`. Give them to that code as its projector, beside the language model
+that this run was trained with: `language_model/` here where the run trained it, the one named below where it did not. `loupe import-weights` reads
+them too."""
+
+_ROUNDING: tuple[ExportForm, ...] = ("loupe", "llava")
+"""Forms that are compared as the run computes, with its rounding."""
+
 _NUM_PROMPTS = 3
 _LAST_POSITIONS = 256
 """Positions of a prompt that are compared: all of the text behind the picture, and visual tokens before it."""
@@ -144,16 +153,17 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             progress.advance()
             if training.lora is not None:
                 merge_adapters(run.model.language_model)
-            _write(folder, spec.form, run)
+            _write(folder, spec.form, run, trains_language_model="language_model.safetensors" in trained.files)
             licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
             (folder / "README.md").write_text(model_card(training, trained, evaluated, licences, _usage(spec.form)))
             progress.advance()
-            if spec.form != "loupe":
+            if spec.form not in _ROUNDING:
                 expected = _ask_again(_without_rounding(run), as_evaluated)
             else:
                 expected = as_evaluated if training.lora is None else _ask_again(run, as_evaluated)
             tolerance = TOLERANCE * max(1.0, *(float(prompt.logits.abs().max()) for prompt in expected))
-            error = _compare(spec.form, AutoLoaded.load(folder), expected, tolerance)
+            written = _Reimported.load(folder, run) if spec.form == "llava" else AutoLoaded.load(folder)
+            error = _compare(spec.form, written, expected, tolerance)
             progress.advance()
             files = write_manifest(folder)
             publish_folder(store, folder, target, files)
@@ -200,7 +210,7 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
 
 def _choose(training: TrainingSpec, store: Store) -> Iterator[tuple["Sample", "Turn", bytes]]:
     """Held-out questions with their pictures' bytes, those about a small detail first."""
-    samples = read_samples(store, training.dataset_fingerprint)
+    samples = [sample for sample in read_samples(store, training.dataset_fingerprint) if not sample.text_only]
     for sample in [sample for sample in samples if sample.split == "held_out"] or samples:
         data = store.read_reference(sample.image_path)
         if hashlib.sha256(data).hexdigest() != sample.image_sha256:
@@ -235,8 +245,16 @@ def _ask_prompts(run: "ExportedModel", questions: Iterator[tuple["Sample", "Turn
             return
 
 
-def _write(folder: Path, form: ExportForm, run: "ExportedModel") -> None:
+def _write(folder: Path, form: ExportForm, run: "ExportedModel", *, trains_language_model: bool) -> None:
     match form:
+        case "llava":
+            from model.released_export import write_llava_layout
+
+            model = run.model
+            write_llava_layout(folder, model.connector, encoder=run.config.encoder, views=run.config.views, separator_id=model.separator_id)
+            if trains_language_model:
+                model.language_model.save_pretrained(folder / "language_model")  # type: ignore[operator]
+                model.tokenizer.save_pretrained(folder / "language_model")
         case "llava-hf" | "llava-next-hf":
             from model.llava_hf import write_llava
 
@@ -277,7 +295,56 @@ def _ask_again(run: "ExportedModel", prompts: Sequence[_Prompt]) -> list[_Prompt
     ]
 
 
-def _compare(form: ExportForm, written: "AutoLoaded", expected: Sequence[_Prompt], tolerance: float) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reimported:
+    """A connector as the authors' layout holds it, read back as `loupe import-weights` reads theirs, with the run's other parts."""
+
+    model: "ExportedModel"
+
+    @classmethod
+    def load(cls, folder: Path, run: "ExportedModel") -> "_Reimported":
+        import json
+
+        import torch
+
+        from model.connector import Connector
+        from model.export import ExportedModel
+        from model.language_model import LanguageModel
+        from model.released_weights import load_released
+        from model.specs import GatedMixtureSpec
+        from model.tensor_files import open_tensor_files, weight_files
+        from model.vision_language import VisionLanguageModel
+
+        spec, encoder = run.config.connector, run.config.encoder
+        branch = spec.global_branch
+        if isinstance(branch.adapters, GatedMixtureSpec):
+            branch = dataclasses.replace(branch, adapters=dataclasses.replace(branch.adapters, noise="authors"))
+        spec = dataclasses.replace(spec, standardise_inputs=False, global_branch=branch)
+        config = json.loads((folder / "config.json").read_text())
+        imported = load_released(open_tensor_files(weight_files(sorted(folder.glob("*.bin")))), config, spec, encoder)
+        connector = Connector(
+            spec,
+            encoder_width=encoder.width,
+            num_patches=encoder.num_patches,
+            hidden=run.model.connector.hidden,
+            embedding_rms=1.0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        connector.load_state_dict(imported.state)
+        parts = LanguageModel(network=run.model.language_model, tokenizer=run.model.tokenizer, max_tokens=run.model.max_tokens)
+        model = VisionLanguageModel(connector.to(run.model.device), parts, precision=run.model.precision)
+        return cls(model=ExportedModel(config=dataclasses.replace(run.config, connector=spec), model=model, encoder=run.encoder))
+
+    def prompt_logits(self, image_bytes: bytes, question: str, *, last: int = 0) -> "Tensor":
+        """As `AutoLoaded.prompt_logits`."""
+        return self.model.prompt_logits(image_bytes, question, last=last)
+
+    def ask(self, image_bytes: bytes, question: str, max_new_tokens: int) -> str:
+        """As `AutoLoaded.ask`."""
+        return self.model.ask(image_bytes, question, max_new_tokens=max_new_tokens).text
+
+
+def _compare(form: ExportForm, written: "AutoLoaded | _Reimported", expected: Sequence[_Prompt], tolerance: float) -> float:
     """The largest difference of a logit.
 
     Raises:
@@ -315,7 +382,7 @@ def _distance(some: "Tensor", others: "Tensor") -> float:
 
 def _compared(form: ExportForm, run: "ExportedModel", *, merged: bool) -> str:
     adapters = ", adapters merged" if merged else ""
-    if form == "loupe":
+    if form in _ROUNDING:
         return f"as evaluated{adapters}: features rounded to {run.config.feature_precision}, matrix products in {run.config.precision}"
     held = " (its weights are bf16 numbers)" if run.config.language_model_precision == "bf16" else ""
     return f"in fp32 throughout{adapters}: the same weights in Loupe's own code, language model included{held}, on features that are not rounded"
@@ -323,6 +390,8 @@ def _compared(form: ExportForm, run: "ExportedModel", *, merged: bool) -> str:
 
 def _usage(form: ExportForm) -> str:
     """How the card says to ask it."""
+    if form == "llava":
+        return _LLAVA_USAGE
     needs_loupe = form == "loupe"
     lines = [
         "Ask it with transformers 5" + (", where Loupe is installed:" if needs_loupe else "; no code of Loupe's is needed:"),

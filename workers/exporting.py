@@ -249,7 +249,7 @@ def _copy_encoder(source: Path, target: Path) -> None:
 
 def _check(exported: "ExportedModel", training: TrainingSpec, store: Store) -> tuple["Sample", "Turn", str]:
     """Ask the finished folder one held-out question, about a small detail where there is one, from the image's bytes."""
-    samples = read_samples(store, training.dataset_fingerprint)
+    samples = [sample for sample in read_samples(store, training.dataset_fingerprint) if not sample.text_only]
     last: ConversationError | None = None
     for sample in [sample for sample in samples if sample.split == "held_out"] or samples:
         data = store.read_reference(sample.image_path)

@@ -41,6 +41,10 @@ def _partition_folder(partition_by: Sequence[str], partition: Mapping[str, str])
     return "/".join(f"{key}={partition[key]}" for key in partition_by)
 
 
+def _column_text(name: str, *, nullable: bool) -> str:
+    return f"{name} or null" if nullable else name
+
+
 class Table:
     """One Delta table in a store.
 
@@ -86,10 +90,11 @@ class Table:
                         raise TableError(f"{self.store.url(self.path)} cannot be created: {error}") from error
             found = self._open()
         assert found is not None
-        columns = [column.name for column in found.schema().fields]
-        if columns != whole.names:
+        columns = [_column_text(column.name, nullable=column.nullable) for column in found.schema().fields]
+        expected = [_column_text(column.name, nullable=column.nullable) for column in whole]
+        if columns != expected:
             raise TableError(
-                f"{self.store.url(self.path)} has the columns {columns}, expected {whole.names}: it was made by another version of Loupe. "
+                f"{self.store.url(self.path)} has the columns {columns}, expected {expected}: it was made by another version of Loupe. "
                 "Use another root, or remove the table."
             )
 

@@ -58,7 +58,7 @@ def test_conversations_per_second(precision, frozen, tiny_language_model_folder)
     features = replace(base.features, encoder=encoder, views=replace(base.features.views, max_slices=6), global_maps=maps, local_maps=maps)
     phase = replace(base.schedule.sft, batch_size=32, branch=replace(base.schedule.sft.branch, both=1.0, global_only=0, local_only=0, blind=0))
     spec = replace(base, features=features, connector=model.connector.spec, schedule=replace(base.schedule, align=(), sft=phase))
-    samples = [replace(sample, width_px=672, height_px=448) for sample in fake_samples(96)]
+    samples = [replace(sample, image=replace(sample.image, width_px=672, height_px=448)) for sample in fake_samples(96)]
     builder = BatchBuilder(
         samples=samples,
         source=FakeFeatures(spec),

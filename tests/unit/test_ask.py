@@ -11,7 +11,7 @@ from PIL import Image
 from model.errors import ConversationError, ImageError
 from model.export import MANIFEST
 from pipelines.ask import ask_export
-from pipelines.errors import NothingThereError
+from pipelines.errors import NothingThereError, SettingError
 from workers.errors import StorageError
 
 
@@ -116,3 +116,31 @@ def test_a_folder_without_exports_names_the_command(tmp_path: Path, image: Path)
 def test_a_name_that_no_folder_can_have_is_no_bug(image: Path) -> None:
     with pytest.raises(StorageError):
         ask_export("x" * 300, str(image), "what?", "both")
+
+
+def test_a_video_is_asked_by_its_frames(tmp_path: Path, asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (8, 8), (shade,) * 3) for shade in (0, 100, 200)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    shown: list[tuple[int, str]] = []
+
+    def ask_video(exported: object, found: list[Image.Image], question: str) -> SimpleNamespace:
+        shown.append((len(found), question))
+        return SimpleNamespace(text="eight")
+
+    monkeypatch.setattr("model.video.ask_video", ask_video)
+    folder = export_in(tmp_path / "export")
+    assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both", 5).text == "eight"
+    assert shown == [(5, "what?")]
+    assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both").text == "seven"  # its first frame, as an image
+
+
+def test_what_is_no_video_is_told_before_a_model_is_loaded(tmp_path: Path, image: Path, asked: list[object]) -> None:
+    (tmp_path / "text").write_bytes(b"no video")
+    folder = str(export_in(tmp_path / "export"))
+    with pytest.raises(ImageError, match="give a whole video or animation"):
+        ask_export(folder, str(tmp_path / "text"), "what?", "both", 8)
+    with pytest.raises(ImageError, match="or --frames 8 for a video"):
+        ask_export(folder, str(tmp_path / "text"), "what?", "both")
+    with pytest.raises(SettingError, match="--frames: found -1"):
+        ask_export(folder, str(image), "what?", "both", -1)
+    assert asked == []

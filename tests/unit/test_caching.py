@@ -399,6 +399,60 @@ def test_the_spec_is_what_the_key_says(cached):
     assert record.global_maps == ("layer_5", "mean_0_2", "mean_1.4")
 
 
+@pytest.fixture
+def mixed(root, tmp_path, tiny_encoder_folder):
+    """Seven pictures and five conversations about none, in turns: (store, spec, samples)."""
+    store = Store(root)
+    records = []
+    for number in range(7):
+        records.append({"image": f"{number}.png", "conversations": small_data.conversation("<image>\nq?", "a")})
+        records += [{"conversations": small_data.conversation("q?", f"a {number}")}] if number < 5 else []
+    source = small_data.write_llava(tmp_path / "llava", records, {f"{number}.png": small_data.png(number) for number in range(7)})
+    dataset = small_data.dataset_spec(sources=(source,))
+    small_data.build(store, dataset)
+    return store, small_data.feature_spec(dataset, tiny_encoder_folder), read_samples(store, fingerprint(dataset))
+
+
+def test_of_text_alone_nothing_is_cached_and_nothing_expected(mixed):
+    store, spec, samples = mixed
+    shown = [sample for sample in samples if not sample.text_only]
+    assert feature_bytes(spec, samples) == feature_bytes(spec, shown) == 7 * (3 + 2 * 2) * 16 * 32 * 2
+    told = []
+
+    class Listens(SilentProgress):
+        def start(self, what, total, done=0):
+            told.append(total)
+
+    record = cache(store, spec, progress=Listens())
+    assert told == [7]
+    assert (record.num_images, record.num_cached, record.num_quarantined) == (7, 7, 0)
+    assert (record.num_global_views, record.num_local_views) == (7, 14)
+    assert {row[3] for row in table_rows(store, spec)} == {sample.image_sha256 for sample in shown}
+    source = CachedFeatures(store, spec)
+    assert all(source.holds(sample) for sample in samples)
+    source.verify(samples, num_images=12)
+    with pytest.raises(AssertionError, match="is text alone"):
+        source.fetch([sample for sample in samples if sample.text_only][:1], want_global=True, want_local=True)
+
+
+def test_an_image_that_is_gone_is_told_from_text_alone(mixed, tmp_path):
+    store, spec, samples = mixed
+    (tmp_path / "llava" / "images" / "3.png").unlink()
+    record = cache(store, spec, dataclasses.replace(SETTINGS, max_quarantined_fraction=0.5))
+    assert (record.num_images, record.num_cached, record.num_quarantined) == (7, 6, 1)
+    source = CachedFeatures(store, spec)
+    assert [sample.image_path.endswith("/3.png") for sample in samples if not source.holds(sample)] == [True]
+
+
+def test_a_dataset_of_text_alone_has_an_empty_cache(root, tmp_path, tiny_encoder_folder):
+    store = Store(root)
+    source = small_data.write_llava(tmp_path / "llava", [{"conversations": small_data.conversation("q?", str(k))} for k in range(3)], {})
+    dataset = small_data.dataset_spec(sources=(source,))
+    assert small_data.build(store, dataset).num_text_only == 3
+    record = cache(store, small_data.feature_spec(dataset, tiny_encoder_folder))
+    assert (record.num_images, record.num_units, record.num_global_views, record.feature_bytes) == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "dinov2", "dinov2_with_registers"])
 def test_every_family_of_encoders_is_cached_as_it_encodes(family, root, tmp_path):
     import transformers

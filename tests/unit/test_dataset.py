@@ -10,7 +10,7 @@ from model.specs import fingerprint
 from tests import small_data
 from workers.commits import Stage
 from workers.dataset.build import build_dataset, merge_duplicates, samples_table
-from workers.dataset.samples import Sample, Turn, read_samples, samples_from_table, samples_to_table
+from workers.dataset.samples import ImageRef, Sample, Turn, conversation_sha256, read_samples, samples_from_table, samples_to_table
 from workers.dataset.sources import describe_llava_json, normalise_conversation, split_of
 from workers.dataset.spec import LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
 from workers.errors import ErrorBudgetError, IncompleteError, SourceError, StorageError, TableError, WorkerError
@@ -188,8 +188,17 @@ def test_every_bad_record_is_a_row_with_its_reason(store, tmp_path):
     ]
     spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
     record = small_data.build(store, spec, max_quarantined_fraction=0.9)
+    assert record.num_text_only == 0
     reasons = {row.index: row.reason for row in quarantine_of(store, spec)}
-    assert reasons == {2: "no_image", 3: "missing_file", 4: "not_an_image", 5: "truncated", 6: "bad_path", 7: "bad_conversation", 8: "bad_record"} | {
+    assert reasons == {
+        2: "placeholder_without_image",
+        3: "missing_file",
+        4: "not_an_image",
+        5: "truncated",
+        6: "bad_path",
+        7: "bad_conversation",
+        8: "bad_record",
+    } | {
         9: "bad_path",
         10: "bad_path",
         11: "bad_conversation",
@@ -311,14 +320,14 @@ def test_other_conversations_are_refused(conversations):
     assert caught.value.reason == "bad_conversation"
 
 
+IMAGE = ImageRef(sha256="a" * 64, path="images/aa/a.png", width_px=4, height_px=3)
+
+
 def sample(**changes):
     fields = {
         "sample_id": "s",
         "index": 0,
-        "image_sha256": "a" * 64,
-        "image_path": "images/aa/a.png",
-        "width_px": 4,
-        "height_px": 3,
+        "image": IMAGE,
         "family": "f",
         "source": "rendered/f",
         "split": "train",
@@ -333,12 +342,12 @@ def sample(**changes):
 
 
 def test_samples_survive_their_table():
-    samples = [sample(), sample(index=1, turns=())]
+    samples = [sample(), sample(index=1, turns=()), sample(index=2, image=None)]
     assert samples_from_table(samples_to_table(samples)) == samples
 
 
 def test_merging_does_not_depend_on_the_order():
-    candidates = [sample(index=2, sample_id="late"), sample(index=0), sample(index=1, image_sha256="b" * 64)]
+    candidates = [sample(index=2, sample_id="late"), sample(index=0), sample(index=1, image=dataclasses.replace(IMAGE, sha256="b" * 64))]
     assert merge_duplicates(candidates) == merge_duplicates(candidates[::-1])
     merged, count = merge_duplicates(candidates)
     assert ([item.index for item in merged], count) == ([0, 1], 1)
@@ -380,3 +389,76 @@ def test_the_samples_table_is_read_by_duckdb_and_polars(store):
     files = [store.fs_path(f"samples/{file.path}") for file in table.files()]
     counts = duckdb.sql(f"select family, count(*), sum(len(turns)) from read_parquet({files!r}) group by family order by family").fetchall()
     assert counts == [("grain", 6, 12), ("noise", 10, 20)]
+
+
+def test_records_without_an_image_are_samples_of_their_own(store, tmp_path):
+    """A third of the file is text alone: no row is refused, none is merged but the one that says the same again."""
+    images = {f"{number}.png": small_data.png(number) for number in range(8)}
+    records = [{"id": str(number), "image": f"{number}.png", "conversations": small_data.conversation("<image>\nq?", "a")} for number in range(8)]
+    records += [{"id": f"t{number}", "conversations": small_data.conversation("same question?", f"answer {number}")} for number in range(5)]
+    records += [{"id": "null", "image": None, "model": "", "conversations": small_data.conversation("same question?", "answer 3")}]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, images),))
+    record = small_data.build(store, spec, images_per_build_unit=3)
+    samples = read_samples(store, fingerprint(spec))
+    alone = [sample for sample in samples if sample.text_only]
+    assert quarantine_of(store, spec) == []
+    assert (record.num_items, record.num_samples, record.num_duplicates, record.num_text_only) == (14, 13, 1, 5)
+    assert record.samples_by_family == {"llava": 8, "text": 5}
+    assert record.image_bytes == sum(len(data) for data in images.values())
+    assert [(sample.sample_id, sample.index) for sample in alone] == [(f"records-{number:07d}", number) for number in range(8, 13)]
+    assert [sample.turns[0].answer for sample in alone] == [f"answer {number}" for number in range(5)]
+    assert {sample.turns[0].kind for sample in alone} == {"llava/text"}
+    train = [sample for sample in samples if sample.split == "train"]
+    assert sum(record.num_train_by_source.values()) == len(train)
+    assert sum(record.num_train_text_only_by_source.values()) == sum(sample.text_only for sample in train)
+    assert all(sample.split == split_of(sample.identity, spec.seed, spec.held_out_fraction) for sample in samples)
+
+
+def test_the_tables_say_null_where_there_is_no_image(store, tmp_path):
+    import duckdb
+
+    records = [{"image": "0.png", "conversations": small_data.conversation("q?", "a")}, {"conversations": small_data.conversation("q?", "a")}]
+    spec = small_data.dataset_spec(sources=(small_data.write_llava(tmp_path / "llava", records, {"0.png": small_data.png(0)}),))
+    small_data.build(store, spec)
+    files = [store.fs_path(f"samples/{file.path}") for file in samples_table(store).files()]
+    columns = "image_sha256 is null, image_path is null, width_px is null, height_px is null"
+    assert duckdb.sql(f'select "index", {columns} from read_parquet({files!r}) order by 1').fetchall() == [(0, *[False] * 4), (1, *[True] * 4)]
+
+
+def test_a_question_that_shows_an_image_that_the_record_does_not_name_is_refused():
+    with pytest.raises(Exception, match=r"turn 2 asks about an image by <image>, but the record names none; give the record its `image`") as caught:
+        normalise_conversation(small_data.conversation("hello", "hello", "and <image>?", "yes"), has_image=False)
+    assert caught.value.reason == "placeholder_without_image"
+    with pytest.raises(Exception, match="stand once") as caught:
+        normalise_conversation(small_data.conversation("hello", "<image>"), has_image=False)
+    assert caught.value.reason == "bad_conversation"
+
+
+def test_text_alone_has_no_image_to_be_asked_for():
+    alone = sample(image=None)
+    assert alone.identity == conversation_sha256(alone.turns) != sample().identity == "a" * 64
+    for name in ("image_sha256", "image_path", "width_px", "height_px"):
+        with pytest.raises(AssertionError, match=r"sample s \(rendered/f\) is text alone, but its image was asked for"):
+            getattr(alone, name)
+
+
+def test_what_is_said_and_in_which_turn_makes_a_conversation():
+    def turns(*texts):
+        return tuple(Turn(question=texts[k], answer=texts[k + 1], kind="k", detail="large") for k in range(0, len(texts), 2))
+
+    different = [turns("a", "b"), turns("ab", ""), turns("b", "a"), turns("a", "b", "c", "d"), turns("a", 'b","c'), turns("a b", "c")]
+    assert len({conversation_sha256(one) for one in different}) == len(different)
+    assert conversation_sha256((dataclasses.replace(turns("a", "b")[0], kind="other", detail="small"),)) == conversation_sha256(turns("a", "b"))
+
+
+def test_a_samples_table_that_knows_no_text_alone_is_refused(store):
+    import pyarrow as pa
+
+    from workers.dataset.samples import SAMPLES_SCHEMA
+
+    older = pa.schema([field.with_nullable(field.name == "turns") for field in SAMPLES_SCHEMA])
+    Table(store, "samples", older, ("dataset",)).ensure()
+    with pytest.raises(
+        TableError, match=r"expected \['sample_id', 'index', 'image_sha256 or null'.*made by another version of Loupe. Use another root"
+    ):
+        small_data.build(store, small_data.dataset_spec())

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.errors import ExportError, FoldingError
 from model.export import load_export
 from model.specs import (
     BranchMix,
+    CompressionSpec,
     ConnectorSpec,
     DCISpec,
     GlobalBranchSpec,
@@ -22,6 +24,8 @@ from model.specs import (
     MLPSpec,
     PhaseSpec,
     ScheduleSpec,
+    SingleSpec,
+    TextGuidedSelectorSpec,
     fingerprint,
 )
 from model.views import ViewSpec
@@ -188,7 +192,7 @@ def test_a_language_model_held_in_bf16_is_written_so_and_loaded_exactly(frozen):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("form", ["llava-hf", "loupe"])
+@pytest.mark.parametrize("form", ["llava-hf", "loupe", "llava"])
 def test_adapters_are_merged_into_a_form(adapted, form):
     """Every adapted weight is W + (alpha / rank) B A, rounded to the base's type once; no trace of adapters is left."""
     import torch
@@ -199,7 +203,7 @@ def test_adapters_are_merged_into_a_form(adapted, form):
     # Merging rounds the weights once more, so the form is near the run as evaluated, and not it.
     assert 1e-5 < record.max_abs_logit_rounding < 0.1
     folder = adapted.folder(record)
-    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    stored = {name: tensor for file in folder.rglob("*.safetensors") for name, tensor in load_file(file).items()}
     assert not any("lora" in name or "base_layer" in name for name in stored)
     trained = load(adapted.store.read_bytes(f"checkpoints/{fingerprint(adapted.training)[:16]}/final/language_model.safetensors"))
     base = load_file(f"{adapted.training.language_model.model}/model.safetensors")
@@ -313,3 +317,53 @@ def test_another_run_s_form_is_refused(frozen, tuned):
         export_form(wanted, frozen.training, frozen.store, EXECUTION, SilentProgress())
     with pytest.raises(ExportingError, match="run evaluate first"):
         export_form(replace(tuned.spec("loupe"), evaluation_fingerprint="0" * 64), tuned.training, tuned.store, EXECUTION, SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def slime(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
+    """What SliME's code computes on views of any size: one layer, a projector, compressed and selected local views."""
+    fusion = SingleSpec(layer=5)
+    local = LocalBranchSpec(fusion=fusion, compression=CompressionSpec(queries=4), merge="spatial", selector=TextGuidedSelectorSpec(top_p=0.8))
+    connector = ConnectorSpec(global_branch=GlobalBranchSpec(fusion=fusion, adapters=MLPSpec()), local_branch=local, standardise_inputs=False)
+    rates = {"steps": 2, "batch_size": 4, "learning_rate": 2e-3}
+    align = PhaseSpec(name="align", train=("global_mlp", "compression"), branch=BranchMix(both=1.0), **rates)
+    sft = PhaseSpec(name="sft", train=("global_mlp", "compression", "language_model"), branch=BranchMix(both=1.0), selector=True, **rates)
+    root = str(tmp_path_factory.mktemp("slime") / "root")
+    changes = {"schedule": ScheduleSpec(align=(align,), sft=sft), "connector": connector}
+    return Run(*build_small_store(root, tiny_encoder_folder, tiny_language_model_folder, **changes))
+
+
+def test_the_authors_files_answer_as_the_run(slime):
+    record = slime.export("llava")
+    folder = slime.folder(record)
+    assert {"mm_projector.bin", "sampler.bin", "config.json", "language_model/model.safetensors", "README.md"} <= record.files.keys()
+    assert record.max_abs_logit_error <= 1e-5
+    assert torch.load(folder / "mm_projector.bin", weights_only=True).keys() == {
+        f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")
+    }
+    assert json.loads((folder / "config.json").read_text())["mm_vision_select_layer"] == -2
+    assert "import-weights" in (folder / "README.md").read_text()
+    assert slime.export("llava") == record
+
+
+def test_what_the_authors_code_does_not_compute_is_refused(mixed):
+    with pytest.raises(ExportError, match=r"not one that the authors' code computes: .*standardise"):
+        mixed.export("llava")
+
+
+def test_files_that_lost_a_number_keep_the_form_from_being_published(slime, monkeypatch, tmp_path):
+    from model import released_export
+
+    real = released_export.released_tensors
+
+    def spoilt(connector, encoder):
+        files = real(connector, encoder)
+        files["mm_projector.bin"]["model.mm_projector.2.bias"] += 0.1
+        return files
+
+    monkeypatch.setattr(released_export, "released_tensors", spoilt)
+    fresh = Run.__new__(Run)
+    fresh.store, fresh.training, fresh.asked = slime.store, slime.training, slime.asked
+    shutil.rmtree(slime.store.local_path(f"runs/export/{fingerprint(slime.spec('llava'))[:16]}"), ignore_errors=True)
+    with pytest.raises(ExportingError, match=r"--to llava: .*logits are up to"):
+        fresh.export("llava")

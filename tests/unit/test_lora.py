@@ -418,7 +418,7 @@ FUSION = DCISpec(base=5, groups=((0, 2), (3, 5)))
     ids=["compression", "newline", "learnable-selector", "own-projector", "text-guided-selector"],
 )
 def test_every_block_runs_whatever_a_batch_shows(tiny_language_model_folder, local, also):
-    """Blank views give every parameter a gradient, and change neither loss nor any gradient that was there."""
+    """Blank views give every parameter a gradient, in one order, and change neither loss nor any gradient that was there."""
     mix = BranchMix(both=0.25, global_only=0.25, local_only=0.25, blind=0.25)
     train = ("global_mlp", "resampler", "gate", *also, "language_model")
     selects = local.selector is not None
@@ -442,15 +442,21 @@ def test_every_block_runs_whatever_a_batch_shows(tiny_language_model_folder, loc
         max_tokens=model.max_tokens,
     )
     sft = len(spec.schedule.align)
-    seen = set()
+    seen, orders, come = set(), set(), []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: come.append(name))
     for step in range(6):
         for batch in builder.build(sft, step, micro_batch_size=1).micro_batches:
             results = []
             for model.runs_every_block in (False, True):
                 model.zero_grad(set_to_none=True)
+                come.clear()
                 objective, total, _ = model(batch)
                 if objective.requires_grad:
                     objective.backward()
+                if model.runs_every_block:
+                    orders.add(tuple(come))
                 results.append((total, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}))
             (plain, some), (whole, every) = results
             seen.add((batch.global_maps is None, batch.local_maps is None))
@@ -459,3 +465,4 @@ def test_every_block_runs_whatever_a_batch_shows(tiny_language_model_folder, loc
             for name, gradient in every.items():
                 assert torch.equal(gradient, torch.zeros_like(gradient) if some[name] is None else some[name]), name
     assert len(seen) == 4
+    assert len(orders) == 1

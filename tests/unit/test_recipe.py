@@ -3,6 +3,7 @@
 import re
 import tomllib
 from dataclasses import fields
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -567,3 +568,21 @@ def test_sources_of_a_phase_must_be_the_dataset_s(tmp_path: Path) -> None:
     phase = recipe.schedule.phases[0].model_copy(update={"sources": ("map",)})
     with pytest.raises(SpecError, match="found 'map', which names 0 of the dataset's sources; allowed: rendered/charts"):
         phase.source_labels(recipe.source_labels)
+
+
+def test_epochs_count_what_a_phase_sees(tmp_path: Path) -> None:
+    """Samples without an image count where the language model is trained, and nowhere else; in `plain` not even there."""
+    connector = load(tmp_path, MINIMAL).connector_spec(encoder_spec())
+    text = MINIMAL.replace("steps = 3", "epochs = 2")
+    counts = {"num_train_images": {"rendered/charts": 30}, "num_train_text_only": {"rendered/charts": 21}}
+
+    def steps(text: str, **counts: dict[str, int]) -> list[int]:
+        return [phase.steps for phase in load(tmp_path, text).schedule_spec(connector, 0, **counts).phases]
+
+    sizes = [phase.batch_size for phase in load(tmp_path, text).schedule.phases]
+    assert steps(text, **counts) == [ceil(2 * 30 / sizes[0]), ceil(2 * 51 / sizes[1])]
+    assert steps(text, num_train_images=counts["num_train_images"]) == [ceil(2 * 30 / size) for size in sizes]
+    captions = text.replace('model = "some/language-model"', 'model = "some/language-model"\ntemplate = "plain"')
+    assert steps(captions, **counts) == [ceil(2 * 30 / size) for size in sizes]
+    with pytest.raises(SpecError, match=r"schedule\.align\[0\]: the phase sees sources with no training image; give it others"):
+        steps(text, num_train_images={"rendered/charts": 0}, num_train_text_only={"rendered/charts": 21})

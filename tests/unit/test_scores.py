@@ -12,7 +12,8 @@ from workers.evaluation import _Given, _Question, _scores, _yes_no_figures
 def question(number, *, expected="yes", kind="k", family="f", detail="small"):
     from dataclasses import replace
 
-    sample = replace(fake_samples(1)[0], sample_id=f"s{number}", image_sha256=f"{number:064x}", family=family)
+    like = fake_samples(1)[0]
+    sample = replace(like, sample_id=f"s{number}", image=replace(like.image, sha256=f"{number:064x}"), family=family)
     return _Question(question_id=f"s{number}#0", sample=sample, turn=0, kind=kind, detail=detail, text="Is it?", expected=expected)
 
 

@@ -91,14 +91,17 @@ def test_an_image_can_be_pasted_into_ask(experiment: Experiment, capsys: pytest.
 
     turn = SimpleNamespace(question="What is [red]?\nSay it.", answer="7", detail="small")
     samples = [
-        SimpleNamespace(family="maps", split="train", turns=[turn], image_path=path)
+        SimpleNamespace(family="maps", split="train", turns=[turn], image=SimpleNamespace(path=path))
         for path in ("images/a b.png", "file:///far/c%20d.png", "s3://b/e.png")
     ]
+    samples.append(SimpleNamespace(family="text", split="train", turns=[turn], image=None))
     monkeypatch.setattr("workers.dataset.samples.read_samples", lambda store, key: samples)
     commit(experiment, "build-dataset", experiment.dataset, {"num_train_by_source": {"rendered/charts": 3}, "num_held_out": 0, "num_samples": 3})
     monkeypatch.setenv("COLUMNS", "40")
     show_recipe("dataset", experiment)
     out = capsys.readouterr().out
     lines = out.partition("some questions")[2].splitlines()[1:]
-    assert [shlex.split(line) for line in lines[::2]] == [[str(experiment.store.local_path("images/a b.png"))], ["/far/c d.png"], ["s3://b/e.png"]]
+    *pasted, alone = lines[::2]
+    assert [shlex.split(line) for line in pasted] == [[str(experiment.store.local_path("images/a b.png"))], ["/far/c d.png"], ["s3://b/e.png"]]
+    assert alone == "text only"
     assert lines[1] == "    What is [red]? Say it.  7  (small)"

@@ -1,9 +1,11 @@
 """A recipe resolved against its models: every spec is made before any stage starts, and what is done is not run."""
 
+import hashlib
 import json
 import re
 import shutil
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,15 @@ from pipelines.stages import (
     shown_path,
     stage_runs,
 )
+from tests import small_data
 from tests.tiny import tiny_recipe
+from workers.dataset.build import build_dataset
+from workers.dataset.samples import read_samples
+from workers.dataset.sources import split_of
 from workers.errors import DiskSpaceError, ExecutionError, RecordError, StorageError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.language_models import describe_language_model
+from workers.runtime import InlineCluster
 from workers.storage import Store
 
 
@@ -477,3 +484,78 @@ def test_the_longest_sequence_can_be_set_and_no_longer_than_the_model(
         opened(5000)
     with pytest.raises(RecipeError, match=r"but language_model\.max_tokens allows 30 tokens in all"):
         opened(30)
+
+
+def with_records(tmp_path: Path, encoder: Path, language_model: Path, records: list[dict[str, object]], **changes: str) -> Experiment:
+    """The tiny recipe over a LLaVA file in place of its pictures."""
+    source = small_data.write_llava(tmp_path / "llava", records, {f"{number}.png": small_data.png(number) for number in range(10)})
+    text = tiny_recipe(encoder, language_model, seeds="[0]")
+    named = f'sources = [{{ kind = "llava_json", records = "{source.records}", images = "{source.images}" }}]'
+    text = re.sub(r"(?m)^sources = .*$", named, text)
+    for old, new in changes.items():
+        text = re.sub(rf"(?m)^{old} = .*$", new, text)
+    path = tmp_path / "mixed.toml"
+    path.write_text(text)
+    return open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings())
+
+
+def mixed_records(num_images: int, num_text_only: int) -> list[dict[str, object]]:
+    records: list[dict[str, object]] = [
+        {"image": f"{k}.png", "conversations": small_data.conversation("<image>\nq?", "a")} for k in range(num_images)
+    ]
+    return [*records, *({"conversations": small_data.conversation(f"Question {k}?", "a")} for k in range(num_text_only))]
+
+
+def build_records(experiment: Experiment) -> Experiment:
+    build_dataset(experiment.dataset, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    return experiment
+
+
+def test_a_plan_counts_records_without_an_image_and_no_features_of_them(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    experiment = with_records(tmp_path, tiny_encoder_folder, tiny_language_model_folder, mixed_records(10, 30))
+    lines = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
+    assert lines["dataset", "images"] == "10 records read"
+    assert lines["dataset", "text only"].startswith("30 records without an image: seen by phases that train the language model")
+    assert lines["dataset", "split"] == "about 24 train, 16 held out"
+    assert lines["dataset", "questions"] == "those of the records"
+    shown = re.match(r"up to (\d+) kB", lines["features", "cache"])
+    assert shown
+    assert int(shown[1]) == round(feature_bytes(experiment.dataset, experiment.features, 10) / 1000)
+
+
+def test_a_built_mix_sets_the_length_of_epochs_and_is_shown(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = mixed_records(10, 30)
+    experiment = build_records(with_records(tmp_path, tiny_encoder_folder, tiny_language_model_folder, records, steps="epochs = 1"))
+    samples = [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if sample.split == "train"]
+    align, sft = (phase.steps for phase in experiment.training(0).schedule.phases)
+    assert align == ceil(sum(not sample.text_only for sample in samples) / 4)
+    assert sft == ceil(len(samples) / 4) > align
+    show_recipe("dataset", experiment)
+    told = capsys.readouterr().out
+    assert re.search(r"text only +30", told)
+    assert re.search(r"(?m)^text +\d+ +\d+ +30$", told)
+    assert re.search(r"(?m)^text only$", told)
+
+
+def test_a_dataset_without_any_image_is_refused_before_features_are_cached(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    experiment = build_records(with_records(tmp_path, tiny_encoder_folder, tiny_language_model_folder, mixed_records(0, 9)))
+    with pytest.raises(RecipeError, match=r"dataset\.sources: found 9 samples without an image and none with one"):
+        list(stage_runs(experiment, "cache-features"))
+
+
+def test_held_out_text_is_nothing_to_evaluate_on(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path) -> None:
+    images = mixed_records(10, 0)
+    sides = {split_of(hashlib.sha256(small_data.png(k)).hexdigest(), 0, 0.4): images[k] for k in range(10)}
+    experiment = build_records(with_records(tmp_path, tiny_encoder_folder, tiny_language_model_folder, [sides["train"], *mixed_records(0, 20)]))
+    record = experiment.record("build-dataset", experiment.dataset)
+    assert record is not None
+    assert record["num_held_out"] > 0
+    with pytest.raises(RecipeError, match="which holds out none of the 1 images"):
+        list(stage_runs(experiment))
+    assert [run.stage for run in stage_runs(experiment, "cache-features")] == ["build-dataset", "cache-features"]

@@ -145,3 +145,113 @@ def test_frames_tile_a_canvas(count, grid):
     assert (plan.columns, plan.rows) == grid
     assert len(plan.local_views) == count
     assert [(view.source.width_px, view.source.height_px) for view in plan.local_views] == [(28, 28)] * count
+
+
+def exported_model(encoder_folder, language_model_folder, *, local):
+    from model.connector import build_connector
+    from model.encoder import describe_encoder, load_encoder
+    from model.export import ExportConfig, ExportedModel
+    from model.language_model import embedding_rms, load_language_model
+    from model.specs import CompressionSpec, ConnectorSpec, GlobalBranchSpec, LocalBranchSpec, MLPSpec, SingleSpec, TextGuidedSelectorSpec
+    from model.views import ViewSpec
+    from model.vision_language import VisionLanguageModel
+
+    fusion = SingleSpec(layer=5)
+    branch = LocalBranchSpec(
+        fusion=fusion, compression=CompressionSpec(queries=4), merge="spatial", selector=TextGuidedSelectorSpec(top_p=0.6, temperature=0.2)
+    )
+    spec = ConnectorSpec(global_branch=GlobalBranchSpec(fusion=fusion, adapters=MLPSpec()), local_branch=branch if local else None)
+    language_model, encoder = load_language_model(language_model_folder), describe_encoder(str(encoder_folder))
+    rms = embedding_rms(language_model.network)
+    connector = build_connector(spec, encoder, hidden=language_model.hidden, embedding_rms=rms, seed=0)
+    config = ExportConfig(
+        connector=spec, encoder=encoder, views=ViewSpec.slime(), feature_precision="fp16", precision="fp32", language_model_precision="fp32"
+    )
+    model = VisionLanguageModel(connector, language_model)
+    return ExportedModel(config=config, model=model, encoder=load_encoder(encoder, 5))
+
+
+def noise_frames(count):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 40, 60, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in pixels]
+
+
+def greedy(model, sequence, count):
+    table, found = model.language_model.get_input_embeddings(), []
+    for _ in range(count):
+        token = int(model.language_model(inputs_embeds=sequence[None]).logits[0, -1].argmax())
+        if token == model.tokenizer.eos_token_id:
+            break
+        found.append(token)
+        sequence = torch.cat([sequence, table(torch.tensor([token]))])
+    return model.tokenizer.decode(found, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_frames_stand_in_one_place_behind_each_other(tiny_encoder_folder, tiny_language_model_folder):
+    """Every frame encoded and projected alone, its tokens pooled by hand, in the one place of an image."""
+    from model.chat import tokenise_question
+    from model.images import cut_views
+    from model.video import ask_video
+    from model.views import plan_views
+
+    exported = exported_model(tiny_encoder_folder, tiny_language_model_folder, local=False)
+    frames, model = noise_frames(5), exported.model
+    answer = ask_video(exported, frames, "What is it?", max_new_tokens=6)
+    asked = tokenise_question(model.tokenizer, "What is it?", 1000)
+    table = model.language_model.get_input_embeddings()
+    parts = [table(torch.tensor(asked.before))]
+    for frame in frames:
+        plan = plan_views(60, 40, 56, exported.config.views)
+        tokens = model.connector.global_tokens(
+            exported.maps_of(cut_views(frame, plan, "global"), exported.config.connector.global_branch.fusion.maps)
+        )[0]
+        parts += [tokens[2 * k : 2 * k + 2].max(dim=0).values[None] for k in range(len(tokens) // 2)]
+    parts.append(table(torch.tensor(asked.after)))
+    assert (answer.text, answer.mode, answer.num_visual_tokens) == (greedy(model, torch.cat(parts), 6), "global", 5 * 8)
+    reversed_ = ask_video(exported, frames[::-1], "What is it?", max_new_tokens=6)
+    assert reversed_.num_visual_tokens == 40
+
+
+@torch.no_grad()
+def test_frames_tile_the_local_views_and_their_mean_is_the_global_one(tiny_encoder_folder, tiny_language_model_folder):
+    from model.images import cut_views
+    from model.video import ask_video
+    from model.views import plan_views
+    from model.vision_language import lay_out_images, plan_sequences
+
+    exported = exported_model(tiny_encoder_folder, tiny_language_model_folder, local=True)
+    frames, model = noise_frames(4), exported.model
+    maps = exported.config.connector.global_branch.fusion.maps
+    plan = plan_views(60, 40, 56, exported.config.views)
+    each = [exported.maps_of(cut_views(frame, plan, "global"), maps)["layer_5"] for frame in frames]
+    from model.chat import tokenise_question
+
+    asked = tokenise_question(model.tokenizer, "What is it?", 1000)
+    batch = plan_sequences(
+        [asked],
+        ["both"],
+        [0],
+        lay_out_images(model.connector, [True], [grid_plan(4, 56)]),
+        pad_left=True,
+        global_maps={"layer_5": sum(each) / 4},
+        local_maps={"layer_5": torch.cat(each)},
+        selects=True,
+    )
+    expected = model.tokenizer.decode(model.generate(batch, 6)[0], skip_special_tokens=True).strip()
+    answer = ask_video(exported, frames, "What is it?", max_new_tokens=6)
+    assert (answer.text, answer.mode, answer.num_visual_tokens) == (expected, "both", 16 + 1 + 4 * 4)
+    assert ask_video(exported, frames, "What is it?", "frames", max_new_tokens=6).mode == "global"
+
+
+def test_videos_that_cannot_be_asked(tiny_encoder_folder, tiny_language_model_folder):
+    from model.errors import ConversationError, ExportError
+    from model.video import ask_video
+
+    exported = exported_model(tiny_encoder_folder, tiny_language_model_folder, local=False)
+    with pytest.raises(ExportError, match="no local branch"):
+        ask_video(exported, noise_frames(2), "What?", "grid")
+    with pytest.raises(SpecError, match="at least one frame"):
+        ask_video(exported, [], "What?")
+    with pytest.raises(ConversationError):
+        ask_video(exported, noise_frames(300), "What?")  # 2,400 visual tokens in a context of 2,048

@@ -2,7 +2,8 @@
 
 Ray tasks prepare views, one process per accelerator encodes and writes, this process commits. A unit's first outcome goes on record by exclusive
 creation before its files are committed, so a killed, repeated or doubled run never redoes a finished unit and never disagrees with itself.
-Invariant at the end: every image of the dataset is in the table once per view, or in the quarantine once.
+Invariant at the end: every image of the dataset is in the table once per view, or in the quarantine once. Samples without an image have no views and
+no part in this.
 """
 
 import threading
@@ -83,7 +84,7 @@ def cache_features(
     if done is not None:
         return done
     store.check_writable()
-    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint)]
+    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint) if not sample.text_only]
     with stage.attempt() as timer:
         plan = plan_units(stage, spec, samples, execution.feature_unit_bytes)
         table = features_table(store, spec)

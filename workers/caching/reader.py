@@ -258,20 +258,20 @@ class CachedFeatures:
         return results
 
     def holds(self, sample: Sample) -> bool:
-        """Whether every branch of the spec has rows of this image."""
-        return all(sample.image_sha256 in self._index[branch] for branch in BRANCHES if self._spec.maps(branch))
+        """Whether every branch of the spec has rows of this sample's image; of text alone nothing is expected."""
+        return sample.text_only or all(sample.image_sha256 in self._index[branch] for branch in BRANCHES if self._spec.maps(branch))
 
     def verify(self, samples: Sequence[Sample], num_images: int = 2) -> None:
         """Encode a few cached images again and compare: proves that the cache still is what its encoder gives.
 
         Args:
-            samples: to choose from, evenly; those that the cache does not hold are skipped.
+            samples: to choose from, evenly; those without an image, or that the cache does not hold, are skipped.
             num_images: how many.
 
         Raises:
             StaleCacheError: a map differs by more than rounding explains.
         """
-        held = [sample for sample in samples if self.holds(sample)]
+        held = [sample for sample in samples if not sample.text_only and self.holds(sample)]
         chosen = held[:: max(1, len(held) // num_images)][:num_images]
         wants = {f"want_{branch}": bool(self._maps.by_branch[branch]) for branch in BRANCHES}
         live = self._live.fetch(chosen, want_global=wants["want_global"], want_local=wants["want_local"])

@@ -63,8 +63,8 @@ def view_plan(spec: FeatureSpec, sample: Sample) -> ViewPlan:
 
 
 def num_views(spec: FeatureSpec, sample: Sample, branch: Branch) -> int:
-    """Views that the cache holds of a sample in a branch; none when the spec asks for no map there."""
-    if not spec.maps(branch):
+    """Views that the cache holds of a sample in a branch; none of text alone, and none when the spec asks for no map there."""
+    if sample.text_only or not spec.maps(branch):
         return 0
     plan = view_plan(spec, sample)
     return 1 if branch == "global" else plan.rows * plan.columns
@@ -145,7 +145,7 @@ def plan_units(stage: Stage, spec: FeatureSpec, samples: Sequence[Sample], unit_
     Args:
         stage: the cache's stage.
         spec: of the cache.
-        samples: the dataset in its frozen order.
+        samples: the dataset's samples that have an image, in their frozen order.
         unit_bytes: feature bytes per unit, for a new plan.
 
     Returns:
@@ -182,7 +182,7 @@ class UnitJob:
     root: str
     number: int
     samples: tuple[Sample, ...]
-    """Without their turns: features know nothing of questions."""
+    """All with an image, and without their turns: features know nothing of questions."""
 
 
 @dataclass(frozen=True, kw_only=True)

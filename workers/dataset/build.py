@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from model.specs import fingerprint
 from workers.commits import Stage, from_json, to_json
@@ -42,10 +42,15 @@ class DatasetRecord:
     num_train_by_source: dict[str, int]
     """By the source's label; an image of several sources counts for the first one."""
     num_held_out: int
+    num_text_only: int = 0
+    """Samples without an image, on both sides; they count in the numbers above too. None in datasets of before there were such."""
+    num_train_text_only_by_source: dict[str, int] = field(default_factory=dict)
+    """By the source's label; sources without such are left out."""
     num_turns: int
     num_small_turns: int
     num_duplicates: int
-    """Items whose image another item with a lower index has; their other questions were added to that one's sample."""
+    """Items whose image another item with a lower index has; their other questions were added to that one's sample. And text-only items that say
+    what another one says."""
     num_quarantined: int
     quarantined_by_reason: dict[str, int]
     samples_by_family: dict[str, int]
@@ -250,7 +255,7 @@ def build_unit(job: _UnitJob) -> _UnitReport:
             samples.append(loaded[0])
             sizes.append(loaded[1])
     unit = _StagedUnit(samples=tuple(samples), image_bytes=tuple(sizes), quarantined=tuple(quarantined))
-    store.sync([sample.image_path for sample in samples if "://" not in sample.image_path])
+    store.sync([sample.image.path for sample in samples if sample.image is not None and "://" not in sample.image.path])
     # Named by what it says, so that no other run can change a unit that this one has taken.
     rows = to_json(unit)
     path = f"{job.prefix}{hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]}.json"
@@ -265,6 +270,8 @@ def _read_unit(store: Store, path: str) -> _StagedUnit:
 def merge_duplicates(candidates: Sequence[Sample]) -> tuple[list[Sample], int]:
     """One sample per image: the one with the lowest index, with the questions of the others added behind its own.
 
+    Of text-only samples, one per conversation.
+
     Args:
         candidates: in any order.
 
@@ -273,13 +280,14 @@ def merge_duplicates(candidates: Sequence[Sample]) -> tuple[list[Sample], int]:
     """
     merged: dict[str, Sample] = {}
     for sample in sorted(candidates, key=lambda candidate: candidate.index):
-        first = merged.get(sample.image_sha256)
+        identity = sample.identity
+        first = merged.get(identity)
         if first is None:
-            merged[sample.image_sha256] = sample
-        else:
+            merged[identity] = sample
+        elif not first.text_only:
             asked = {turn.question for turn in first.turns}
             added = tuple(turn for turn in sample.turns if turn.question not in asked)
-            merged[sample.image_sha256] = replace(first, turns=(*first.turns, *added))
+            merged[identity] = replace(first, turns=(*first.turns, *added))
     samples = sorted(merged.values(), key=lambda sample: sample.index)
     return samples, len(candidates) - len(samples)
 
@@ -308,7 +316,7 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         raise IncompleteError(
             f"{store.url(SAMPLES_TABLE)}: {len(samples)} samples of dataset {stage.key} were written, the table holds {num_committed}"
         )
-    sizes = {sample.image_sha256: size for unit in units for sample, size in zip(unit.samples, unit.image_bytes, strict=True)}
+    sizes = {sample.identity: size for unit in units for sample, size in zip(unit.samples, unit.image_bytes, strict=True)}
     turns = [turn for sample in samples for turn in sample.turns]
     return DatasetRecord(
         dataset_fingerprint=fingerprint(spec),
@@ -317,6 +325,8 @@ def _finish(stage: Stage, spec: DatasetSpec, num_items: int, units: Sequence[_St
         num_train=sum(sample.split == "train" for sample in samples),
         num_train_by_source=dict(Counter(sample.source for sample in samples if sample.split == "train")),
         num_held_out=sum(sample.split == "held_out" for sample in samples),
+        num_text_only=sum(sample.text_only for sample in samples),
+        num_train_text_only_by_source=dict(Counter(sample.source for sample in samples if sample.split == "train" and sample.text_only)),
         num_turns=len(turns),
         num_small_turns=sum(turn.detail == "small" for turn in turns),
         num_duplicates=num_duplicates,

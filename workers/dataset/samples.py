@@ -1,9 +1,13 @@
-"""The rows of a dataset: one sample is one image with its conversation.
+"""The rows of a dataset: one sample is one image with its conversation, or a conversation about no image.
 
-Samples live in one Delta table, partitioned by the dataset's fingerprint, and are read back in one frozen order: by index.
+Samples live in one Delta table, partitioned by the dataset's fingerprint, and are read back in one frozen order: by index. A sample without an image
+has nulls in the columns image_sha256, image_path, width_px and height_px, so it joins with no row of the features.
 """
 
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +17,18 @@ from workers.errors import TableError
 from workers.storage import Store
 from workers.tables import read_partition
 
-__all__ = ["SAMPLES_SCHEMA", "SAMPLES_TABLE", "Detail", "Sample", "Split", "Turn", "read_samples", "samples_to_table"]
+__all__ = [
+    "SAMPLES_SCHEMA",
+    "SAMPLES_TABLE",
+    "Detail",
+    "ImageRef",
+    "Sample",
+    "Split",
+    "Turn",
+    "conversation_sha256",
+    "read_samples",
+    "samples_to_table",
+]
 
 Detail = Literal["small", "large"]
 Split = Literal["train", "held_out"]
@@ -38,10 +53,10 @@ SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("index", pa.int64(), nullable=False),
-        pa.field("image_sha256", pa.string(), nullable=False),
-        pa.field("image_path", pa.string(), nullable=False),
-        pa.field("width_px", pa.int32(), nullable=False),
-        pa.field("height_px", pa.int32(), nullable=False),
+        pa.field("image_sha256", pa.string()),
+        pa.field("image_path", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
         pa.field("family", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
@@ -70,26 +85,82 @@ class Turn:
     """Words that the evidence shows, e.g. its text and its colour: what a visual token at that place should mean."""
 
 
+def conversation_sha256(turns: Sequence[Turn]) -> str:
+    """The identity of a conversation: sha256 (hex) over what is said in it.
+
+    Args:
+        turns: questions and answers in order; nothing else of them counts.
+
+    Returns:
+        The digest.
+    """
+    said = json.dumps([[turn.question, turn.answer] for turn in turns], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    """An image, by its bytes and by where they are."""
+
+    sha256: str
+    """sha256 (hex) of the image file's bytes: the image's identity everywhere."""
+    path: str
+    """Relative to the root, or an absolute URL of an image that stays where it is."""
+    width_px: int
+    height_px: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image with its conversation."""
+    """One image with its conversation, or a conversation about no image."""
 
     sample_id: str
     index: int
     """Place in the frozen order. Ascending and unique; gaps are inputs that were quarantined or duplicates."""
-    image_sha256: str
-    """sha256 (hex) of the image file's bytes: the image's identity everywhere."""
-    image_path: str
-    """Relative to the root, or an absolute URL of an image that stays where it is."""
-    width_px: int
-    height_px: int
+    image: ImageRef | None
+    """None: text alone."""
     family: str
     source: str
     split: Split
     licence: str
     detail_score: float
-    """0 to 1: how much of what the image holds its global view does not show."""
+    """0 to 1: how much of what the image holds its global view does not show; 0 without an image."""
     turns: tuple[Turn, ...]
+
+    @property
+    def text_only(self) -> bool:
+        """Whether it is about no image."""
+        return self.image is None
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) of its image's bytes, or of its conversation where there is none: what decides its split, and what no two samples share."""
+        return conversation_sha256(self.turns) if self.image is None else self.image.sha256
+
+    @property
+    def image_sha256(self) -> str:
+        """The image's identity. Like all of an image, not to be asked for of text alone."""
+        return self._image.sha256
+
+    @property
+    def image_path(self) -> str:
+        """Where the image lies, see ImageRef."""
+        return self._image.path
+
+    @property
+    def width_px(self) -> int:
+        """Of the image."""
+        return self._image.width_px
+
+    @property
+    def height_px(self) -> int:
+        """Of the image."""
+        return self._image.height_px
+
+    @property
+    def _image(self) -> ImageRef:
+        assert self.image is not None, f"sample {self.sample_id} ({self.source}) is text alone, but its image was asked for"
+        return self.image
 
 
 def samples_to_table(samples: list[Sample]) -> pa.Table:
@@ -116,10 +187,10 @@ def samples_to_table(samples: list[Sample]) -> pa.Table:
             {
                 "sample_id": sample.sample_id,
                 "index": sample.index,
-                "image_sha256": sample.image_sha256,
-                "image_path": sample.image_path,
-                "width_px": sample.width_px,
-                "height_px": sample.height_px,
+                "image_sha256": None if sample.image is None else sample.image.sha256,
+                "image_path": None if sample.image is None else sample.image.path,
+                "width_px": None if sample.image is None else sample.image.width_px,
+                "height_px": None if sample.image is None else sample.image.height_px,
                 "family": sample.family,
                 "source": sample.source,
                 "split": sample.split,
@@ -148,7 +219,9 @@ def samples_from_table(table: pa.Table) -> list[Sample]:
                     shown=tuple(turn["shown"]),
                 )
             )
-        samples.append(Sample(**row, turns=tuple(turns)))
+        sha256, path, width_px, height_px = (row.pop(name) for name in ("image_sha256", "image_path", "width_px", "height_px"))
+        image = None if sha256 is None else ImageRef(sha256=sha256, path=path, width_px=width_px, height_px=height_px)
+        samples.append(Sample(**row, image=image, turns=tuple(turns)))
     return samples
 
 
@@ -164,7 +237,7 @@ def read_samples(store: Store, dataset_fingerprint: str, split: Split | None = N
         Samples by ascending index.
 
     Raises:
-        TableError: the dataset is not there, or holds an index or an image twice.
+        TableError: the dataset is not there, or holds an index, an image or a conversation about none twice.
     """
     key = dataset_fingerprint[:16]
     table = read_partition(store, SAMPLES_TABLE, {"dataset": key})
@@ -174,7 +247,8 @@ def read_samples(store: Store, dataset_fingerprint: str, split: Split | None = N
             "run `loupe build-dataset RECIPE` first."
         )
     samples = sorted(samples_from_table(table), key=lambda sample: sample.index)
-    for name, values in (("index", [s.index for s in samples]), ("image", [s.image_sha256 for s in samples])):
+    identities = {text_only: [s.identity for s in samples if s.text_only is text_only] for text_only in (False, True)}
+    for name, values in (("index", [s.index for s in samples]), ("image", identities[False]), ("conversation", identities[True])):
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
             raise TableError(f"{store.url(SAMPLES_TABLE)}: dataset {key} holds the {name} {twice[0]} more than once; rebuild it under another root")

@@ -15,7 +15,7 @@ from model.errors import ImageError, first_line
 from model.images import decode_image, detail_score
 from model.specs import UnknownDigest
 from workers.dataset.rendering import Rendered
-from workers.dataset.samples import Sample, Split, Turn
+from workers.dataset.samples import ImageRef, Sample, Split, Turn, conversation_sha256
 from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, SourceSpec, source_label
 from workers.errors import SourceError, StorageError
 from workers.quarantine import QuarantineRow, StoreReason, store_reason
@@ -27,6 +27,7 @@ __all__ = [
     "Renderer",
     "describe_llava_json",
     "image_path",
+    "is_text_only",
     "load_item",
     "normalise_conversation",
     "plan_llava_json",
@@ -37,7 +38,7 @@ __all__ = [
 Renderer = Callable[[str, int, DatasetSpec], Rendered]
 """family, number, spec -> picture."""
 
-RecordReason = Literal["bad_record", "bad_conversation", "no_image", "bad_path"] | StoreReason
+RecordReason = Literal["bad_record", "bad_conversation", "bad_path", "placeholder_without_image"] | StoreReason
 """What can be wrong with a record before its image is decoded; beside model.images.REASONS."""
 
 PLACEHOLDER = "<image>"
@@ -65,18 +66,18 @@ class _RefusedError(Exception):
         self.reason = reason
 
 
-def split_of(image_sha256: str, seed: int, held_out_fraction: float) -> Split:
-    """The side of an image, from its own hash alone: adding or losing other images never moves it.
+def split_of(identity: str, seed: int, held_out_fraction: float) -> Split:
+    """The side of a sample, from its own hash alone: adding or losing other samples never moves it.
 
     Args:
-        image_sha256: of the image's bytes.
+        identity: sha256 (hex) of the image's bytes, or of a conversation about none; see Sample.identity.
         seed: of the dataset.
         held_out_fraction: expected share on the held-out side.
 
     Returns:
         The side.
     """
-    digest = hashlib.sha256(f"split:{seed}:{image_sha256}".encode()).digest()
+    digest = hashlib.sha256(f"split:{seed}:{identity}".encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64 else "train"
 
 
@@ -197,7 +198,7 @@ def load_item(item: Item, spec: DatasetSpec, store: Store, renderer: Renderer) -
         renderer: draws pictures.
 
     Returns:
-        The sample and the size of its image in bytes, or why there is none.
+        The sample and the size of its image in bytes (0 without an image), or why there is none.
 
     Raises:
         StorageError: the store failed in a way that says nothing about the item.
@@ -221,10 +222,7 @@ def _load_rendered(item: Item, source: RenderedSourceSpec, spec: DatasetSpec, st
     sample = Sample(
         sample_id=f"{source.family}-{item.number:06d}",
         index=item.index,
-        image_sha256=digest,
-        image_path=path,
-        width_px=rendered.width_px,
-        height_px=rendered.height_px,
+        image=ImageRef(sha256=digest, path=path, width_px=rendered.width_px, height_px=rendered.height_px),
         family=source.family,
         source=source_label(source),
         split=split_of(digest, spec.seed, spec.held_out_fraction),
@@ -240,6 +238,8 @@ def _load_llava(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec) -> t
     name, digest = f"record {item.number}", None
     try:
         record = _checked_record(json.loads(item.record))
+        if is_text_only(record):
+            return _text_only_sample(item, source, spec, normalise_conversation(record["conversations"], has_image=False)), 0
         name = str(record["image"])
         turns = normalise_conversation(record["conversations"])
         data, url = _read_image(source, name)
@@ -248,13 +248,9 @@ def _load_llava(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec) -> t
     except (_RefusedError, ImageError) as error:
         return QuarantineRow(reason=error.reason, source=source_label(source), item=name, index=item.index, bytes_sha256=digest, detail=str(error))
     sample = Sample(
-        # Not the record's own id: ids may be missing, and two files or two records may share one.
-        sample_id=f"{PurePosixPath(source.records).stem}-{item.number:07d}",
+        sample_id=_record_id(item, source),
         index=item.index,
-        image_sha256=digest,
-        image_path=url,
-        width_px=image.width,
-        height_px=image.height,
+        image=ImageRef(sha256=digest, path=url, width_px=image.width, height_px=image.height),
         family="llava",
         source=source_label(source),
         split=split_of(digest, spec.seed, spec.held_out_fraction),
@@ -265,12 +261,36 @@ def _load_llava(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec) -> t
     return sample, len(data)
 
 
+def _record_id(item: Item, source: LlavaJsonSourceSpec) -> str:
+    """Not the record's own id: ids may be missing, and two files or two records may share one."""
+    return f"{PurePosixPath(source.records).stem}-{item.number:07d}"
+
+
+def _text_only_sample(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec, turns: tuple[Turn, ...]) -> Sample:
+    return Sample(
+        sample_id=_record_id(item, source),
+        index=item.index,
+        image=None,
+        family="text",
+        source=source_label(source),
+        split=split_of(conversation_sha256(turns), spec.seed, spec.held_out_fraction),
+        licence=UNKNOWN_LICENCE,
+        detail_score=0.0,
+        turns=turns,
+    )
+
+
+def is_text_only(record: Any) -> bool:
+    """Whether a record of a LLaVA source is about no image: it has no `image`, or null there."""
+    return isinstance(record, dict) and record.get("image") is None
+
+
 def _checked_record(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise _RefusedError("bad_record", "a record is an object with a list `conversations`")
-    image = record.get("image")
-    if image is None:
-        raise _RefusedError("no_image", "the record has no image (text-only records teach a connector nothing)")
+    if is_text_only(record):
+        return record
+    image = record["image"]
     if not isinstance(image, str) or not image:
         raise _RefusedError("bad_record", f"`image` should be a path, found {image!r}")
     parts = PurePosixPath(image).parts
@@ -299,17 +319,18 @@ def _read_image(source: LlavaJsonSourceSpec, name: str) -> tuple[bytes, str]:
         raise _RefusedError(reason, str(error)) from error
 
 
-def normalise_conversation(conversations: list[Any]) -> tuple[Turn, ...]:
+def normalise_conversation(conversations: list[Any], *, has_image: bool = True) -> tuple[Turn, ...]:
     """LLaVA's list of {from, value} as turns: alternation checked, the image placeholder taken out (the chat template places it).
 
     Args:
         conversations: human and gpt alternating, human first; a leading gpt turn is skipped as LLaVA's loader does.
+        has_image: whether the record names an image.
 
     Returns:
-        At least one turn.
+        At least one turn, of kind `llava/turn`, or `llava/text` without an image.
 
     Raises:
-        _RefusedError: with reason bad_conversation.
+        _RefusedError: with reason bad_conversation; or placeholder_without_image, for a question that shows what is not there.
     """
     texts: list[tuple[str, str]] = []
     for place, entry in enumerate(conversations):
@@ -326,10 +347,16 @@ def normalise_conversation(conversations: list[Any]) -> tuple[Turn, ...]:
     placeholders = [place for place, (_, text) in enumerate(texts) for _ in range(text.count(PLACEHOLDER))]
     if len(placeholders) > 1 or any(speakers[place] == "gpt" for place in placeholders):
         raise _RefusedError("bad_conversation", f"{PLACEHOLDER} should stand once, in a question, found it in turns {placeholders[:8]}")
+    if placeholders and not has_image:
+        raise _RefusedError(
+            "placeholder_without_image",
+            f"turn {placeholders[0]} asks about an image by {PLACEHOLDER}, but the record names none; give the record its `image`, or remove the "
+            "placeholder from a question about text alone",
+        )
     turns = []
     for place in range(0, len(texts), 2):
         question, answer = texts[place][1].replace(PLACEHOLDER, "").strip(), texts[place + 1][1].strip()
         if not question or not answer:
             raise _RefusedError("bad_conversation", f"turn {place} has an empty question or answer")
-        turns.append(Turn(question=question, answer=answer, kind="llava/turn", detail="large"))
+        turns.append(Turn(question=question, answer=answer, kind="llava/turn" if has_image else "llava/text", detail="large"))
     return tuple(turns)

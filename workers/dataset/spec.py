@@ -63,6 +63,8 @@ class LlavaJsonSourceSpec:
     """Path or URL of the image folder. Images stay there; samples refer to them."""
     records_sha256: str
     """sha256 (hex) of the JSON file, so that edited records are another dataset."""
+    reader_version: int = 2
+    """Of what makes samples of records. From 2 on, records without an image are samples too."""
 
     def __post_init__(self) -> None:
         is_digest = len(self.records_sha256) == 64 and not set(self.records_sha256) - set("0123456789abcdef")
@@ -105,8 +107,8 @@ class DatasetSpec:
     sources: tuple[SourceSpec, ...]
     seed: int
     held_out_fraction: float
-    """Share of the images kept for evaluation; decided by each image's hash, so no image is ever on both sides. 1 keeps all: a dataset that is only
-    asked."""
+    """Share of the samples kept for evaluation; decided by the hash of each one's image, or of its conversation where there is none, so that none is
+    ever on both sides. 1 keeps all: a dataset that is only asked."""
     view_px: int
     """Side of the encoder's view that the images are made for."""
     views: ViewSpec

@@ -132,7 +132,7 @@ def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[Ma
 
 
 def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, connector: Connector, max_tokens: int) -> Conversation:
-    """A sample's conversation, beside all of its image's visual tokens.
+    """A sample's conversation, beside all of its image's visual tokens if it has an image.
 
     Args:
         sample: whose turns and image.
@@ -147,8 +147,9 @@ def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, c
     Raises:
         ConversationError: it cannot be trained on.
     """
-    room = room_for_text(max_tokens, connector, view_plan(features, sample))
-    return tokenise_conversation(tokenizer, [(turn.question, turn.answer) for turn in sample.turns], room)
+    room = max_tokens if sample.text_only else room_for_text(max_tokens, connector, view_plan(features, sample))
+    turns = [(turn.question, turn.answer) for turn in sample.turns]
+    return tokenise_conversation(tokenizer, turns, room, has_image=not sample.text_only)
 
 
 class BatchBuilder:
@@ -164,7 +165,7 @@ class BatchBuilder:
         max_tokens: the language model's longest sequence.
 
     Raises:
-        TrainingError: there are no samples, or none of the sources that a phase sees.
+        TrainingError: there are no samples with an image, or a phase sees none.
     """
 
     def __init__(
@@ -178,13 +179,13 @@ class BatchBuilder:
         tokenizer: Any,
         max_tokens: int,
     ) -> None:
-        if not samples:
+        if all(sample.text_only for sample in samples):
             raise TrainingError("the dataset's train split holds no image; build a dataset with a smaller held_out_fraction or more images")
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._global_maps, self._local_maps = needed_maps(connector.spec)
-        self._by_sources = {phase.sources: _of_sources(samples, phase) for phase in schedule.phases}
         self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
+        self._seen = {_sight(phase): _seen(samples, phase) for phase in schedule.phases}
         self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
         self._evidence: dict[int, list[tuple[int, int]]] = {}
 
@@ -221,7 +222,7 @@ class BatchBuilder:
             MissingFeaturesError: the source gave an image without a view that was asked for.
         """
         phases = self.schedule.phases
-        phase, seed = phases[phase_index], self.schedule.seed
+        phase = phases[phase_index]
         if phase.batch_size % world:
             raise TrainingError(
                 f"phase {phase.name!r} has batch_size {phase.batch_size}, which {world} workers cannot share evenly; change train_workers"
@@ -232,7 +233,7 @@ class BatchBuilder:
         supervised = sum(self.conversation(index, phase.template).num_supervised for index in indices)
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
-            shown = [branch_mode(phase.branch, seed, phase_index, position) in ("local", "both") for position in positions]
+            shown = [self._mode(phase_index, position, index) in ("local", "both") for position, index in zip(positions, indices, strict=True)]
             num_pairs = sum(len(self.evidence(index)) for index, wanted in zip(indices, shown, strict=True) if wanted)
             # The summed loss is divided by the supervised tokens: so the evidence loss joins it as weight times its mean over the pairs.
             evidence_scale = phase.evidence_weight * supervised / max(num_pairs, 1)
@@ -245,12 +246,18 @@ class BatchBuilder:
             micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
         return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
 
+    def _mode(self, phase_index: int, position: int, index: int) -> Mode:
+        """What a position shows: text alone is blind, whatever the phase's shares."""
+        if self.samples[index].text_only:
+            return "blind"
+        return branch_mode(self.schedule.phases[phase_index].branch, self.schedule.seed, phase_index, position)
+
     def _indices(self, phase_index: int, step: int) -> list[int]:
-        """The samples of a step. Passes go on where the last phase over the same sources left them, so every sample is seen as often as any other."""
+        """The samples of a step. Passes go on where the last phase over the same samples left them, so every sample is seen as often as any other."""
         phases, phase = self.schedule.phases, self.schedule.phases[phase_index]
-        shown = self._by_sources[phase.sources]
-        seen = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if earlier.sources == phase.sources)
-        first = seen + step * phase.batch_size
+        shown = self._seen[_sight(phase)]
+        done = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index] if _sight(earlier) == _sight(phase))
+        first = done + step * phase.batch_size
         return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
     def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -262,8 +269,9 @@ class BatchBuilder:
         Returns:
             Global and local maps by name; None without a local branch.
         """
-        count = min(num_images, len(self.samples))
-        images = [self.samples[place * len(self.samples) // count] for place in range(count)]
+        shown = [sample for sample in self.samples if not sample.text_only]
+        count = min(num_images, len(shown))
+        images = [shown[place * len(shown) // count] for place in range(count)]
         local = self.connector.spec.local_branch
         found = self.source.fetch(images, want_global=True, want_local=local is not None)
         global_maps = stack_maps(
@@ -284,6 +292,8 @@ class BatchBuilder:
         Returns:
             Pairs of (local token of the image, vocabulary id), each once.
         """
+        if self.samples[index].text_only:
+            return []
         if index not in self._evidence:
             sample = self.samples[index]
             pairs: dict[tuple[int, int], None] = {}
@@ -306,7 +316,7 @@ class BatchBuilder:
 
     def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int], evidence_scale: float = 0.0) -> Batch:
         phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
-        modes = [branch_mode(phase.branch, seed, phase_index, position) for position in positions]
+        modes = [self._mode(phase_index, position, index) for position, index in zip(positions, indices, strict=True)]
         wants_global = [mode in ("global", "both") for mode in modes]
         wants_local = [mode in ("local", "both") and spec.local_branch is not None for mode in modes]
         found = self._fetch(indices, wants_global, wants_local)
@@ -322,14 +332,14 @@ class BatchBuilder:
         ]
         plans = [self.view_plan(self.samples[index]) if wanted else None for index, wanted in zip(indices, wants_local, strict=True)]
         noise = None
-        if "gate" in phase.train and global_features and phase.experts == "mixture" and _is_noisy(self.connector):
+        if "gate" in phase.train and phase.experts == "mixture" and _is_noisy(self.connector):
             shape = (self.connector.num_patches, NUM_EXPERTS)
             drawn = [
                 _generator(seed, _NOISE, phase_index, position).standard_normal(shape, dtype=np.float32)
                 for position, wanted in zip(positions, wants_global, strict=True)
                 if wanted
             ]
-            noise = torch.from_numpy(np.stack(drawn))
+            noise = torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, *shape), dtype=np.float32))
         local = spec.local_branch
         pairs: list[tuple[int, int]] = []
         layout = lay_out_images(self.connector, wants_global, plans)
@@ -380,13 +390,18 @@ class BatchBuilder:
         return found
 
 
-def _of_sources(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
+def _sight(phase: PhaseSpec) -> tuple[tuple[str, ...], bool]:
+    """What tells phases apart that see other samples."""
+    return (phase.sources, phase.sees_text_only)
+
+
+def _seen(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
     """Places of the samples that a phase sees."""
-    found = [place for place, sample in enumerate(samples) if phase.sees(sample.source)]
+    found = [place for place, sample in enumerate(samples) if phase.sees(sample.source, text_only=sample.text_only)]
     if not found:
         raise TrainingError(
             f"phase {phase.name!r} sees the sources {', '.join(phase.sources)} alone, of which the train split holds no image; found those of "
-            f"{', '.join(sorted({sample.source for sample in samples}))}"
+            f"{', '.join(sorted({sample.source for sample in samples if not sample.text_only}))}"
         )
     return found
 

@@ -84,7 +84,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
         step_seconds = sum(record.seconds for record in records)
-        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "device": "none"}
+        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "num_text_only": 0, "device": "none"}
         record = TrainingRecord(
             training_fingerprint=fingerprint(spec),
             folder=f"checkpoints/{stage.key}/final",
@@ -93,6 +93,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             steps=total,
             samples=samples,
             num_images=facts["num_images"],
+            num_text_only=facts["num_text_only"],
             num_quarantined=len(screening.rows),
             quarantined_by_reason=screening.by_reason,
             parameters=parameters,
@@ -388,6 +389,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     refused = screen(spec, store, execution, SilentProgress()).refused
     data = training_data(spec, store, "train", device=device.type, verify=rank == 0)
     samples = [sample for sample in data.samples if sample.index not in refused]
+    num_text_only = sum(sample.text_only for sample in samples)
+    counts = {"num_images": len(samples) - num_text_only, "num_text_only": num_text_only}
     model, trainable = _starting_model(spec, store, name, device)
     builder = BatchBuilder(
         samples=samples,
@@ -421,7 +424,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     )
     metrics = None
     if rank == 0:
-        store.write_json(f"{run_folder}/facts.json", {"num_images": len(samples), "device": _device_name(device)})
+        store.write_json(f"{run_folder}/facts.json", {**counts, "device": _device_name(device)})
         metrics = MetricsLog(store, run_folder, total_steps=steps_before(spec.schedule.phases, len(spec.schedule.phases)))
     try:
         run_stage(
@@ -430,7 +433,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
             builder=builder,
             checkpoints=checkpoints,
             metrics=metrics,
-            context={"training_fingerprint": fingerprint(spec), "num_images": len(samples)},
+            context={"training_fingerprint": fingerprint(spec), **counts},
             checkpoint_every_steps=execution.checkpoint_every_steps,
             micro_batch_size=execution.micro_batch_size,
             device=device,

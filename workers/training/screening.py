@@ -1,8 +1,8 @@
-"""Which samples a run trains on: every conversation is tokenised once, in the template of every phase, before the first step.
+"""Which samples a run trains on: every conversation is tokenised once, in the template of every phase that sees it, before the first step.
 
 Input: the train split. Output: a Screening, whose rows are in the quarantine under stage train-connector and the run's key. A sample that one of the
-phases that see its source cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every
-resume leaves out the same samples and sees the others in the same order.
+phases that see it cannot be trained on is left out of all of them. Invariant: the first screening on record stands, so every rank and every resume
+leaves out the same samples and sees the others in the same order.
 """
 
 from collections import Counter
@@ -111,7 +111,7 @@ def refusals(
 
     Args:
         samples: to look at.
-        phases: tell which sources are seen in which template.
+        phases: tell which samples are seen in which template.
         tokenizers: by the template that they speak.
         features: tell how many local views an image has.
         connector: tells how many tokens a view makes.
@@ -121,7 +121,7 @@ def refusals(
         At most one row for each, by the first template that refuses it.
     """
     for sample in samples:
-        for template in dict.fromkeys(phase.template for phase in phases if phase.sees(sample.source)):
+        for template in dict.fromkeys(phase.template for phase in phases if phase.sees(sample.source, text_only=sample.text_only)):
             try:
                 sample_conversation(sample, tokenizers[template], features, connector, max_tokens)
             except ConversationError as error:

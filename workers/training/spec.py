@@ -114,6 +114,8 @@ class TrainingRecord:
     samples: int
     num_images: int
     """That it trained on."""
+    num_text_only: int = 0
+    """Samples without an image, of which phases that train the language model learn."""
     num_quarantined: int
     """Samples of the train split that no phase saw, since their conversation cannot be trained on."""
     quarantined_by_reason: dict[str, int]
