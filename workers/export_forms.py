@@ -49,9 +49,6 @@ that `torch.load(weights_only=True)` reads, and the `mm_*` fields of `config.jso
 that this run was trained with: `language_model/` here where the run trained it, the one named below where it did not. `loupe import-weights` reads
 them too."""
 
-_ROUNDING: tuple[ExportForm, ...] = ("loupe", "llava")
-"""Forms that are compared as the run computes, with its rounding."""
-
 _NUM_PROMPTS = 3
 _LAST_POSITIONS = 256
 """Positions of a prompt that are compared: all of the text behind the picture, and visual tokens before it."""
@@ -157,12 +154,11 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
             (folder / "README.md").write_text(model_card(training, trained, evaluated, licences, _usage(spec.form)))
             progress.advance()
-            if spec.form not in _ROUNDING:
-                expected = _ask_again(_without_rounding(run), as_evaluated)
-            else:
-                expected = as_evaluated if training.lora is None else _ask_again(run, as_evaluated)
+            rounds = spec.form == "loupe"
+            compared = run if rounds else _without_rounding(run)
+            expected = as_evaluated if rounds and training.lora is None else _ask_again(compared, as_evaluated)
             tolerance = TOLERANCE * max(1.0, *(float(prompt.logits.abs().max()) for prompt in expected))
-            written = _Reimported.load(folder, run) if spec.form == "llava" else AutoLoaded.load(folder)
+            written = _Reimported.load(folder, compared) if spec.form == "llava" else AutoLoaded.load(folder)
             error = _compare(spec.form, written, expected, tolerance)
             progress.advance()
             files = write_manifest(folder)
@@ -382,7 +378,7 @@ def _distance(some: "Tensor", others: "Tensor") -> float:
 
 def _compared(form: ExportForm, run: "ExportedModel", *, merged: bool) -> str:
     adapters = ", adapters merged" if merged else ""
-    if form in _ROUNDING:
+    if form == "loupe":
         return f"as evaluated{adapters}: features rounded to {run.config.feature_precision}, matrix products in {run.config.precision}"
     held = " (its weights are bf16 numbers)" if run.config.language_model_precision == "bf16" else ""
     return f"in fp32 throughout{adapters}: the same weights in Loupe's own code, language model included{held}, on features that are not rounded"

@@ -112,10 +112,11 @@ def mixed(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
-    """A global branch alone, its language model tuned by adapters on a base in bf16."""
+    """LLaVA's connector, its language model tuned by adapters on a base in bf16."""
     root = str(tmp_path_factory.mktemp("adapted") / "root")
     lora = LoraSpec(rank=4, alpha=8.0, dropout=0.05)
-    changes = {"schedule": schedule(sft=True, local=False), "connector": global_only(), "precision": "bf16", "lora": lora}
+    llava = ConnectorSpec(global_branch=GlobalBranchSpec(fusion=SingleSpec(layer=5), adapters=MLPSpec()), local_branch=None)
+    changes = {"schedule": schedule(sft=True, local=False), "connector": llava, "precision": "bf16", "lora": lora}
     return Run(*build_small_store(root, tiny_encoder_folder, tiny_language_model_folder, **changes))
 
 
