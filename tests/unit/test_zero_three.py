@@ -50,6 +50,7 @@ class Ranks:
         if "die_before" in changes:
             for process in self.processes:
                 assert process.wait(120)
+                process.stdin.close()
                 process.stdout.close()
             self.processes = []
             return [], store
