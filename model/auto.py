@@ -267,7 +267,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pad_left=True,
             global_maps=global_maps,
             local_maps=local_maps,
-            selects=spec.selector is not None,
+            selects=computes.selects,
         )
         return batch.to(self.device)
 

@@ -91,6 +91,8 @@ class ExportConfig:
     """Of the language model's weights: bf16 where training held it frozen, so that answers come from the same numbers."""
     adapter: AdapterConfig | None = None
     """What adapter/ holds; None without one."""
+    selects: bool = False
+    """Whether the connector's selector drops local tokens, as it did in the last phase of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +104,7 @@ class Answer:
     seconds: float
     """Decoding, encoding and generating; loading is not in it."""
     num_visual_tokens: int
+    """Before any are dropped by a selector."""
     num_answer_tokens: int
 
 
@@ -378,7 +381,7 @@ class ExportedModel:
             pad_left=pad_left,
             global_maps=shown.global_maps,
             local_maps=shown.local_maps,
-            selects=self.config.connector.selector is not None,
+            selects=self.config.selects,
         )
 
     def _show(self, images: Sequence[bytes | None], mode: Mode) -> "_Shown":

@@ -18,7 +18,18 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from model.errors import ImageError, SpecError
 from model.views import Branch, ViewPlan
 
-__all__ = ["DEFAULT_LIMITS", "REASONS", "ImageLimits", "Reason", "cut_views", "decode_image", "detail_score", "upright_rgb"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "REASONS",
+    "ImageLimits",
+    "Reason",
+    "cut_views",
+    "decode_image",
+    "decoding_error",
+    "detail_score",
+    "open_image",
+    "upright_rgb",
+]
 
 Reason = Literal["empty", "too_many_bytes", "not_an_image", "too_many_pixels", "extreme_aspect", "truncated", "undecodable"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -53,6 +64,60 @@ def _too_many_pixels(error: Image.DecompressionBombError, limits: ImageLimits) -
     return _refuse("too_many_pixels", f"the image has {many} pixels; at most {limits.max_pixels} are allowed")
 
 
+def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Read a picture's header, and refuse what it promises before any pixel is decoded.
+
+    Args:
+        data: the file.
+        limits: what to refuse.
+
+    Returns:
+        The picture, not decoded yet; close it.
+
+    Raises:
+        ImageError: with a reason out of REASONS.
+    """
+    if not data:
+        raise _refuse("empty", "the file has no bytes")
+    if len(data) > limits.max_bytes:
+        raise _refuse("too_many_bytes", f"the file has {len(data)} bytes; at most {limits.max_bytes} are allowed")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise _refuse("not_an_image", f"the bytes are none of {', '.join(_FORMATS)}; they start with {data[:8]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(error, limits) from error
+    except MemoryError:
+        raise  # this machine's lack, not the image's fault
+    except Exception as error:
+        # Headers are hostile input: Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error ...
+        raise _refuse("undecodable", f"the header cannot be read: {type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise _refuse("too_many_pixels", f"the image has {width}x{height} pixels; at most {limits.max_pixels} are allowed")
+    if min(width, height) < 1 or max(width, height) > limits.max_aspect * min(width, height):
+        raise _refuse("extreme_aspect", f"the image is {width}x{height}; one side may be at most {limits.max_aspect:g} times the other")
+    return image
+
+
+def decoding_error(error: Exception, limits: ImageLimits = DEFAULT_LIMITS) -> ImageError:
+    """What an error of Pillow's says about the picture whose pixels it was decoding.
+
+    Args:
+        error: any but a MemoryError, which says something of the machine.
+        limits: for the message.
+
+    Returns:
+        The error to raise in its place.
+    """
+    if isinstance(error, Image.DecompressionBombError):  # a frame may be larger than its file's header says
+        return _too_many_pixels(error, limits)
+    text = str(error)
+    truncated = "truncated" in text.lower() or "broken data stream" in text or isinstance(error, EOFError)
+    reason: Reason = "truncated" if truncated else "undecodable"
+    return _refuse(reason, f"the pixels cannot be decoded: {type(error).__name__}: {text}")
+
+
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode bytes into an upright RGB image.
 
@@ -69,42 +134,17 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     Raises:
         ImageError: with a reason out of REASONS.
     """
-    if not data:
-        raise _refuse("empty", "the file has no bytes")
-    if len(data) > limits.max_bytes:
-        raise _refuse("too_many_bytes", f"the file has {len(data)} bytes; at most {limits.max_bytes} are allowed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata and about sizes that are limited here anyway
-        try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except UnidentifiedImageError as error:
-            raise _refuse("not_an_image", f"the bytes are none of {', '.join(_FORMATS)}; they start with {data[:8]!r}") from error
-        except Image.DecompressionBombError as error:
-            raise _too_many_pixels(error, limits) from error
-        except MemoryError:
-            raise  # this machine's lack, not the image's fault
-        except Exception as error:
-            # Headers are hostile input: Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error ...
-            raise _refuse("undecodable", f"the header cannot be read: {type(error).__name__}: {error}") from error
-        with image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise _refuse("too_many_pixels", f"the image has {width}x{height} pixels; at most {limits.max_pixels} are allowed")
-            if min(width, height) < 1 or max(width, height) > limits.max_aspect * min(width, height):
-                raise _refuse("extreme_aspect", f"the image is {width}x{height}; one side may be at most {limits.max_aspect:g} times the other")
+        with open_image(data, limits) as image:
             try:
                 image.seek(0)
                 image.load()
                 return upright_rgb(image)
             except MemoryError:
                 raise
-            except Image.DecompressionBombError as error:  # a frame may be larger than its file's header says
-                raise _too_many_pixels(error, limits) from error
             except Exception as error:
-                text = str(error)
-                truncated = "truncated" in text.lower() or "broken data stream" in text or isinstance(error, EOFError)
-                reason: Reason = "truncated" if truncated else "undecodable"
-                raise _refuse(reason, f"the pixels cannot be decoded: {type(error).__name__}: {text}") from error
+                raise decoding_error(error, limits) from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

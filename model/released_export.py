@@ -58,7 +58,8 @@ def write_llava_layout(
     Raises:
         ExportError: the authors' code cannot compute what this connector does.
     """
-    files = released_tensors(connector, encoder)
+    check_computable(connector.spec, encoder, views)
+    files = released_tensors(connector)
     config = dict(language_model_config or {})
     if language_model_config is not None:
         model_type = language_model_config.get("model_type")
@@ -132,20 +133,18 @@ def released_config_fields(connector: Connector, encoder: EncoderSpec, views: Vi
     return fields
 
 
-def released_tensors(connector: Connector, encoder: EncoderSpec) -> dict[str, dict[str, Tensor]]:
+def released_tensors(connector: Connector) -> dict[str, dict[str, Tensor]]:
     """A connector's tensors by the authors' files and names.
 
     Args:
-        connector: trained.
-        encoder: whose maps it reads.
+        connector: trained; `check_computable` has let it pass.
 
     Returns:
         Tensors by name, by file; fp32, the position tables fp16 as theirs are.
 
     Raises:
-        ExportError: the authors' code cannot compute what this connector does.
+        ExportError: global and local tokens are standardised by different numbers.
     """
-    check_computable(connector.spec, encoder)
     _check_foldable(connector)
     inner = "" if connector.resampler is None else ".projection"
     scale = connector.token_scale.detach()
@@ -205,12 +204,13 @@ def _released_resampler(prefix: str, resampler: Resampler) -> dict[str, Tensor]:
     }
 
 
-def check_computable(spec: ConnectorSpec, encoder: EncoderSpec) -> None:
+def check_computable(spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec) -> None:
     """Refuse what the authors' code has no words for, before anything is trained.
 
     Args:
         spec: of the connector.
         encoder: whose maps it reads.
+        views: how pictures are cut: their code cuts them by itself.
 
     Raises:
         ExportError: with every reason.
@@ -251,8 +251,23 @@ def check_computable(spec: ConnectorSpec, encoder: EncoderSpec) -> None:
             faults.append("their spatial_unpad ends every line with a newline token")
         if local.newline and local.merge != "spatial_unpad":
             faults.append(f"their {local.merge} merge has no newline token")
+    faults += _view_faults(spec, encoder, views)
     if faults:
         raise ExportError("this connector is not one that the authors' code computes: " + "; ".join(faults))
+
+
+def _view_faults(spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec) -> list[str]:
+    """Where their code would show its connector other pixels than this one was trained on."""
+    local = spec.local_branch
+    if local is None:
+        # Unpadded, theirs crops CLIP's view out of the middle; only SigLIP's is squashed.
+        fits = views.global_fit == "pad" or encoder.family == "siglip"
+        return [] if fits else ['their code crops an unpadded picture for CLIP, this one was squashed; train with views.global_view = "pad"']
+    if local.compression is not None:
+        fits = views == ViewSpec.slime()
+        return [] if fits else ["SliME's code cuts views by its own rule alone, at most 6 slices and a squashed global view (views.rule = slime)"]
+    fits = views.rule == "anyres" and views.global_fit == "squash"
+    return [] if fits else ["LLaVA's code chooses among listed grids and squashes the global view (views.rule = anyres, global_view = squash)"]
 
 
 def _check_foldable(connector: Connector) -> None:

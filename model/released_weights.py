@@ -36,6 +36,7 @@ from model.specs import (
     TextGuidedSelectorSpec,
 )
 from model.tensor_files import StoredTensor, TensorFiles, dtype_name
+from model.views import ViewSpec
 
 __all__ = [
     "AUTHORS_NEWLINE",
@@ -53,6 +54,7 @@ __all__ = [
     "part_left",
     "released_facts",
     "spec_mismatches",
+    "view_mismatches",
 ]
 
 AUTHORS_POOL = 8
@@ -301,6 +303,36 @@ def _fusion_mismatch(config: Mapping[str, Any], fusion: FusionSpec, encoder: Enc
     return None
 
 
+def view_mismatches(facts: ReleasedFacts, encoder: EncoderSpec, views: ViewSpec) -> list[str]:
+    """Where a recipe would show the connector other pixels or tokens than its config.json tells of.
+
+    Args:
+        facts: of the files.
+        encoder: the recipe's encoder.
+        views: how the recipe cuts pictures.
+
+    Returns:
+        A line each, as `spec_mismatches` gives them. What config.json does not say is taken as it is.
+    """
+    lines, config = [], facts.config
+    selected = config.get("mm_vision_select_feature")
+    if selected not in (None, "patch"):
+        lines.append(f"mm_vision_select_feature: config.json has {selected}, Loupe reads patches alone; these weights cannot be used")
+    aspect = config.get("image_aspect_ratio")
+    if aspect == "pad" and views.global_fit != "pad":
+        lines.append('views.global_view: config.json tells of padded pictures (image_aspect_ratio pad), the recipe squashes; set global_view = "pad"')
+    if aspect == "anyres" and facts.compression_queries is not None and views != ViewSpec.slime():
+        lines.append("views: SliME's code cuts views by its own rule (6 slices, squashed global view), the recipe says otherwise; leave [views] out")
+    if aspect == "anyres" and facts.compression_queries is None:
+        pinpoints = config.get("image_grid_pinpoints")
+        asked = [[columns * encoder.view_px, rows * encoder.view_px] for columns, rows in views.candidate_grids]
+        if views.rule != "anyres" or (isinstance(pinpoints, list) and sorted(pinpoints) != sorted(asked)):
+            lines.append(f"views.grids: config.json lists the canvases {pinpoints}, the recipe has {views.rule} over {asked}; name the same grids")
+        if views.global_fit != "squash":
+            lines.append('views.global_view: LLaVA\'s AnyRes squashes the whole picture, the recipe pads it; set global_view = "squash"')
+    return lines
+
+
 def _notes(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderSpec) -> tuple[str, ...]:
     """What no weight shows and the recipe decides by itself, where config.json tells otherwise."""
     config, notes = facts.config, []
@@ -495,7 +527,7 @@ def by_canonical_name(files: TensorFiles) -> dict[str, str]:
     return names
 
 
-def load_released(files: TensorFiles, config: Mapping[str, Any] | None, spec: ConnectorSpec, encoder: EncoderSpec) -> Imported:
+def load_released(files: TensorFiles, config: Mapping[str, Any] | None, spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec) -> Imported:
     """A connector's state out of released files, or why there is none.
 
     Args:
@@ -503,6 +535,7 @@ def load_released(files: TensorFiles, config: Mapping[str, Any] | None, spec: Co
         config: of the model's config.json; None where there is none.
         spec: the recipe's connector.
         encoder: the recipe's encoder.
+        views: how the recipe cuts pictures.
 
     Returns:
         The state with its report.
@@ -513,7 +546,7 @@ def load_released(files: TensorFiles, config: Mapping[str, Any] | None, spec: Co
     names = by_canonical_name(files)
     stored = {canonical: files.stored[name] for canonical, name in names.items()}
     facts = released_facts(stored, config)
-    if lines := spec_mismatches(facts, spec, encoder):
+    if lines := [*spec_mismatches(facts, spec, encoder), *view_mismatches(facts, encoder, views)]:
         raise ReleasedWeightsError("the recipe describes another connector than the files hold:" + "".join(f"\n  {line}" for line in lines))
     connector = Connector(
         spec,

@@ -74,9 +74,11 @@ def keep_probabilities(
     Returns:
         Probabilities; 0 for all others, and throughout a sequence without candidates.
     """
-    logits = (scores / temperature).masked_fill(~candidates, -math.inf)
     none = ~candidates.any(dim=1, keepdim=True)
-    return torch.softmax(logits.masked_fill(none, 0.0), dim=-1).masked_fill(~candidates, 0.0)
+    eligible = scores.masked_fill(~candidates, -math.inf).masked_fill(none, 0.0)
+    # The largest is moved to 0 first: divided by a small temperature it would overflow, and leave nothing to keep.
+    logits = (eligible - eligible.amax(dim=1, keepdim=True).detach()) / temperature
+    return torch.softmax(logits, dim=-1).masked_fill(~candidates, 0.0)
 
 
 @torch.no_grad()
@@ -101,18 +103,21 @@ def kept_tokens(probabilities: Float[Tensor, "batch tokens"], candidates: Bool[T
 
 
 def straight_through(probabilities: Float[Tensor, "batch tokens"], candidates: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
-    """Weights that are exactly 1 and carry the gradient of the probabilities.
+    """Zeros that carry the gradient of the log-probabilities, to add to the attention logits that every position gives to a token.
+
+    A token that is dropped gets a weight of 0 in every softmax of attention, one that is kept its own: so the probability of keeping it enters as a
+    factor there, its logarithm as a bias. Weighing the token's embedding instead carries next to no gradient, since the first norm of a language
+    model takes every scale away.
 
     Args:
         probabilities: from `keep_probabilities`, with their graph.
         candidates: the same as there.
 
     Returns:
-        Ones to multiply kept tokens with. The gradient is that of a token weighed by its probability over the uniform one, so that its size does not
-        fall with the number of tokens.
+        Exactly 0 everywhere; without a gradient at what is no candidate.
     """
-    relative = probabilities * candidates.sum(dim=1, keepdim=True)
-    return 1 + (relative - relative.detach())
+    logs = probabilities.masked_fill(~candidates, 1.0).clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+    return logs - logs.detach()
 
 
 class LearnableSelector(nn.Module):

@@ -387,7 +387,7 @@ class LearnableSelectorSpec:
     """The same choice by scores that learn: both sides go through a small matrix each, and the softmax weighs what is kept.
 
     Source: SliME's code has a trainable selector whose scores reach the loss through indices alone, so it cannot learn. Differs: a straight-through
-    gradient; kept tokens are what they were, and the gradient is that of tokens weighed by their probability. It starts near the cosine.
+    gradient; kept tokens are what they were, and the gradient is that of attention to them weighed by their probability. It starts near the cosine.
 
     Raises:
         SpecError: as for `TextGuidedSelectorSpec`, or a width below 1.
@@ -777,6 +777,16 @@ class PhaseSpec:
                 "the phase's selector is on, global_mlp with any. "
                 "Leave it out of train (in place of connector, name the other blocks), or change branch"
             )
+        if self.selector and not self.branch.shows_local:
+            raise SpecError(
+                f"phase {self.name!r}: selector is on, but branch shows no local views, of which it drops some; leave it out, or give local or "
+                "both a share of branch"
+            )
+        if self.experts != "mixture" and not self.branch.shows_global:
+            raise SpecError(
+                f"phase {self.name!r}: found experts = {self.experts!r}, but branch shows no global view, for which there are experts; leave it "
+                "out, or give global or both a share of branch"
+            )
         if self.language_model_learning_rate is not None and "language_model" not in self.train:
             raise SpecError(
                 f"phase {self.name!r}: found language_model_learning_rate {self.language_model_learning_rate:g}, but train is "
@@ -816,7 +826,7 @@ class ScheduleSpec:
                 raise SpecError(f"align phase {phase.name!r} trains the language model; only sft may")
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
-            raise SpecError(f"phases need different names, found {names}")
+            raise SpecError(f"phases need different names, found {names}; give each a name")
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:

@@ -11,7 +11,9 @@ Source: `frames`: FreeVA as Dense Connector uses it (section 3.4 and its evaluat
 
 import io
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import isqrt
 from typing import Any, Literal
@@ -20,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from model.chat import tokenise_question
 from model.errors import ExportError, ImageError, SpecError
 from model.export import Answer, ExportedModel
-from model.images import DEFAULT_LIMITS, ImageLimits, cut_views, upright_rgb
+from model.images import DEFAULT_LIMITS, ImageLimits, cut_views, decoding_error, open_image, upright_rgb
 from model.views import ViewPlan, ViewSpec, plan_views
 from model.vision_language import Mode, VisualLayout, VisualTokens, lay_out_images, plan_sequences
 
@@ -109,17 +111,23 @@ def read_frames(data: bytes, wanted: int, limits: ImageLimits = DEFAULT_LIMITS) 
     Raises:
         ImageError: the bytes are no video that can be read, or too large.
     """
-    if not data:
-        raise ImageError("empty", "the file has no bytes")
     if len(data) > 10 * limits.max_bytes:
         raise ImageError("too_many_bytes", f"the file has {len(data)} bytes; at most {10 * limits.max_bytes} are allowed for a video")
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return _animation_frames(picture, wanted, limits)
-    except UnidentifiedImageError:
-        return _video_frames(data, wanted, limits)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError("undecodable", f"its frames cannot be decoded: {type(error).__name__}: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = open_image(data, replace(limits, max_bytes=10 * limits.max_bytes))
+        except ImageError as error:
+            if error.reason != "not_an_image":
+                raise
+            return _video_frames(data, wanted, limits)
+        with picture:
+            try:
+                return _animation_frames(picture, wanted)
+            except (ImageError, MemoryError):
+                raise
+            except Exception as error:
+                raise decoding_error(error, limits) from error
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -132,8 +140,7 @@ def _check_number(num_frames: int) -> None:
         raise ImageError("too_many_pixels", f"it has {num_frames} frames; at most {MAX_FRAMES} are allowed: cut it")
 
 
-def _animation_frames(picture: Image.Image, wanted: int, limits: ImageLimits) -> list[Image.Image]:
-    _check_size(*picture.size, limits)
+def _animation_frames(picture: Image.Image, wanted: int) -> list[Image.Image]:
     num_frames = int(getattr(picture, "n_frames", 1))
     _check_number(num_frames)
     places = frame_places(num_frames, wanted)
@@ -217,9 +224,9 @@ def ask_video(
         The answer.
 
     Raises:
-        ConversationError: the question does not fit beside so many frames, or holds a mark of the prompt.
+        ConversationError: the question does not fit, or holds a mark of the prompt.
         ExportError: the layout needs a local branch and there is none.
-        SpecError: there are no frames, or the pool is larger than a frame.
+        SpecError: there are no frames, too many, or the pool is larger than a frame.
     """
     started = time.monotonic()
     if not frames:
@@ -254,8 +261,11 @@ def ask_video(
         visual = model.visual_tokens(maps.to(model.device))
         num_visual = model.connector.tokens_per_global_view + len(shown.local_orders[0]) + shown.separator
         mode = "both"
-    conversation = tokenise_question(model.tokenizer, question, model.max_tokens - max_new_tokens - num_visual)
-    selects = mode == "both" and spec.selector is not None
+    room = model.max_tokens - max_new_tokens - num_visual
+    if room <= 0:
+        raise SpecError(f"{len(frames)} frames make {num_visual} visual tokens, but a sequence holds {model.max_tokens}; show fewer frames")
+    conversation = tokenise_question(model.tokenizer, question, room)
+    selects = mode == "both" and exported.config.selects
     batch = plan_sequences([conversation], [mode], [0], shown, pad_left=True, selects=selects)
     tokens = model.generate(batch.to(model.device), max_new_tokens, visual)[0]
     return Answer(

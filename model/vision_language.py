@@ -15,7 +15,7 @@ here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -196,6 +196,16 @@ class Sequences:
     lengths: Int[Tensor, "batch"]
     label_positions: Int[Tensor, "supervised"]
     """Flat positions (batch * length) whose hidden state predicts a supervised token."""
+    attention_bias: Float[Tensor, "batch length"] | None = None
+    """Zeros that carry a selector's gradient: what every position's attention to a token is raised by."""
+
+    def causal_mask(self) -> Float[Tensor, "batch 1 length length"] | None:
+        """What is added to attention logits: nothing that a causal model does not add by itself, but for the bias' gradient; None without one."""
+        if self.attention_bias is None:
+            return None
+        length, bias = self.embedded.shape[1], self.attention_bias
+        later = torch.ones(length, length, dtype=torch.bool, device=bias.device).triu(1)
+        return bias[:, None, None].expand(-1, 1, length, -1).masked_fill(later, torch.finfo(torch.bfloat16).min).to(self.embedded.dtype)
 
     def left_padding(self) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
         """Attention mask and position numbers of sequences that are padded in front."""
@@ -219,7 +229,8 @@ def _without(sequences: Sequences, dropped: Bool[Tensor, "batch length"], *, pad
     moved = kept_before[row, place]
     if pad_left:
         moved = moved - (length - sequences.lengths[row]) + (longest - lengths[row])
-    return Sequences(embedded=embedded, lengths=lengths, label_positions=row * longest + moved)
+    bias = None if sequences.attention_bias is None else sequences.attention_bias.gather(1, order)
+    return Sequences(embedded=embedded, lengths=lengths, label_positions=row * longest + moved, attention_bias=bias)
 
 
 def _visual_rows(mode: Mode, image: int, layout: VisualLayout, first_global: int, first_local: int) -> list[NDArray[np.int64]]:
@@ -432,12 +443,8 @@ class VisionLanguageModel(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             probabilities = self._keep_probabilities(batch, embedded.float(), local, spec)
             kept = kept_tokens(probabilities, local, spec.top_p)
-            if isinstance(spec, LearnableSelectorSpec):
-                whole = Sequences(
-                    embedded=embedded * straight_through(probabilities, local)[..., None].to(embedded.dtype),
-                    lengths=batch.lengths,
-                    label_positions=batch.label_positions,
-                )
+            if isinstance(spec, LearnableSelectorSpec) and probabilities.requires_grad:
+                whole = replace(whole, attention_bias=straight_through(probabilities, local))
         return _without(whole, local & ~kept, pad_left=pad_left)
 
     def _keep_probabilities(
@@ -474,7 +481,8 @@ class VisionLanguageModel(nn.Module):
         with self._autocast():
             sequences = self.sequences(batch, visual)
             self._tell_dropout(batch.dropout_keys, sequences.lengths)
-            hidden: Tensor = decoder(self.language_model)(inputs_embeds=sequences.embedded, use_cache=False).last_hidden_state
+            mask = sequences.causal_mask()
+            hidden: Tensor = decoder(self.language_model)(inputs_embeds=sequences.embedded, attention_mask=mask, use_cache=False).last_hidden_state
             selected = hidden.flatten(0, 1).index_select(0, sequences.label_positions)
             loss = supervised_loss(selected, batch.label_ids, self.language_model.get_output_embeddings())  # type: ignore[operator]
         objective = loss.total

@@ -41,7 +41,7 @@ def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, c
         raise RecipeError(f"recipe {file.path}: {error}") from error
     store = Store(root)
     places = [source.expanduser() for source in sources]
-    record = import_weights(places, connector, encoder, store, connector_only=connector_only, write=not dry_run)
+    record = import_weights(places, connector, encoder, file.recipe.view_spec(), store, connector_only=connector_only, write=not dry_run)
     for line in record.report.lines():
         print(line)
     if dry_run and not record.files:

@@ -688,7 +688,10 @@ def _from_preset(schedule: dict[str, Any]) -> dict[str, Any]:
         text = "preset: found {found}; {hint}allowed: {allowed}"
         raise PydanticCustomError("told", text, {"found": repr(name), "hint": hint, "allowed": ", ".join(presets)})
     if written := [key for key in ("align", "sft") if key in schedule]:
-        text = "found {key} beside preset = {name}, which has its own phases; change those with [schedule.change.NAME], or leave preset out"
+        text = (
+            "found {key} beside preset = {name}, which has its own phases; change those with [schedule.change.NAME], or leave preset out. Of a "
+            'recipe that this one extends, they are left out by without = ["schedule"]'
+        )
         raise PydanticCustomError("told", text, {"key": written[0], "name": repr(name)})
     by_name = _preset_phases(name)
     changes = schedule.get("change", {})
@@ -699,8 +702,9 @@ def _from_preset(schedule: dict[str, Any]) -> dict[str, Any]:
             raise PydanticCustomError("told", text, context)
         if isinstance(change, dict):
             by_name[phase_name].update(change)
-            if "steps" in change:
-                by_name[phase_name].pop("epochs", None)
+            for given, other in (("steps", "epochs"), ("epochs", "steps")):
+                if given in change and other not in change:
+                    by_name[phase_name].pop(other, None)
     *align, sft = by_name.values()
     repeats = tomllib.loads(presets[name].read_text(encoding="utf-8")).get("repeats", 1)
     return {"repeats": repeats, **schedule, **_with_tuples({"align": align, "sft": sft})}
@@ -711,7 +715,7 @@ class Schedule(Table):
 
     preset: Literal["alternating", "dense_connector", "slime"] | None = None
     """A schedule that comes with Loupe, in place of `align` and `sft`."""
-    change: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    change: Annotated[dict[str, dict[str, Any]], _allowed("a table for each phase, such as [schedule.change.sft]")] = Field(default_factory=dict)
     """Keys of the preset's phases that are to be other, by the phase's name."""
     align: tuple[Phase, ...] = ()
     repeats: Count = 1
@@ -747,6 +751,8 @@ class Evaluation(Table):
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("exact_match",)
     """The first is the one that reports show."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("blind", "global", "local", "both")
+    max_new_tokens: Count = 24
+    """An answer ends here at the latest; longer true answers cannot be matched."""
     max_questions: Count | None = None
     """All questions when absent."""
     dataset: AskedDataset | None = None
@@ -983,7 +989,13 @@ class Recipe(Table):
                 )
 
         schedule = self.schedule
-        align = tuple(build(f"schedule.align[{number % len(schedule.align)}]", phase) for number, phase in enumerate(schedule.align_phases))
+
+        def place(number: int) -> str:
+            if schedule.preset is not None:
+                return f"schedule.preset {schedule.preset!r}, phase {schedule.align[number].shown_name!r}"
+            return f"schedule.align[{number}]"
+
+        align = tuple(build(place(number % len(schedule.align)), phase) for number, phase in enumerate(schedule.align_phases))
         last = schedule.sft
         sft = None if last is None else build("schedule.sft", last.model_copy(update={"name": last.name or "sft"}), fine_tunes=True)
         return ScheduleSpec(align=align, sft=sft, seed=seed)
@@ -1078,6 +1090,11 @@ _LIST_EXAMPLES = {
 }
 
 
+def _list_example(path: str, key: str) -> str:
+    """Sources are tables in a dataset and labels in a phase."""
+    return '["charts"]' if key == "sources" and path.startswith("schedule") else _LIST_EXAMPLES[key]
+
+
 def _shape(error_type: str, path: str) -> str:
     """How the list or table that belongs at a path is written."""
     key = path.rpartition(".")[2]
@@ -1085,9 +1102,9 @@ def _shape(error_type: str, path: str) -> str:
         return "any number of tables, each written [[schedule.align]]"
     match error_type:
         case "tuple_type":
-            return f"a list, such as {_LIST_EXAMPLES[key]}"
+            return f"a list, such as {_list_example(path, key)}"
         case "too_short":
-            return f"a list of at least 1, such as {_LIST_EXAMPLES[key]}"
+            return f"a list of at least 1, such as {_list_example(path, key)}"
         case _:
             return "a table, written { key = value, ... }" if "[" in path else f"a table, written [{path}]"
 

@@ -261,6 +261,7 @@ class Experiment:
             dataset_fingerprint=fingerprint_if_known(self.dataset if self.asked is None else self.asked[0]),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
+            max_new_tokens=wanted.max_new_tokens,
             metrics=wanted.metrics,
         )
 
@@ -272,6 +273,7 @@ class Experiment:
             SettingError: settings that do not fit the recipe.
         """
         recipe, path = self.file.recipe, self.file.path
+        self._check_template()
         self._check_room()
         self._check_split()
         self._check_adapters()
@@ -292,8 +294,7 @@ class Experiment:
 
     def _check_room(self) -> None:
         """An image's visual tokens have to fit the language model beside a question and its answer."""
-        from workers.evaluation import MAX_NEW_TOKENS
-
+        most_new_tokens = self.file.recipe.evaluation.max_new_tokens
         context = self.context_tokens
         asked = self.file.recipe.language_model.max_tokens
         if asked is not None and asked > context:
@@ -304,13 +305,26 @@ class Experiment:
         context = self.max_sequence_tokens
         num_global = self.connector.global_tokens(self.encoder.num_patches)
         num_local = self.most_local_tokens()
-        if num_global + num_local + MAX_NEW_TOKENS >= context:
+        if num_global + num_local + most_new_tokens >= context:
             holds = f"language model {self.language_model.model} holds" if asked is None else "language_model.max_tokens allows"
             raise RecipeError(
                 f"recipe {self.file.path}: an image makes up to {num_global} global and {num_local} local visual tokens, and an answer takes up to "
-                f"{MAX_NEW_TOKENS}, but {holds} {context} tokens in all; lower connector.local.compression.queries or the number of local views, or "
-                "take a language model with a longer context"
+                f"{most_new_tokens}, but {holds} {context} tokens in all; {self._fewer_tokens()}, or take a language model with a longer context"
             )
+
+    def _check_template(self) -> None:
+        if self.language_model.template == "plain":
+            raise RecipeError(
+                f"recipe {self.file.path}: language_model.template: plain leaves out what is asked, so every question would be the same; name it in "
+                "the phases that align on captions, and another one here"
+            )
+
+    def _fewer_tokens(self) -> str:
+        local = self.connector.local_branch
+        if local is None:
+            return "give connector.global an output_grid"
+        key = "compression.queries" if local.compression is not None else "output_grid"
+        return f"lower connector.local.{key} or the number of local views"
 
     def _check_adapters(self) -> None:
         """Adapters need layers to sit on, and an export that merges them needs adapters."""
@@ -389,7 +403,7 @@ class Experiment:
                 case "llava":
                     from model.released_export import check_computable
 
-                    check_computable(self.connector, self.encoder)
+                    check_computable(self.connector, self.encoder, self.dataset.views)
                 case "folder" | "loupe":
                     pass
                 case _:

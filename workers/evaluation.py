@@ -233,7 +233,9 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         given: list[_Given] = []
         points: list[float] = []
         try:
-            for some in _answers(model, data, training.features, questions, modes, spec.max_new_tokens, execution.eval_batch_size):
+            for some in _answers(
+                model, data, training.features, questions, modes, spec.max_new_tokens, execution.eval_batch_size, selects=training.selects
+            ):
                 given += some
                 points += [score for item in some if (score := item.score(spec.metrics[0])) is not None]
                 progress.advance(len(some), **({_progress_word(spec.metrics[0]): f"{sum(points) / len(points):.0%}"} if points else {}))
@@ -437,6 +439,8 @@ def _answers(
     modes: Sequence["Mode"],
     max_new_tokens: int,
     batch_size: int,
+    *,
+    selects: bool,
 ) -> Iterator[list[_Given]]:
     """Answers, a batch at a time. An image's visual tokens are computed once for all of its questions and modes."""
     from model.vision_language import lay_out_images, plan_sequences
@@ -475,7 +479,7 @@ def _answers(
                     [place[question.sample.sample_id] for question, _ in some],
                     layout,
                     pad_left=True,
-                    selects=model.connector.spec.selector is not None,
+                    selects=selects,
                 ).to(model.device)
                 tokens = model.generate(batch, max_new_tokens, visual)
                 yield [

@@ -317,7 +317,7 @@ class _Reimported:
             branch = dataclasses.replace(branch, adapters=dataclasses.replace(branch.adapters, noise="authors"))
         spec = dataclasses.replace(spec, standardise_inputs=False, global_branch=branch)
         config = json.loads((folder / "config.json").read_text())
-        imported = load_released(open_tensor_files(weight_files(sorted(folder.glob("*.bin")))), config, spec, encoder)
+        imported = load_released(open_tensor_files(weight_files(sorted(folder.glob("*.bin")))), config, spec, encoder, run.config.views)
         connector = Connector(
             spec,
             encoder_width=encoder.width,

@@ -190,6 +190,7 @@ def export_config(training: TrainingSpec, trained: TrainingRecord, adapter: "Ada
         precision=training.precision,
         language_model_precision="fp32" if tuned_whole else training.precision,
         adapter=adapter,
+        selects=training.selects,
     )
 
 

@@ -23,6 +23,7 @@ from model.released_language_model import LanguageModelFiles, check_language_mod
 from model.released_weights import canonical_name, load_released, part_left
 from model.specs import ConnectorSpec, EncoderSpec, fingerprint
 from model.tensor_files import TensorFiles, open_tensor_files, weight_files
+from model.views import ViewSpec
 from workers.commits import from_json, to_json
 from workers.errors import DiskSpaceError
 from workers.storage import TEMPORARY_PREFIX, Store
@@ -65,7 +66,14 @@ class ImportRecord:
 
 
 def import_weights(
-    places: Sequence[Path], connector: ConnectorSpec, encoder: EncoderSpec, store: Store, *, connector_only: bool = False, write: bool = True
+    places: Sequence[Path],
+    connector: ConnectorSpec,
+    encoder: EncoderSpec,
+    views: ViewSpec,
+    store: Store,
+    *,
+    connector_only: bool = False,
+    write: bool = True,
 ) -> ImportRecord:
     """Import released weights, or find them imported.
 
@@ -73,6 +81,7 @@ def import_weights(
         places: the folder of a released model, or its files.
         connector: the recipe's.
         encoder: the recipe's.
+        views: the recipe's.
         store: where the import goes.
         connector_only: leave a whole model's language model out.
         write: False checks everything and writes nothing; the record then tells of no files.
@@ -88,7 +97,7 @@ def import_weights(
     opened = open_tensor_files(files)
     folder = places[0] if places[0].is_dir() else places[0].parent
     config = released_config(folder)
-    imported = load_released(opened, config, connector, encoder)
+    imported = load_released(opened, config, connector, encoder, views)
     whole = _holds_language_model(opened) and not connector_only
     if whole:
         check_language_model(opened, config or {})

@@ -111,17 +111,17 @@ def test_the_learned_scores_start_near_the_cosines():
     assert torch.corrcoef(torch.cat([narrow(tokens, direction), plain]))[0, 1] > 0.5
 
 
-def test_straight_through_is_one_and_has_the_gradient_of_the_probabilities():
+def test_straight_through_is_zero_and_has_the_gradient_of_the_log_probabilities():
     scores = random(2, 5).requires_grad_()
     candidates = torch.tensor([[True] * 5, [True, False, True, True, False]])
-    weights = straight_through(keep_probabilities(scores, candidates, 1.0), candidates)
-    assert torch.equal(weights, torch.ones(2, 5))
+    bias = straight_through(keep_probabilities(scores, candidates, 1.0), candidates)
+    assert torch.equal(bias, torch.zeros(2, 5))
     values = random(2, 5, seed=4)
-    (gradient,) = torch.autograd.grad((weights * values).sum(), scores)
+    (gradient,) = torch.autograd.grad((bias * values).sum(), scores)
     again = scores.detach().requires_grad_()
-    relative = keep_probabilities(again, candidates, 1.0) * candidates.sum(dim=1, keepdim=True)
-    (expected,) = torch.autograd.grad((relative * values).sum(), again)
-    torch.testing.assert_close(gradient, expected)
+    logs = torch.stack([torch.log_softmax(row.masked_fill(~there, -torch.inf), dim=0) for row, there in zip(again, candidates, strict=True)])
+    (expected,) = torch.autograd.grad((logs.masked_fill(~candidates, 0.0) * values).sum(), again)
+    torch.testing.assert_close(gradient, expected, atol=TOLERANCE, rtol=0)
     assert gradient[1, 1] == 0
 
 
@@ -302,9 +302,56 @@ def test_the_learnable_selector_drops_the_same_tokens_at_full_width_and_learns(t
     batches = [batch_of(model, conversations, ["both", "local", "global"]) for model in (plain, learnable)]
     one, two = (model.sequences(batch, model.visual_tokens(batch)) for model, batch in zip((plain, learnable), batches, strict=True))
     torch.testing.assert_close(one.embedded, two.embedded, atol=TOLERANCE, rtol=0)
-    learnable(batches[1])[0].backward()
+    loss = learnable(batches[1])[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loss, learnable(batches[1])[0], atol=TOLERANCE, rtol=TOLERANCE)  # without the mask that carries the gradient
+    loss.backward()
     assert learnable.connector.selector.from_tokens.grad.abs().sum() > 0
     assert learnable.connector.selector.from_text.grad.abs().sum() > 0
+
+
+def test_the_selector_s_gradient_is_that_of_attention_weighed_by_probability(tiny_language_model_folder):
+    """Against finite differences: a token's logit of attention raised by the change of its log-probability."""
+    model = make_model(tiny_language_model_folder, LearnableSelectorSpec(top_p=0.6, temperature=0.3, width=8))
+    batch = batch_of(model, [conversation(number) for number in range(3)], ["both"] * 3)
+    parameter = model.connector.selector.from_tokens
+    model(batch)[0].backward()
+    direction = random(*parameter.shape, seed=6)
+    slope = float((parameter.grad * direction).sum())
+    sequences = model.sequences(batch, model.visual_tokens(batch))
+
+    def loss_at(step):
+        """The kept tokens stay; their attention moves as their log-probabilities do."""
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step)
+            embedded = model.embed_sequences(batch, model.visual_tokens(batch))
+            local = batch.gather >= batch.first_local_row
+            logs = model._keep_probabilities(batch, embedded.float(), local, model.connector.spec.selector).masked_fill(~local, 1.0).log()
+            parameter.add_(direction, alpha=-step)
+            return logs
+
+    moved = [loss_at(step) - loss_at(0.0) for step in (1e-2, -1e-2)]
+    losses = []
+    for change in moved:
+        total = 0.0
+        for row in range(3):
+            length = int(sequences.lengths[row])
+            whole = model.embed_sequences(batch, model.visual_tokens(batch))[row]
+            places, at = [], 0
+            for token in sequences.embedded[row, :length]:
+                while not torch.equal(whole[at], token):
+                    at += 1
+                places.append(at)
+                at += 1
+            later = torch.ones(length, length, dtype=torch.bool).triu(1)
+            mask = change[row][places][None, None, None].expand(1, 1, length, length).masked_fill(later, -1e30)
+            with torch.no_grad():
+                logits = model.language_model(inputs_embeds=sequences.embedded[row : row + 1, :length], attention_mask=mask).logits[0]
+            answer = [token for token, learned in zip(conversation(row).after, conversation(row).supervised, strict=True) if learned]
+            for back, token in enumerate(reversed(answer)):
+                total -= float(torch.log_softmax(logits[-2 - back].double(), dim=-1)[token])
+        losses.append(total)
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(slope, rel=0.05, abs=1e-4)
 
 
 @pytest.mark.parametrize("values", [{"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}, {"noise": -0.1}, {"top_p": float("nan")}])

@@ -357,8 +357,8 @@ def test_files_that_lost_a_number_keep_the_form_from_being_published(slime, monk
 
     real = released_export.released_tensors
 
-    def spoilt(connector, encoder):
-        files = real(connector, encoder)
+    def spoilt(connector):
+        files = real(connector)
         files["mm_projector.bin"]["model.mm_projector.2.bias"] += 0.1
         return files
 

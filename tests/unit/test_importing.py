@@ -14,6 +14,7 @@ from model.language_model import load_language_model
 from model.released_language_model import write_language_model
 from model.specs import CompressionSpec, ConnectorSpec, GatedMixtureSpec, GlobalBranchSpec, LocalBranchSpec, SingleSpec
 from model.tensor_files import open_tensor_files, weight_files
+from model.views import ViewSpec
 from pipelines import cli
 from tests.released import parameters_as, slime_modules, write_slime
 from tests.tiny import TINY_HIDDEN, TINY_WIDTH
@@ -110,7 +111,7 @@ def whole(tmp_path, modules, tiny_language_model_folder):
 
 
 def test_adapters_become_a_connector_that_is_found_again(adapters, encoder, store, monkeypatch):
-    record = import_weights([adapters], SLIME, encoder, store)
+    record = import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store)
     assert store.list(record.folder) == [f"{record.folder}/connector.safetensors", f"{record.folder}/import.json"]
     assert record.hidden == TINY_HIDDEN
     assert record.language_model is None
@@ -118,24 +119,24 @@ def test_adapters_become_a_connector_that_is_found_again(adapters, encoder, stor
     tensors = load_file(store.local_path(record.connector))
     assert float(tensors["token_scale"]) == 1.0
     monkeypatch.setattr(Store, "write_bytes", lambda *_: pytest.fail("an import that is there was made again"))
-    assert import_weights([adapters], SLIME, encoder, store) == record
-    assert import_weights([adapters / "mm_projector.bin", adapters / "sampler.bin"], SLIME, encoder, store).key == record.key
+    assert import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store) == record
+    assert import_weights([adapters / "mm_projector.bin", adapters / "sampler.bin"], SLIME, encoder, ViewSpec.slime(), store).key == record.key
 
 
 def test_other_bytes_or_another_recipe_are_another_import(adapters, encoder, store, modules):
     from dataclasses import replace
 
-    first = import_weights([adapters], SLIME, encoder, store)
+    first = import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store)
     another = replace(SLIME, separator=None)
-    assert import_weights([adapters], another, encoder, store).key != first.key
+    assert import_weights([adapters], another, encoder, ViewSpec.slime(), store).key != first.key
     with torch.no_grad():
         modules[0].w_gate += 1
-    assert import_weights([write_slime(adapters, modules)], SLIME, encoder, store).key != first.key
+    assert import_weights([write_slime(adapters, modules)], SLIME, encoder, ViewSpec.slime(), store).key != first.key
 
 
 @pytest.mark.parametrize("damage", ["connector cut", "connector gone", "record gone"])
 def test_a_damaged_import_is_made_again(adapters, encoder, store, damage):
-    record = import_weights([adapters], SLIME, encoder, store)
+    record = import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store)
     path = store.local_path(record.connector)
     whole = path.read_bytes()
     match damage:
@@ -145,7 +146,7 @@ def test_a_damaged_import_is_made_again(adapters, encoder, store, damage):
             path.unlink()
         case "record gone":
             store.delete(f"{record.folder}/import.json")
-    assert import_weights([adapters], SLIME, encoder, store) == record
+    assert import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store) == record
     assert path.read_bytes() == whole
 
 
@@ -154,13 +155,13 @@ def test_what_is_refused_leaves_nothing(adapters, encoder, store):
     tensors.pop("model.sampler.post_qformer.ln_kv.bias")
     torch.save(tensors, adapters / "sampler.bin")
     with pytest.raises(ReleasedWeightsError, match=r"missing     model\.sampler\.post_qformer\.ln_kv\.bias \[32\]"):
-        import_weights([adapters], SLIME, encoder, store)
+        import_weights([adapters], SLIME, encoder, ViewSpec.slime(), store)
     assert store.list() == []
 
 
 @torch.no_grad()
 def test_a_whole_model_gives_its_language_model_too(whole, encoder, store, tiny_language_model_folder):
-    record = import_weights([whole], SLIME, encoder, store)
+    record = import_weights([whole], SLIME, encoder, ViewSpec.slime(), store)
     target = store.local_path(f"{record.folder}/language_model")
     assert record.language_model.num_tensors == len(torch.load(whole / "pytorch_model-00002-of-00002.bin")) + 9
     assert record.language_model.ignored == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
@@ -177,8 +178,8 @@ def test_a_whole_model_gives_its_language_model_too(whole, encoder, store, tiny_
     assert imported.tokenizer.chat_template == original.tokenizer.chat_template
     imported.network.save_pretrained(target.parent / "saved")  # as an export does
     assert not list(store.local_path().rglob(".tmp-*"))
-    assert import_weights([whole], SLIME, encoder, store) == record
-    alone = import_weights([whole], SLIME, encoder, store, connector_only=True)
+    assert import_weights([whole], SLIME, encoder, ViewSpec.slime(), store) == record
+    alone = import_weights([whole], SLIME, encoder, ViewSpec.slime(), store, connector_only=True)
     assert alone.key != record.key
     assert alone.language_model is None
     assert alone.connector_sha256 == record.connector_sha256
@@ -216,7 +217,7 @@ def test_a_language_model_is_written_in_shards_of_a_size(whole, tmp_path):
 def test_a_language_model_that_does_not_fit_is_refused(whole, encoder, store, spoil, message):
     spoil(whole)
     with pytest.raises(ReleasedWeightsError, match=message):
-        import_weights([whole], SLIME, encoder, store)
+        import_weights([whole], SLIME, encoder, ViewSpec.slime(), store)
     assert store.list() == []
     assert not list(store.local_path().rglob("*")) if store.local_path().exists() else True
 
@@ -237,7 +238,7 @@ def edit_shard(folder, name, value):
 def test_a_full_disk_is_told_first(whole, encoder, store, monkeypatch):
     monkeypatch.setattr(importing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(DiskSpaceError, match=r"the language model takes about 0\.0 GB, and 0\.0 GB are free; .*--connector-only"):
-        import_weights([whole], SLIME, encoder, store)
+        import_weights([whole], SLIME, encoder, ViewSpec.slime(), store)
 
 
 RECIPE = """

@@ -25,6 +25,7 @@ from model.specs import (
     SingleSpec,
     fingerprint,
 )
+from model.views import ViewSpec
 from pipelines.errors import RecipeError
 from pipelines.plan import plan_lines
 from pipelines.recipe import load_recipe
@@ -260,7 +261,7 @@ def small_store(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folde
 def test_an_imported_checkpoint_trains_answers_and_is_exported(small_store, tmp_path, connector_spec, schedule):
     store, spec = small_store
     execution = ExecutionSettings(device="cpu", num_cpus=1, checkpoint_every_steps=100, eval_batch_size=5)
-    record = import_weights([write_released(tmp_path / "released", connector_spec)], connector_spec, spec.features.encoder, store)
+    record = import_weights([write_released(tmp_path / "released", connector_spec)], connector_spec, spec.features.encoder, ViewSpec.slime(), store)
     file, imported = open_weights(store.url(record.connector))
     keep_weights(store, file)
     training = replace(spec, connector=connector_spec, schedule=schedule, initial_weights_sha256=file.sha256)

@@ -56,8 +56,9 @@ def dense_spec(kind="dci", encoder=None, **changes) -> ConnectorSpec:
     return ConnectorSpec(**(values | changes))
 
 
-def load(folder, spec, encoder=None):
-    return load_released(open_tensor_files(weight_files([folder])), released_config(folder), spec, encoder or encoder_spec())
+def load(folder, spec, encoder=None, views=None):
+    files = open_tensor_files(weight_files([folder]))
+    return load_released(files, released_config(folder), spec, encoder or encoder_spec(), views or ViewSpec.slime())
 
 
 def connector_of(imported, spec, encoder=None) -> Connector:
@@ -410,7 +411,8 @@ def test_no_single_fault_passes(tmp_path_factory, name, fault):
 
 
 def layout(folder, connector, encoder, **more):
-    return write_llava_layout(folder, connector, encoder=encoder, **({"views": ViewSpec.slime(), "separator_id": 11} | more))
+    views = ViewSpec.slime(global_fit="pad" if connector.spec.local_branch is None else "squash")
+    return write_llava_layout(folder, connector, encoder=encoder, **({"views": views, "separator_id": 11} | more))
 
 
 def slime_encoder(**changes) -> EncoderSpec:
@@ -486,7 +488,7 @@ def test_dense_connectors_go_out_and_come_back(tmp_path_factory, seed, kind):
     projector.load_state_dict({name.removeprefix("model.mm_projector."): tensor for name, tensor in stored.items()})
     torch.testing.assert_close(projector(fuse(maps, fusion)), connector.global_tokens(maps), atol=1e-5, rtol=1e-5)
     plain = ConnectorSpec(global_branch=spec.global_branch, local_branch=None, standardise_inputs=False)
-    again = connector_of(load(folder, plain, encoder), plain, encoder)
+    again = connector_of(load(folder, plain, encoder, ViewSpec.slime(global_fit="pad")), plain, encoder)
     torch.testing.assert_close(again.global_tokens(maps), connector.global_tokens(maps), atol=1e-5, rtol=1e-5)
 
 
@@ -502,7 +504,7 @@ def test_anyres_s_newline_goes_out_in_the_tokens_scale_and_comes_back(tmp_path):
     )
     connector = trained(spec, encoder)
     layout(tmp_path, connector, encoder, views=ViewSpec.anyres(), separator_id=None)
-    again = connector_of(load(tmp_path, spec, encoder), spec, encoder)
+    again = connector_of(load(tmp_path, spec, encoder, ViewSpec.anyres()), spec, encoder)
     torch.testing.assert_close(again.newline_token(), connector.newline_token())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mm_patch_merge_type"] == "spatial_unpad"
@@ -513,7 +515,7 @@ def test_anyres_s_newline_goes_out_in_the_tokens_scale_and_comes_back(tmp_path):
         separator=None,
         standardise_inputs=False,
     )
-    assert "ignored     model.image_newline [48]: the recipe has no newline" in load(tmp_path, without).report.lines()
+    assert "ignored     model.image_newline [48]: the recipe has no newline" in load(tmp_path, without, views=ViewSpec.anyres()).report.lines()
 
 
 def test_a_language_model_s_config_becomes_the_authors(tmp_path):
@@ -552,8 +554,45 @@ PLAIN = GlobalBranchSpec(fusion=SINGLE, adapters=MLPSpec())
 )  # fmt: skip
 def test_what_their_code_cannot_compute_is_refused(tmp_path, encoder, spec, message):
     with pytest.raises(ExportError, match=message):
-        layout(tmp_path, trained(spec, encoder), encoder)
+        layout(tmp_path, trained(spec, encoder), encoder, **({"views": ViewSpec.anyres()} if "separator between" in message else {}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spec", "views", "message"),
+    [
+        (dense_spec(), ViewSpec.slime(), "crops an unpadded picture for CLIP"),
+        (slime_spec(), ViewSpec.slime(max_slices=12), "by its own rule alone"),
+        (slime_spec(), ViewSpec.slime(global_fit="pad"), "by its own rule alone"),
+        (slime_spec(), ViewSpec.anyres(), "by its own rule alone"),
+        (
+            dense_spec(global_branch=PLAIN, local_branch=LocalBranchSpec(fusion=SINGLE, compression=None), separator=None),
+            ViewSpec.slime(),
+            "listed grids",
+        ),
+    ],
+)
+def test_views_that_their_code_would_not_cut_are_refused(tmp_path, spec, views, message):
+    encoder = slime_encoder(num_blocks=24 if spec.local_branch is None else 6)
+    with pytest.raises(ExportError, match=message):
+        layout(tmp_path, trained(spec, encoder), encoder, views=views)
+
+
+@pytest.mark.parametrize(
+    ("config", "views", "message"),
+    [
+        ({"image_aspect_ratio": "pad"}, ViewSpec.slime(), r"tells of padded pictures .* set global_view = \"pad\""),
+        ({"mm_vision_select_feature": "cls_patch"}, ViewSpec.slime(), "these weights cannot be used"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[56, 112]]}, ViewSpec.anyres(), "name the same grids"),
+        ({"image_aspect_ratio": "anyres"}, ViewSpec.anyres(global_fit="pad"), "squashes the whole picture"),
+    ],
+)
+def test_weights_that_saw_other_pixels_are_refused(tmp_path, config, views, message):
+    folder = write_dense(tmp_path, ReferenceProjector(WIDTH, HIDDEN), "none")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | config))
+    with pytest.raises(ReleasedWeightsError, match=message):
+        load(folder, dense_spec(global_branch=PLAIN), views=views)
 
 
 def test_a_standardisation_behind_which_a_norm_stands_is_refused(tmp_path):

@@ -67,6 +67,10 @@ def test_a_phase_may_train_what_gradients_reach_and_nothing_else(shown, experts)
     generator = torch.Generator().manual_seed(0)
     maps = {map_spec.name: torch.randn(2, 16, 8, generator=generator) for map_spec in spec.global_branch.fusion.maps}
     mix = SHOWN[shown]
+    if experts != "mixture" and not mix.shows_global:
+        with pytest.raises(SpecError, match="shows no global view, for which there are experts"):
+            phase(train=("language_model",), branch=mix, experts=experts)
+        return
     if mix.shows_global:
         connector.global_tokens(maps, experts=experts, noise=torch.randn(2, 16, 2, generator=generator)).square().sum().backward()
     if mix.shows_local:

@@ -109,6 +109,19 @@ def test_what_is_too_large_is_refused_before_it_is_decoded():
         read_frames(b"", 2)
 
 
+def test_a_picture_that_promises_too_much_is_refused_as_an_image_is():
+    """A header of 900 megapixels, a smear, and a format that would start a program."""
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    smear = io.BytesIO()
+    Image.new("L", (1, 3000)).save(smear, "GIF")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n"
+    for data, reason in ((bomb.getvalue(), "too_many_pixels"), (smear.getvalue(), "extreme_aspect"), (script, None)):
+        with pytest.raises(ImageError) as caught:
+            read_frames(data, 2)
+        assert reason in (None, caught.value.reason)
+
+
 def test_sound_alone_is_no_video():
     av = pytest.importorskip("av")
     out = io.BytesIO()
@@ -165,7 +178,13 @@ def exported_model(encoder_folder, language_model_folder, *, local):
     rms = embedding_rms(language_model.network)
     connector = build_connector(spec, encoder, hidden=language_model.hidden, embedding_rms=rms, seed=0)
     config = ExportConfig(
-        connector=spec, encoder=encoder, views=ViewSpec.slime(), feature_precision="fp16", precision="fp32", language_model_precision="fp32"
+        connector=spec,
+        encoder=encoder,
+        views=ViewSpec.slime(),
+        feature_precision="fp16",
+        precision="fp32",
+        language_model_precision="fp32",
+        selects=local,
     )
     model = VisionLanguageModel(connector, language_model)
     return ExportedModel(config=config, model=model, encoder=load_encoder(encoder, 5))
@@ -245,7 +264,7 @@ def test_frames_tile_the_local_views_and_their_mean_is_the_global_one(tiny_encod
 
 
 def test_videos_that_cannot_be_asked(tiny_encoder_folder, tiny_language_model_folder):
-    from model.errors import ConversationError, ExportError
+    from model.errors import ExportError
     from model.video import ask_video
 
     exported = exported_model(tiny_encoder_folder, tiny_language_model_folder, local=False)
@@ -253,5 +272,5 @@ def test_videos_that_cannot_be_asked(tiny_encoder_folder, tiny_language_model_fo
         ask_video(exported, noise_frames(2), "What?", "grid")
     with pytest.raises(SpecError, match="at least one frame"):
         ask_video(exported, [], "What?")
-    with pytest.raises(ConversationError):
-        ask_video(exported, noise_frames(300), "What?")  # 2,400 visual tokens in a context of 2,048
+    with pytest.raises(SpecError, match="300 frames make 2400 visual tokens, but a sequence holds 2048; show fewer frames"):
+        ask_video(exported, noise_frames(300), "What?")

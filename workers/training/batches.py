@@ -299,7 +299,9 @@ class BatchBuilder:
             pairs: dict[tuple[int, int], None] = {}
             plan = self.view_plan(sample)
             view_tokens = self.connector.tokens_per_local_view
-            grid = isqrt(view_tokens)
+            local = self.connector.spec.local_branch
+            # Behind sti's patches stand pooled tokens, which have no place of their own.
+            grid = self.features.encoder.grid if local is not None and local.fusion.kind == "sti" else isqrt(view_tokens)
             for turn in sample.turns:
                 if turn.evidence is None or not grid:
                     continue

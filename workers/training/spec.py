@@ -37,6 +37,12 @@ class TrainingSpec:
     max_tokens: int | None = None
     """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
 
+    @property
+    def selects(self) -> bool:
+        """Whether answers come from selected tokens: as the last phase was trained. Given weights that are trained no further select."""
+        phases = self.schedule.phases
+        return self.connector.selector is not None and (not phases or phases[-1].selector)
+
     def longest_sequence(self, context_tokens: int) -> int:
         """Tokens that a training sequence may have.
 
