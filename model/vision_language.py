@@ -33,7 +33,7 @@ from model.lora import sequence_keys
 from model.losses import evidence_loss, supervised_loss
 from model.merging import NEWLINE
 from model.selector import keep_probabilities, kept_tokens, straight_through, text_direction, token_scores
-from model.specs import LearnableSelectorSpec, SelectorSpec, TextGuidedSelectorSpec
+from model.specs import SelectorSpec, TextGuidedSelectorSpec
 from model.views import ViewPlan
 
 __all__ = [
@@ -435,15 +435,22 @@ class VisionLanguageModel(nn.Module):
         embedded = self.embed_sequences(batch, visual)
         whole = Sequences(embedded=embedded, lengths=batch.lengths, label_positions=batch.label_positions)
         local = batch.gather >= batch.first_local_row
-        if not batch.selects or (visual.local_tokens is None and not self.runs_every_block):
+        if not batch.selects:
             return whole
-        spec = self.connector.spec.selector
+        spec, selector = self.connector.spec.selector, self.connector.selector
         if spec is None:
             raise MissingMapError("the batch asks the connector to drop local tokens, but it has no selector; add connector.local.selector")
+        learns = selector is not None and torch.is_grad_enabled() and selector.from_tokens.requires_grad
+        if selector is not None and learns:
+            # With nothing to choose from as well: behind a mask that has a gradient, attention sums in another order than behind none.
+            nothing = 0.0 * selector.from_tokens.sum()
+            whole = replace(whole, attention_bias=nothing.expand(batch.gather.shape))
+        if visual.local_tokens is None and not self.runs_every_block:
+            return whole
         with torch.autocast(self.device.type, enabled=False):
             probabilities = self._keep_probabilities(batch, embedded.float(), local, spec)
             kept = kept_tokens(probabilities, local, spec.top_p)
-            if isinstance(spec, LearnableSelectorSpec) and probabilities.requires_grad:
+            if learns:
                 whole = replace(whole, attention_bias=straight_through(probabilities, local))
         return _without(whole, local & ~kept, pad_left=pad_left)
 
