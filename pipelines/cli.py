@@ -21,7 +21,7 @@ from model.errors import ModelError, first_line
 from model.metrics import MetricName
 from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
-from pipelines.recipe import RecipeFile, load_recipe, recipe_files
+from pipelines.recipe_files import RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
 from pipelines.wording import data_console
 from workers.commits import StageName

@@ -24,7 +24,7 @@ from model.errors import SpecError
 from model.intervals import ratio_interval
 from model.metrics import METRICS, MetricName, score_answer
 from pipelines.errors import ComparisonError, NothingThereError
-from pipelines.recipe import load_recipe, recipe_files
+from pipelines.recipe_files import load_recipe, recipe_files
 from pipelines.settings import execution_settings
 from pipelines.wording import data_console
 from workers.commits import from_json, to_json

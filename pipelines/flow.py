@@ -22,7 +22,7 @@ from model.errors import first_line
 from model.specs import ExportForm
 from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.settings import execution_settings
 from pipelines.stages import STAGES, Experiment, StageOutcome, StageRun, check_ready, fetches_language_model, open_experiment, run_stage, stage_runs
 from pipelines.wording import duration_text, outcome_line

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.errors import ModelError
 from pipelines.errors import RecipeError
-from pipelines.recipe import RecipeFile
+from pipelines.recipe_files import RecipeFile
 from pipelines.stages import shown_path
 from pipelines.wording import bytes_text
 

@@ -10,7 +10,7 @@ from model.errors import SpecError
 from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_known, sees_text_only
 from model.views import plan_views
 from pipelines.errors import RecipeError
-from pipelines.recipe import Phase
+from pipelines.schedule_tables import Phase
 from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, most_local_views, num_drawn, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console
 from workers.commits import StageName

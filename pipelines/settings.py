@@ -12,7 +12,8 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipelines.errors import SettingError
-from pipelines.recipe import Execution, Recipe, Table
+from pipelines.recipe import Execution, Recipe
+from pipelines.recipe_fields import Table
 from workers.execution import ExecutionSettings
 
 __all__ = ["execution_settings", "settings_from_words"]

@@ -10,7 +10,7 @@ from rich.table import Table
 from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError, RecipeError
-from pipelines.recipe import RecipeFile, recipe_files
+from pipelines.recipe_files import RecipeFile, recipe_files
 from pipelines.stages import Experiment, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console, duration_text
 from workers.dataset.spec import DatasetSpec

@@ -27,7 +27,8 @@ from model.specs import (
 )
 from model.views import plan_views
 from pipelines.errors import RecipeError, SettingError
-from pipelines.recipe import LlavaJsonSource, RecipeFile
+from pipelines.recipe import LlavaJsonSource
+from pipelines.recipe_files import RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
 from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError

@@ -13,7 +13,7 @@ import torch
 from model.encoder import describe_encoder, load_encoder
 from model.fusion import fuse
 from model.specs import DCISpec, EncoderSpec, FusionSpec, SCISpec, SingleSpec, STISpec
-from pipelines.recipe import DCIFusion, SCIFusion, SingleFusion, STIFusion
+from pipelines.connector_tables import DCIFusion, SCIFusion, SingleFusion, STIFusion
 
 NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 

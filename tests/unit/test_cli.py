@@ -12,7 +12,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.errors import PipelineError
-from pipelines.recipe import recipe_files
+from pipelines.recipe_files import recipe_files
 from pipelines.serve import check_schedule
 from tests.commands import LOUPE, REPOSITORY
 from workers.errors import RecordError

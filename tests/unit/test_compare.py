@@ -15,7 +15,7 @@ from model.specs import fingerprint
 from pipelines import cli
 from pipelines.compare import EvaluatedRun, compare_runs, find_run, find_runs, print_comparison
 from pipelines.errors import ComparisonError, NothingThereError
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.stages import open_experiment
 from tests.evaluation_records import evaluation
 from tests.tiny import tiny_recipe

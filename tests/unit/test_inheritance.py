@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import RecipeError
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import Recipe
+from pipelines.recipe_files import load_recipe
 
 
 def write(folder: Path, name: str, text: str) -> str:

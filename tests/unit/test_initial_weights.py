@@ -28,7 +28,7 @@ from model.specs import (
 from model.views import ViewSpec
 from pipelines.errors import RecipeError
 from pipelines.plan import plan_lines
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.stages import open_experiment, run_stage, stage_runs
 from tests.released import ReferenceProjector, shake, slime_modules, write_dense, write_slime
 from tests.tiny import TINY_HIDDEN, TINY_WIDTH, tiny_recipe

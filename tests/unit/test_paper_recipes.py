@@ -6,7 +6,7 @@ import pytest
 
 from model.specs import DCISpec, GatedMixtureSpec, SingleSpec, TextGuidedSelectorSpec
 from pipelines.cli import main
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.settings import execution_settings
 from pipelines.stages import Experiment, open_experiment
 from workers.storage import Store

@@ -11,9 +11,10 @@ from model.architectures import known_encoder, known_encoders
 from model.errors import CanonicalisationError
 from model.specs import DCISpec, SingleSpec, fingerprint
 from pipelines import cli
+from pipelines.connector_tables import DCIFusion, SingleFusion
 from pipelines.errors import RecipeError
 from pipelines.plan import plan_lines
-from pipelines.recipe import DCIFusion, SingleFusion, load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.stages import Experiment, open_experiment, run_stage, stage_runs
 from tests.tiny import tiny_recipe
 from workers.execution import ExecutionSettings, SilentProgress

@@ -11,19 +11,12 @@ import pytest
 
 from model.errors import SpecError
 from model.specs import BranchMix, EncoderSpec, LoraSpec, MapSpec, fingerprint
+from pipelines.connector_tables import DCIFusion
 from pipelines.errors import RecipeError
-from pipelines.recipe import (
-    _LIST_EXAMPLES,
-    DCIFusion,
-    Execution,
-    Recipe,
-    RenderedSource,
-    Schedule,
-    Table,
-    load_recipe,
-    recipe_files,
-    schedule_presets,
-)
+from pipelines.recipe import Execution, Recipe, RenderedSource
+from pipelines.recipe_fields import Table
+from pipelines.recipe_files import _LIST_EXAMPLES, load_recipe, recipe_files
+from pipelines.schedule_tables import Schedule, schedule_presets
 from workers.execution import ExecutionSettings
 
 MINIMAL = """

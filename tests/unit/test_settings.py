@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import SettingError
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.settings import execution_settings, settings_from_words
 from tests.unit.test_recipe import MINIMAL
 from workers.execution import ExecutionSettings

@@ -8,7 +8,7 @@ import pytest
 
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.show import show_recipe
 from pipelines.stages import Experiment, open_experiment
 from tests.tiny import tiny_recipe

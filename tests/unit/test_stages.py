@@ -14,7 +14,7 @@ from model.errors import SpecError
 from model.specs import fingerprint
 from pipelines.errors import RecipeError, SettingError
 from pipelines.plan import plan_lines, print_plan
-from pipelines.recipe import load_recipe
+from pipelines.recipe_files import load_recipe
 from pipelines.settings import execution_settings
 from pipelines.show import show_recipe
 from pipelines.stages import (
