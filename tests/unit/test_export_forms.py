@@ -117,6 +117,7 @@ def adapted(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
     lora = LoraSpec(rank=4, alpha=8.0, dropout=0.05)
     llava = ConnectorSpec(global_branch=GlobalBranchSpec(fusion=SingleSpec(layer=5), adapters=MLPSpec()), local_branch=None)
     changes = {"schedule": schedule(sft=True, local=False), "connector": llava, "precision": "bf16", "lora": lora}
+    changes["views"] = ViewSpec.slime(max_slices=2, global_fit="pad")  # as LLaVA's code shows CLIP a picture
     return Run(*build_small_store(root, tiny_encoder_folder, tiny_language_model_folder, **changes))
 
 
@@ -330,7 +331,7 @@ def slime(tmp_path_factory, tiny_encoder_folder, tiny_language_model_folder):
     align = PhaseSpec(name="align", train=("global_mlp", "compression"), branch=BranchMix(both=1.0), **rates)
     sft = PhaseSpec(name="sft", train=("global_mlp", "compression", "language_model"), branch=BranchMix(both=1.0), selector=True, **rates)
     root = str(tmp_path_factory.mktemp("slime") / "root")
-    changes = {"schedule": ScheduleSpec(align=(align,), sft=sft), "connector": connector}
+    changes = {"schedule": ScheduleSpec(align=(align,), sft=sft), "connector": connector, "views": ViewSpec.slime()}
     return Run(*build_small_store(root, tiny_encoder_folder, tiny_language_model_folder, **changes))
 
 
