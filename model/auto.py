@@ -219,7 +219,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         batch = self._batch(encoder, input_ids, pixel_values, image_sizes, attention_mask, mode)
         if "generation_config" not in options:
             self.language_model.generation_config = self.generation_config
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16"):
+        with model.autocast():
             sequences = model.sequences(batch, model.visual_tokens(batch), pad_left=True)
             mask, _ = sequences.left_padding()
             generated = self.language_model.generate(inputs_embeds=sequences.embedded, attention_mask=mask, **options)

@@ -28,7 +28,7 @@ from model.adapters import NUM_EXPERTS
 from model.chat import Conversation
 from model.connector import Connector, Experts
 from model.errors import ConversationError, MissingMapError
-from model.language_model import LanguageModel, decoder, embed, first_token
+from model.language_model import LanguageModel, decoder, embed, first_token, multiplies_bf16
 from model.lora import sequence_keys
 from model.losses import evidence_loss, supervised_loss
 from model.merging import NEWLINE
@@ -335,7 +335,7 @@ class VisionLanguageModel(nn.Module):
         Args:
             connector: as built for this language model's width.
             language_model: loaded.
-            precision: of matrix products; weights keep the type they have.
+            precision: of matrix products; weights keep the type they have. See `products` for devices without products of bf16.
             separator_id: of the separator's token where it is known; else the tokenizer says it.
         """
         super().__init__()
@@ -375,7 +375,7 @@ class VisionLanguageModel(nn.Module):
         """
         connector, local, idle = self.connector, self.connector.spec.local_branch, []
         global_tokens = local_tokens = None
-        with self._autocast():
+        with self.autocast():
             if batch.global_maps is not None:
                 global_tokens = connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise)
             elif blank:
@@ -485,7 +485,7 @@ class VisionLanguageModel(nn.Module):
             of them were predicted right.
         """
         visual = self._visual_tokens(batch, blank=self.runs_every_block)
-        with self._autocast():
+        with self.autocast():
             sequences = self.sequences(batch, visual)
             self._tell_dropout(batch.dropout_keys, sequences.lengths)
             mask = sequences.causal_mask()
@@ -525,7 +525,7 @@ class VisionLanguageModel(nn.Module):
         """
         head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
         self._tell_dropout(None, batch.lengths)
-        with self._autocast():
+        with self.autocast():
             sequences = self.sequences(batch, self.visual_tokens(batch), pad_left=True)
             mask, positions = sequences.left_padding()
             output = decoder(self.language_model)(inputs_embeds=sequences.embedded, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -548,7 +548,7 @@ class VisionLanguageModel(nn.Module):
         head: Any = self.language_model.get_output_embeddings()  # type: ignore[operator]
         ends = torch.tensor(self.end_ids(), device=batch.gather.device)
         self._tell_dropout(None, batch.lengths)
-        with self._autocast():
+        with self.autocast():
             sequences = self.sequences(batch, self.visual_tokens(batch) if visual is None else visual, pad_left=True)
             embedded, lengths = sequences.embedded, sequences.lengths
             mask, positions = sequences.left_padding()
@@ -577,5 +577,17 @@ class VisionLanguageModel(nn.Module):
         more = configured if isinstance(configured, list) else [configured]
         return sorted({self.tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+    @property
+    def products(self) -> Literal["fp32", "bf16"]:
+        """In which type matrices are multiplied here: bf16 only where the device does so in hardware, or the language model is held in it.
+
+        Fp32 in its place rounds less and is faster there; the weights are the same numbers either way, see `hold_rounded`.
+        """
+        if self.precision == "fp32":
+            return "fp32"
+        held: Tensor = self.language_model.get_input_embeddings().weight  # type: ignore[operator]
+        return "bf16" if held.dtype == torch.bfloat16 or multiplies_bf16(self.device) else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the parts compute."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.products == "bf16")

@@ -150,6 +150,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             progress.advance()
             if training.lora is not None:
                 merge_adapters(run.model.language_model)
+                _hold_as_written(run)
             _write(folder, spec.form, run, trains_language_model="language_model.safetensors" in trained.files)
             licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
             (folder / "README.md").write_text(model_card(training, trained, evaluated, licences, _usage(spec.form)))
@@ -191,7 +192,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
 
 
 def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> "ExportedModel":
-    """The trained model as it was evaluated, adapters beside their base."""
+    """The trained model, in the type of the files to be written, but for adapters beside their base: those are in fp32 until they are merged."""
     from model.encoder import load_encoder
     from model.export import ExportedModel
     from workers.training.assemble import load_trained
@@ -201,7 +202,20 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
     if config.connector.local_branch is not None:
         maps += config.connector.local_branch.fusion.maps
     deepest = max(layer for map_spec in maps for layer in map_spec.layers)
-    return ExportedModel(config=config, model=load_trained(training, store), encoder=load_encoder(config.encoder, deepest))
+    run = ExportedModel(config=config, model=load_trained(training, store), encoder=load_encoder(config.encoder, deepest))
+    if training.lora is None:
+        _hold_as_written(run)
+    return run
+
+
+def _hold_as_written(run: "ExportedModel") -> None:
+    """Numbers of bf16 are held in fp32 where the device has no products of bf16; their files are of bf16 all the same."""
+    import torch
+
+    from model.language_model import hold_in
+
+    if run.config.language_model_precision == "bf16":
+        hold_in(run.model.language_model, torch.bfloat16)
 
 
 def _choose(training: TrainingSpec, store: Store) -> Iterator[tuple["Sample", "Turn", bytes]]:

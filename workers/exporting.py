@@ -338,7 +338,7 @@ def _training_lines(training: TrainingSpec, trained: TrainingRecord) -> list[str
         (
             f"{trained.num_images} images, {trained.samples} conversations in {trained.steps} steps, {trained.seconds:.0f} s on {trained.workers} "
             "worker(s) "
-            f"with {trained.threads} thread(s) on {trained.device}; matrix products in {training.precision}, seed {training.schedule.seed}."
+            f"with {trained.threads} thread(s) on {trained.device}; matrix products in {trained.products}, seed {training.schedule.seed}."
         ),
         "",
         "| phase | trained | steps | batch | learning rate | first loss | last loss |",

@@ -205,7 +205,8 @@ def test_alternating_phases_on_zero_3_leave_resting_blocks_and_their_state_alone
     found, expected = (CheckpointFolder(s, "k", "align").latest().optimizer for s in (store, straight["store"]))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-9), name
+        # Of a tensor's largest: sums over two shares end in other last digits, by 4e-6 of it on one CPU, less on others.
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5 * float(value.abs().max())), name
         if name.endswith(":step"):
             assert torch.equal(found[name], value)
 
@@ -286,11 +287,17 @@ def test_weights_of_another_model_are_refused(spec):
 
 
 @pytest.mark.slow
-def test_bf16_holds_the_frozen_language_model_in_bf16(tiny_language_model_folder, tmp_path):
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_holds_the_frozen_language_model_in_numbers_of_bf16(native, tiny_language_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.language_model.multiplies_bf16", lambda device: native)
+    monkeypatch.setattr("model.vision_language.multiplies_bf16", lambda device: native)
     spec = tiny_training_spec(tiny_language_model_folder, precision="bf16", schedule=tiny_schedule(steps=1))
-    model, _ = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
-    assert {parameter.dtype for parameter in model.language_model.parameters()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in model.connector.parameters()} == {torch.float32}
+    trained, _ = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
+    held = list(trained.language_model.parameters())
+    assert {parameter.dtype for parameter in held} == {torch.bfloat16 if native else torch.float32}
+    assert all(torch.equal(parameter, parameter.to(torch.bfloat16).to(parameter.dtype)) for parameter in held)
+    assert {parameter.dtype for parameter in trained.connector.parameters()} == {torch.float32}
+    assert trained.products == ("bf16" if native else "fp32")
 
 
 def test_stages(spec):

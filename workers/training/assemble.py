@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from model.connector import build_connector
-from model.language_model import embedding_rms, hold_in, load_language_model
+from model.language_model import embedding_rms, hold_rounded, load_language_model
 from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
@@ -62,8 +62,8 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
 
     Args:
         spec: of the run.
-        freeze_language_model: hold it in the run's precision, without gradients; else in fp32 and whole, or in the run's precision below the
-            spec's adapters, which are fp32.
+        freeze_language_model: hold it rounded to the run's precision, without gradients; else in fp32 and whole, or rounded below the spec's
+            adapters, which are fp32.
         device: where it goes.
 
     Returns:
@@ -82,7 +82,7 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     )
     network = language_model.network
     if (freeze_language_model or spec.lora is not None) and spec.precision == "bf16":
-        hold_in(network, torch.bfloat16)
+        hold_rounded(network, device)
     if freeze_language_model:
         network.requires_grad_(requires_grad=False)
     elif spec.lora is not None:

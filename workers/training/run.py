@@ -84,7 +84,11 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
         files, parameters, num_bytes = _write_final(spec, store)
         samples = sum(record.samples for record in records)
         step_seconds = sum(record.seconds for record in records)
-        facts: dict[str, Any] = store.read_json(stage.path("facts.json")) if records else {"num_images": 0, "num_text_only": 0, "device": "none"}
+        facts: dict[str, Any] = (
+            store.read_json(stage.path("facts.json"))
+            if records
+            else {"num_images": 0, "num_text_only": 0, "device": "none", "products": spec.precision}
+        )
         record = TrainingRecord(
             training_fingerprint=fingerprint(spec),
             folder=f"checkpoints/{stage.key}/final",
@@ -103,6 +107,7 @@ def train_connector(spec: TrainingSpec, store: Store, execution: ExecutionSettin
             workers=execution.train_workers,
             threads=_threads(execution),
             device=facts["device"],
+            products=facts["products"],
             versions={name: version(name) for name in _versioned(spec)} | {"python": platform.python_version()},
         )
     return stage.commit(record)
@@ -424,7 +429,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     )
     metrics = None
     if rank == 0:
-        store.write_json(f"{run_folder}/facts.json", {**counts, "device": _device_name(device)})
+        store.write_json(f"{run_folder}/facts.json", {**counts, "device": _device_name(device), "products": model.products})
         metrics = MetricsLog(store, run_folder, total_steps=steps_before(spec.schedule.phases, len(spec.schedule.phases)))
     try:
         run_stage(

@@ -134,4 +134,6 @@ class TrainingRecord:
     workers: int
     threads: int
     device: str
+    products: Literal["fp32", "bf16"] = "bf16"
+    """In which type matrices were multiplied: fp32 in place of bf16 where the device has no products of bf16."""
     versions: dict[str, str]
