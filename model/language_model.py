@@ -343,8 +343,8 @@ def multiplies_bf16(device: torch.device | str) -> bool:
         CPU with AVX2 alone (4096 x 256 by 256 x 1024, two threads: 298 against 47 ms), and a training step of the demo 26 s.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - what torch itself asks
 
 
 def hold_rounded(network: nn.Module, device: torch.device | str) -> None:

@@ -19,7 +19,7 @@ FOREIGN_TO_MODEL = ("ray", "prefect", "pyarrow", "deltalake", "fsspec", "s3fs", 
 # Standard library alone, so that planning needs no torch.
 STDLIB_ONLY = (
     "model/errors.py",
-    "model/specs.py",
+    *(str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "model" / "specs").glob("*.py"))),
     "model/architectures.py",
     "model/views.py",
     "workers/errors.py",
@@ -109,7 +109,7 @@ def _cycles(root: Path) -> list[list[str]]:
 
 
 def _not_stdlib(root: Path, files: tuple[str, ...]) -> list[str]:
-    allowed = {Path(file).with_suffix("").as_posix().replace("/", ".") for file in files}
+    allowed = {_module_name(root / file, root) for file in files}
     found = []
     for file in files:
         for name in _imports(root / file, at_import_only=True):

@@ -1,0 +1,104 @@
+"""Encoders, the maps that are read off them, and the identity of a feature cache."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from model.errors import SpecError
+from model.views import ViewSpec
+
+__all__ = ["EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec"]
+
+EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
+"""Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapSpec:
+    """A named, parameter-free reduction of the encoder's hidden states: one layer, or the mean of several.
+
+    Raises:
+        SpecError: no layers, a negative one, or layers out of order.
+    """
+
+    layers: tuple[int, ...]
+    """Hidden-state indices, ascending. One index is the layer itself; several are their mean, accumulated in fp32."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or self.layers[0] < 0 or any(a >= b for a, b in pairwise(self.layers)):
+            raise SpecError(f"a map needs ascending layer numbers from 0 up, found {list(self.layers)}")
+
+    @property
+    def name(self) -> str:
+        """Column name in the tables: `layer_7`, `mean_0_11` for a contiguous run, `mean_0.4.8` else."""
+        first, last = self.layers[0], self.layers[-1]
+        if len(self.layers) == 1:
+            return f"layer_{first}"
+        if last - first + 1 == len(self.layers):
+            return f"mean_{first}_{last}"
+        return "mean_" + ".".join(str(layer) for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSpec:
+    """A frozen vision encoder: which weights, and the shape of what comes out."""
+
+    model: str
+    """Folder or hub id: where it is loaded from. Part of the identity too, so the same weights in another place are another encoder."""
+    weights_sha256: str
+    family: EncoderFamily
+    view_px: int
+    patch_px: int
+    width: int
+    num_blocks: int
+    prefix_tokens: int
+    """Tokens before the patches, removed from every map: 1 (CLS) for CLIP and DINOv2, registers besides where there are some, 0 for SigLIP."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_heads: int
+    mlp_width: int
+    activation: str
+    norm_eps: float
+
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The mean as a colour of 0 to 255, rounded down as LLaVA's code does: what a padded global view is filled up with."""
+        red, green, blue = (int(255 * value) for value in self.mean)
+        return red, green, blue
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side. Pixels behind the last whole patch are seen by none: 6 of SigLIP-SO400M/14's 384."""
+        return self.view_px // self.patch_px
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in a view."""
+        return self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureSpec:
+    """Identity of a feature cache: the same spec gives the same rows, another spec another table."""
+
+    dataset_fingerprint: str
+    encoder: EncoderSpec
+    views: ViewSpec
+    global_maps: tuple[MapSpec, ...]
+    local_maps: tuple[MapSpec, ...]
+    precision: Literal["fp32", "fp16"] = "fp16"
+    resampling: Literal["bicubic"] = "bicubic"
+    format_version: int = 1
+
+    def maps(self, branch: Literal["global", "local"]) -> tuple[MapSpec, ...]:
+        """The maps stored for the views of a branch."""
+        return self.global_maps if branch == "global" else self.local_maps
+
+    def __post_init__(self) -> None:
+        for branch, maps in (("global", self.global_maps), ("local", self.local_maps)):
+            for map_spec in maps:
+                if map_spec.layers[-1] > self.encoder.num_blocks:
+                    raise SpecError(
+                        f"the {branch} map {map_spec.name} needs layer {map_spec.layers[-1]}, but {self.encoder.model} has layers "
+                        f"0..{self.encoder.num_blocks}; choose layers within"
+                    )
