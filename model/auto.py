@@ -149,7 +149,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """What no file holds: transformers empties these buffers when it loads a model. Weights start as the connector draws them."""
         if isinstance(module, Resampler):
-            query_places, key_places = place_codes(int(module.num_queries**0.5), int(module.num_patches**0.5), module.width)
+            query_places, key_places = place_codes(module.query_grid, module.key_grid, module.width)
             initialization.copy_(module.query_places, query_places)
             initialization.copy_(module.key_places, key_places)
 

@@ -30,11 +30,12 @@ OWN_CELL_MASS = 0.8
 """Attention that every query gives to its own cell at a positional start, before content adds its little."""
 
 
-def positions_2d(grid: int, width: int) -> Float[Tensor, "patches width"]:
-    """Fixed sine-cosine codes of a square grid: half the channels per axis, the horizontal axis first.
+def positions_2d(rows: int, columns: int, width: int) -> Float[Tensor, "patches width"]:
+    """Fixed sine-cosine codes of a grid: half the channels per axis, the horizontal axis first.
 
     Args:
-        grid: cells on a side.
+        rows: of cells.
+        columns: of cells.
         width: channels, a multiple of 4.
 
     Returns:
@@ -47,41 +48,43 @@ def positions_2d(grid: int, width: int) -> Float[Tensor, "patches width"]:
         raise SpecError(f"a resampler needs a width that is a multiple of 4, found {width}")
     quarter = width // 4
     frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    horizontal = axis[None].expand(grid, grid, -1)
-    vertical = axis[:, None].expand(grid, grid, -1)
-    return torch.cat([horizontal, vertical], dim=-1).reshape(grid * grid, width).float()
+    horizontal = axis[None, :columns].expand(rows, columns, -1)
+    vertical = axis[:rows, None].expand(rows, columns, -1)
+    return torch.cat([horizontal, vertical], dim=-1).reshape(rows * columns, width).float()
 
 
-def own_cells(query_grid: int, key_grid: int) -> Int[Tensor, "patches"]:
+def own_cells(query_grid: tuple[int, int], key_grid: int) -> Int[Tensor, "patches"]:
     """Which query's cell each patch lies in, both grids laid over the same view.
 
     Args:
-        query_grid: queries on a side.
+        query_grid: rows and columns of queries.
         key_grid: patches on a side.
 
     Returns:
         Query numbers, by patch in row-major order.
     """
-    place = torch.div((2 * torch.arange(key_grid) + 1) * query_grid, 2 * key_grid, rounding_mode="floor")
-    return (place[:, None] * query_grid + place[None, :]).reshape(-1)
+    rows, columns = query_grid
+    middles = 2 * torch.arange(key_grid) + 1
+    row, column = (torch.div(middles * cells, 2 * key_grid, rounding_mode="floor") for cells in (rows, columns))
+    return (row[:, None] * columns + column[None, :]).reshape(-1)
 
 
-def place_codes(query_grid: int, key_grid: int, width: int) -> tuple[Float[Tensor, "queries width"], Float[Tensor, "patches width"]]:
+def place_codes(query_grid: tuple[int, int], key_grid: int, width: int) -> tuple[Float[Tensor, "queries width"], Float[Tensor, "patches width"]]:
     """Where queries and patches stand: the patches' codes are the queries', resized bicubically.
 
     Args:
-        query_grid: queries on a side.
+        query_grid: rows and columns of queries.
         key_grid: patches on a side.
         width: channels.
 
     Returns:
         Codes of the queries and of the patches, row by row.
     """
-    places = positions_2d(query_grid, width)
-    resized = places.T.reshape(1, width, query_grid, query_grid)
-    if key_grid != query_grid:
+    places = positions_2d(*query_grid, width)
+    resized = places.T.reshape(1, width, *query_grid)
+    if query_grid != (key_grid, key_grid):
         resized = F.interpolate(resized, size=(key_grid, key_grid), mode="bicubic", align_corners=False)
     return places, resized.reshape(width, key_grid**2).T.contiguous()
 
@@ -105,25 +108,32 @@ class Resampler(nn.Module):
     query_places: Tensor
 
     def __init__(
-        self, *, num_queries: int, num_patches: int, width: int, attention_init: Literal["positional", "authors"], generator: torch.Generator
+        self,
+        *,
+        query_grid: tuple[int, int],
+        num_patches: int,
+        width: int,
+        attention_init: Literal["positional", "authors"],
+        generator: torch.Generator,
     ) -> None:
         """Build and initialise.
 
         Args:
-            num_queries: a square number.
+            query_grid: rows and columns of queries.
             num_patches: a square number: patches in a view.
             width: channels of the tokens.
             attention_init: `positional`: each query starts as the mean of its own cell's normalised tokens. `authors`: random.
             generator: where the numbers come from.
 
         Raises:
-            SpecError: a number of queries or patches that is no square, or a width that is no multiple of 4.
+            SpecError: a number of patches that is no square, or a width that is no multiple of 4.
         """
         super().__init__()
-        query_grid, key_grid = math.isqrt(num_queries), math.isqrt(num_patches)
-        if query_grid**2 != num_queries or key_grid**2 != num_patches:
-            raise SpecError(f"a resampler lays queries and patches on square grids, found {num_queries} queries and {num_patches} patches")
-        self.num_queries, self.num_patches, self.width = num_queries, num_patches, width
+        key_grid, num_queries = math.isqrt(num_patches), math.prod(query_grid)
+        if key_grid**2 != num_patches:
+            raise SpecError(f"a resampler reads a square grid of patches, found {num_patches}")
+        self.query_grid, self.key_grid, self.width = query_grid, key_grid, width
+        self.num_queries, self.num_patches = num_queries, num_patches
         self.num_heads = num_heads(width)
         query_places, key_places = place_codes(query_grid, key_grid, width)
         self.register_buffer("query_places", query_places, persistent=False)
@@ -144,7 +154,7 @@ class Resampler(nn.Module):
             for linear in (self.to_queries, self.to_values, self.to_output):
                 linear.bias.zero_()
             if attention_init == "positional":
-                self._start_positional(query_grid, key_grid, generator)
+                self._start_positional(generator)
             else:
                 bound = math.sqrt(6 / (width + 3 * width))  # Xavier over the packed q, k, v matrix, as nn.MultiheadAttention does it
                 for linear in (self.to_queries, self.to_keys, self.to_values):
@@ -152,7 +162,7 @@ class Resampler(nn.Module):
                 bound = 1 / math.sqrt(width)
                 self.to_output.weight.uniform_(-bound, bound, generator=generator)
 
-    def _start_positional(self, query_grid: int, key_grid: int, generator: torch.Generator) -> None:
+    def _start_positional(self, generator: torch.Generator) -> None:
         """Queries look at their own cell, values pass through."""
         heads, quarter = self.num_heads, self.width // 4
         # Each head gets every heads-th frequency, of both axes, sine and cosine: so its products of place codes depend on distance alone and are
@@ -168,7 +178,7 @@ class Resampler(nn.Module):
         self.to_keys.weight.copy_(rotation)
         for norm in (self.norm_queries, self.norm_keys):
             norm.weight.fill_(CONTENT_AT_START)
-        cells = own_cells(query_grid, key_grid)
+        cells = own_cells(self.query_grid, self.key_grid)
         own = cells[None, :] == torch.arange(self.num_queries)[:, None]
         looked_at = own.any(dim=1)
         low, high = 0.0, 20.0  # log2 of the squared gain; the own cell's share grows with it

@@ -8,6 +8,7 @@ spec, its weights and its inputs alone; noise is an argument.
 Source: Dense Connector (arXiv 2405.13800) for fusion, SliME (arXiv 2406.08487) for adapters and compression.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal, assert_never
 
@@ -108,8 +109,9 @@ class Connector(nn.Module):
             case MLPSpec():
                 pass
             case GatedMixtureSpec(attention_init=attention_init, noise=noise):
+                side = math.isqrt(num_patches)
                 self.resampler = Resampler(
-                    num_queries=num_patches, num_patches=num_patches, width=global_width, attention_init=attention_init, generator=generator
+                    query_grid=(side, side), num_patches=num_patches, width=global_width, attention_init=attention_init, generator=generator
                 )
                 self.gate = Gate(global_width, own_noise=noise == "own")
             case _:
@@ -124,7 +126,7 @@ class Connector(nn.Module):
             self.local_input = Standardiser(local_width)
             if local.compression is not None:
                 self.compression = Resampler(
-                    num_queries=local.compression.queries,
+                    query_grid=local.compression.grid,
                     num_patches=num_patches,
                     width=local_width,
                     attention_init=local.compression.attention_init,
@@ -161,7 +163,7 @@ class Connector(nn.Module):
         """
         if self.spec.local_branch is None:
             return np.zeros(0, dtype=np.int64)
-        return merged_order(plan, self.spec.local_branch, self.tokens_per_local_view)
+        return merged_order(plan, self.spec.local_branch, self.num_patches)
 
     def newline_token(self) -> Float[Tensor, "1 hidden"]:
         """What ends a picture's lines, in the embeddings' scale; zeros without one."""

@@ -7,8 +7,6 @@ anyway.
 Source: SliME's patch merge (flat, spatial) and LLaVA-NeXT's (spatial_unpad with a newline), both as in the authors' code.
 """
 
-from math import isqrt
-
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -22,24 +20,24 @@ NEWLINE = -1
 """Stands in an order where the learned newline comes."""
 
 
-def merged_order(plan: ViewPlan, spec: LocalBranchSpec, view_tokens: int) -> Int[NDArray[np.int64], "tokens"]:
+def merged_order(plan: ViewPlan, spec: LocalBranchSpec, num_patches: int) -> Int[NDArray[np.int64], "tokens"]:
     """The order of an image's local tokens in its sequence.
 
     Args:
         plan: of the image.
         spec: how to merge.
-        view_tokens: tokens of one local view; a square number for spatial merges.
+        num_patches: patches in a view.
 
     Returns:
         Places counted view by view from 0, or NEWLINE.
     """
-    places = np.arange(plan.rows * plan.columns * view_tokens)
+    places = np.arange(plan.rows * plan.columns * spec.view_tokens(num_patches))
     if spec.merge == "flat":
         return places
-    grid = isqrt(view_tokens)
-    canvas = places.reshape(plan.rows, plan.columns, grid, grid).transpose(0, 2, 1, 3).reshape(plan.rows * grid, plan.columns * grid)
+    rows, columns = spec.view_grid(num_patches)
+    canvas = places.reshape(plan.rows, plan.columns, rows, columns).transpose(0, 2, 1, 3).reshape(plan.rows * rows, plan.columns * columns)
     if spec.merge == "spatial_unpad":
-        top, bottom, left, right = unpadded_cells(plan, grid)
+        top, bottom, left, right = unpadded_cells(plan, rows)
         canvas = canvas[top:bottom, left:right]
     if spec.newline:
         canvas = np.concatenate([canvas, np.full((len(canvas), 1), NEWLINE)], axis=1)
@@ -82,5 +80,5 @@ def most_local_tokens(views: ViewSpec, spec: LocalBranchSpec | None, num_patches
     if spec is None:
         return 0
     view_tokens = spec.view_tokens(num_patches)
-    line_ends = isqrt(view_tokens) if spec.newline else 0
+    line_ends = spec.view_grid(num_patches)[0] if spec.newline else 0
     return max(rows * (columns * view_tokens + line_ends) for columns, rows in views.candidate_grids)

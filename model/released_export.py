@@ -187,10 +187,9 @@ def _released_resampler(prefix: str, resampler: Resampler) -> dict[str, Tensor]:
         values_bias = (values_bias.double() + to_values.double() @ norm_bias.double()).to(values_bias.dtype)
         to_values = (to_values.double() * (values.double() / keys.double())).to(to_values.dtype)
         norm_bias = torch.zeros_like(norm_bias)
-    grid = int(resampler.num_queries**0.5)
     return {
         f"{prefix}.query": resampler.queries,
-        f"{prefix}.pos_embed": positions_2d(grid, resampler.width).half(),
+        f"{prefix}.pos_embed": positions_2d(*resampler.query_grid, resampler.width).half(),
         f"{prefix}.attn.in_proj_weight": torch.cat([resampler.to_queries.weight, resampler.to_keys.weight, to_values]),
         f"{prefix}.attn.in_proj_bias": torch.cat([resampler.to_queries.bias, torch.zeros_like(values_bias), values_bias]),
         f"{prefix}.attn.out_proj.weight": resampler.to_output.weight,
@@ -245,6 +244,8 @@ def check_computable(spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec)
             faults.append("their cosine selector has no weights (selector learnable)")
         elif local.selector is not None and (local.compression is None or local.selector.reduce != "sum"):
             faults.append("their selector is part of the compression and sums over the text")
+        if local.compression is not None and local.compression.grid[0] != local.compression.grid[1]:
+            faults.append(f"SliME's queries form a square grid, {local.compression.queries} do not")
         if local.merge == "spatial_unpad" and local.compression is not None:
             faults.append("SliME's code merges flat or spatial (spatial_unpad)")
         if local.merge == "spatial_unpad" and not local.newline:

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import isqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from model.chat import tokenise_question
 from model.errors import ExportError, ImageError, SpecError
 from model.export import Answer, ExportedModel
 from model.images import DEFAULT_LIMITS, ImageLimits, cut_views, decoding_error, open_image, upright_rgb
-from model.views import ViewPlan, ViewSpec, plan_views
+from model.views import ViewPlan, ViewSpec, most_square_grid, plan_views
 from model.vision_language import Mode, VisualLayout, VisualTokens, lay_out_images, plan_sequences
 
 __all__ = ["VideoLayout", "ask_video", "frame_places", "grid_plan", "pool_frames", "read_frames"]
@@ -92,8 +91,7 @@ def grid_plan(num_frames: int, view_px: int) -> ViewPlan:
     Returns:
         The plan of a picture whose local views the frames are.
     """
-    rows = max(rows for rows in range(1, isqrt(num_frames) + 1) if num_frames % rows == 0)
-    columns = num_frames // rows
+    rows, columns = most_square_grid(num_frames)
     return plan_views(columns * view_px, rows * view_px, view_px, ViewSpec.anyres(grids=((columns, rows),)))
 
 

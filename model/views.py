@@ -8,12 +8,12 @@ Source: SliME (arXiv 2406.08487), its slicing rule as the authors' code and as t
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isqrt
 from typing import Literal, assert_never
 
 from model.errors import SpecError
 
-__all__ = ["LLAVA_NEXT_GRIDS", "Box", "View", "ViewPlan", "ViewSpec", "plan_views"]
+__all__ = ["LLAVA_NEXT_GRIDS", "Box", "View", "ViewPlan", "ViewSpec", "most_square_grid", "plan_views"]
 
 Branch = Literal["global", "local"]
 
@@ -216,6 +216,19 @@ class ViewPlan:
     def views(self) -> tuple[View, ...]:
         """Global view first, then the local ones row by row: the order of every table and tensor."""
         return (self.global_view, *self.local_views)
+
+
+def most_square_grid(count: int) -> tuple[int, int]:
+    """Rows and columns of so many cells, as close to a square as the number allows, wider than high: 8 make 2 x 4, a prime number one row.
+
+    Args:
+        count: of cells, from 1 up.
+
+    Returns:
+        Rows, columns.
+    """
+    rows = next(rows for rows in range(isqrt(count), 0, -1) if count % rows == 0)
+    return rows, count // rows
 
 
 def _factor_pairs(count: int) -> tuple[tuple[int, int], ...]:

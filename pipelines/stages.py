@@ -217,7 +217,7 @@ class Experiment:
         if local is None or not self.all_drawn:
             return most_local_tokens(spec, local, num_patches)
         plan = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, self.encoder.view_px, spec)
-        return len(merged_order(plan, local, local.view_tokens(num_patches)))
+        return len(merged_order(plan, local, num_patches))
 
     def training(self, seed: int) -> TrainingSpec:
         """What one seed trains.

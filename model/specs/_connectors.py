@@ -1,11 +1,13 @@
 """Everything between an encoder's maps and a language model's input embeddings, and the blocks that it trains in."""
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal, get_args
 
 from model.errors import SpecError
 from model.specs._features import EncoderSpec
 from model.specs._fusions import FusionSpec, STISpec
+from model.views import most_square_grid
 
 __all__ = [
     "BLOCKS",
@@ -61,16 +63,24 @@ AdapterSpec = MLPSpec | GatedMixtureSpec
 class CompressionSpec:
     """Learnable queries that compress the tokens of one local view.
 
-    Source: SliME section 2.3.
+    Source: SliME section 2.3. Differs: their queries are a square number.
+
+    Raises:
+        SpecError: no queries.
     """
 
     queries: int
-    """A square number: the queries form a grid over the view."""
+    """How many. They form a grid over the view, see `grid`."""
     attention_init: Literal["positional", "authors"] = "positional"
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the queries, as close to a square as their number allows: 12 x 12 of 144, 4 x 5 of 20, one row of a prime number."""
+        return most_square_grid(self.queries)
+
     def __post_init__(self) -> None:
-        if self.queries < 1 or round(self.queries**0.5) ** 2 != self.queries:
-            raise SpecError(f"compression.queries must be a square number, found {self.queries}; 16 and 144 are usual")
+        if self.queries < 1:
+            raise SpecError(f"compression.queries must be at least 1, found {self.queries}; 16 and 144 are usual")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +206,12 @@ class LocalBranchSpec:
             raise SpecError("connector.local: compression already sets the number of tokens of a view, so output_grid has no place; leave one out")
         if self.merge != "flat" and isinstance(self.fusion, STISpec):
             raise SpecError(f"connector.local.merge is {self.merge}, but sti gives no square grid of tokens; use flat, or single, sci or dci")
+        if self.merge == "spatial_unpad" and self.compression is not None and self.compression.grid[0] != self.compression.grid[1]:
+            rows, columns = self.compression.grid
+            raise SpecError(
+                f"connector.local.merge is spatial_unpad, which counts lines and columns alike, but {self.compression.queries} queries form a grid "
+                f"of {rows} x {columns}; use a square number of queries, or spatial or flat"
+            )
         if self.newline and self.merge == "flat":
             raise SpecError("connector.local.newline ends the lines of a picture, which merge = 'flat' does not have; use spatial or spatial_unpad")
 
@@ -210,6 +226,17 @@ class LocalBranchSpec:
         if self.output_grid is not None:
             return self.output_grid**2
         return self.fusion.num_tokens(num_patches)
+
+    def view_grid(self, num_patches: int) -> tuple[int, int]:
+        """Rows and columns of those of a local view's tokens that have a place in it; of STI's these are the base layer's, which come first.
+
+        Args:
+            num_patches: patches in a view, a square number.
+        """
+        if self.compression is not None:
+            return self.compression.grid
+        side = self.output_grid or isqrt(num_patches)
+        return side, side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

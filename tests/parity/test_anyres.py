@@ -54,17 +54,17 @@ def test_every_view_is_llava_next_s_to_the_pixel(width, height):
     assert np.array_equal(cut_views(image, plan), theirs.astype(np.uint8))
 
 
-def slow_order(plan, grid, merge, *, newline):
+def slow_order(plan, rows, columns, merge, *, newline):
     """Line by line over the canvas, token by token."""
     places = []
-    for line in range(plan.rows * grid):
+    for line in range(plan.rows * rows):
         row = []
-        for column in range(plan.columns * grid):
-            view = line // grid * plan.columns + column // grid
-            row.append((line, column, view * grid * grid + line % grid * grid + column % grid))
+        for column in range(plan.columns * columns):
+            view = line // rows * plan.columns + column // columns
+            row.append((line, column, view * rows * columns + line % rows * columns + column % columns))
         places.append(row)
     if merge == "flat":
-        return list(range(plan.rows * plan.columns * grid * grid))
+        return list(range(plan.rows * plan.columns * rows * columns))
     if merge == "spatial_unpad":
         raster = torch.tensor([[place for _, _, place in row] for row in places])[None]
         kept = set(unpad_image(raster, (plan.image_height_px, plan.image_width_px)).flatten().tolist())
@@ -81,8 +81,19 @@ def slow_order(plan, grid, merge, *, newline):
 def test_the_order_of_tokens(width, height, merge, newline, grid):
     plan = plan_views(width, height, SIDE, ViewSpec.anyres())
     spec = local_branch(compression=CompressionSpec(queries=grid * grid), merge=merge, newline=newline)
-    order = merged_order(plan, spec, grid * grid)
-    assert order.tolist() == slow_order(plan, grid, merge, newline=newline)
+    order = merged_order(plan, spec, 4)
+    assert order.tolist() == slow_order(plan, grid, grid, merge, newline=newline)
+    assert len(order) <= most_local_tokens(ViewSpec.anyres(), spec, 4)
+
+
+@pytest.mark.parametrize(("queries", "rows", "columns"), [(6, 2, 3), (20, 4, 5), (5, 1, 5), (8, 2, 4)])
+@pytest.mark.parametrize(("merge", "newline"), [("flat", False), ("spatial", False), ("spatial", True)])
+def test_the_order_of_tokens_on_a_grid_that_is_no_square(queries, rows, columns, merge, newline):
+    plan = plan_views(300, 500, SIDE, ViewSpec.anyres())
+    spec = local_branch(compression=CompressionSpec(queries=queries), merge=merge, newline=newline)
+    assert spec.view_grid(4) == (rows, columns)
+    order = merged_order(plan, spec, 4)
+    assert order.tolist() == slow_order(plan, rows, columns, merge, newline=newline)
     assert len(order) <= most_local_tokens(ViewSpec.anyres(), spec, 4)
 
 
@@ -161,6 +172,7 @@ def test_resizing_is_bilinear_without_aligned_corners(grid, output_grid):
     [
         ({"newline": True}, "merge = 'flat' does not have"),
         ({"fusion": STISpec(base=5, layers=(1,)), "merge": "spatial"}, "sti gives no square grid"),
+        ({"compression": CompressionSpec(queries=6), "merge": "spatial_unpad"}, "6 queries form a grid of 2 x 3; use a square number"),
         ({"fusion": STISpec(base=5, layers=(1,)), "compression": CompressionSpec(queries=4)}, "fusion cannot be sti"),
         ({"fusion": STISpec(base=5, layers=(1,)), "output_grid": 2}, "which sti does not give"),
         ({"compression": CompressionSpec(queries=4), "output_grid": 2}, "leave one out"),

@@ -56,15 +56,17 @@ def test_projector_is_linear_exact_gelu_linear():
         assert projector(x)[row].tolist() == pytest.approx(outer, abs=TOLERANCE)
 
 
-def test_positions_put_the_horizontal_axis_first():
-    table = positions_2d(3, 8)
-    for row in range(3):
-        for column in range(3):
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 5), (1, 4), (4, 1)])
+def test_positions_put_the_horizontal_axis_first(rows, columns):
+    table = positions_2d(rows, columns, 8)
+    assert len(table) == rows * columns
+    for row in range(rows):
+        for column in range(columns):
             expected = []
             for place in (column, row):
                 for function in (math.sin, math.cos):
                     expected += [function(place / 10000 ** (k / 2)) for k in range(2)]
-            assert table[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
+            assert table[row * columns + column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def layer_norm(vector, weight, bias):
@@ -98,21 +100,29 @@ def slow_resampler(resampler, tokens, heads):
 
 
 # (queries, patches, width, heads): CLIP-L's 24 x 24 and 12 x 12 of 1024 in 8 heads, at a sixth of the grid and a quarter of the width; SigLIP's;
-# three maps side by side.
-SHAPES = [(16, 16, 256, 2), (4, 16, 256, 2), (9, 36, 288, 2), (4, 16, 768, 6)]
+# three maps side by side; queries in a grid that is no square, of more and of fewer cells a side than there are patches.
+SHAPES = [
+    ((4, 4), 16, 256, 2),
+    ((2, 2), 16, 256, 2),
+    ((3, 3), 36, 288, 2),
+    ((2, 2), 16, 768, 6),
+    ((2, 3), 16, 256, 2),
+    ((1, 7), 16, 256, 2),
+]
 
 
 @pytest.mark.parametrize("regrouped", [True, False])
 @pytest.mark.parametrize("start", ["positional", "authors"])
 @pytest.mark.parametrize(("queries", "patches", "width", "heads"), SHAPES)
 def test_resampler(regrouped, start, queries, patches, width, heads):
-    resampler = Resampler(num_queries=queries, num_patches=patches, width=width, attention_init=start, generator=torch.Generator().manual_seed(3))
+    resampler = Resampler(query_grid=queries, num_patches=patches, width=width, attention_init=start, generator=torch.Generator().manual_seed(3))
     resampler.regrouped = regrouped
     with torch.no_grad():
         for number, parameter in enumerate(resampler.parameters()):
             parameter.add_(random(*parameter.shape, seed=number), alpha=0.01)  # away from an initialisation that might hide a mistake
     tokens = random(1, patches, width, seed=9)
     assert resampler.num_heads == heads
+    assert resampler(tokens).shape == (1, math.prod(queries), width)
     with torch.no_grad():
         expected = slow_resampler(resampler, tokens[0], heads).float()
         error = (resampler(tokens)[0] - expected).abs().max().item()

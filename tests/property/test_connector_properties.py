@@ -60,7 +60,8 @@ selectors = st.one_of(
 @st.composite
 def local_branches(draw):
     merge = draw(st.sampled_from(["flat", "spatial", "spatial_unpad"]))
-    compression = draw(st.one_of(st.none(), st.builds(CompressionSpec, queries=st.sampled_from([1, 4, 16]), attention_init=starts)))
+    queries = st.sampled_from([1, 4, 16] if merge == "spatial_unpad" else [1, 3, 4, 6, 16])
+    compression = draw(st.one_of(st.none(), st.builds(CompressionSpec, queries=queries, attention_init=starts)))
     return LocalBranchSpec(
         fusion=draw(squares),
         compression=compression,

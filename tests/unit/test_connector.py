@@ -122,12 +122,18 @@ def test_permuting_the_batch_permutes_the_tokens():
         torch.testing.assert_close(function({k: v[order] for k, v in maps.items()}), function(maps)[order], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("queries", "patches", "width"), [(16, 64, 576), (64, 64, 576), (16, 64, 192), (4, 16, 32), (16, 16, 96), (16, 16, 24)])
+POSITIONAL = [
+    ((4, 4), 64, 576), ((8, 8), 64, 576), ((4, 4), 64, 192), ((2, 2), 16, 32), ((4, 4), 16, 96), ((4, 4), 16, 24),
+    ((4, 5), 64, 192), ((2, 3), 16, 96), ((1, 5), 64, 192),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("queries", "patches", "width"), POSITIONAL)
 def test_positional_queries_start_at_their_own_cell(queries, patches, width):
     generator = torch.Generator().manual_seed(0)
-    resampler = Resampler(num_queries=queries, num_patches=patches, width=width, attention_init="positional", generator=generator)
+    resampler = Resampler(query_grid=queries, num_patches=patches, width=width, attention_init="positional", generator=generator)
     tokens = torch.randn(3, patches, width, generator=generator)
-    own = own_cells(round(queries**0.5), round(patches**0.5))[None] == torch.arange(queries)[:, None]
+    own = own_cells(queries, round(patches**0.5))[None] == torch.arange(resampler.num_queries)[:, None]
     attention = resampler.attention(tokens)
     torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
     assert (attention * own).sum(-1).min() > 0.6
@@ -139,14 +145,14 @@ def test_positional_queries_start_at_their_own_cell(queries, patches, width):
 
 
 def test_authors_start_is_not_positional():
-    resampler = Resampler(num_queries=16, num_patches=64, width=192, attention_init="authors", generator=torch.Generator().manual_seed(0))
-    own = own_cells(4, 8)[None] == torch.arange(16)[:, None]
+    resampler = Resampler(query_grid=(4, 4), num_patches=64, width=192, attention_init="authors", generator=torch.Generator().manual_seed(0))
+    own = own_cells((4, 4), 8)[None] == torch.arange(16)[:, None]
     tokens = torch.randn(2, 64, 192, generator=torch.Generator().manual_seed(1))
     assert (resampler.attention(tokens) * own).sum(-1).mean() < 0.4
 
 
 def test_both_ways_of_summing_agree():
-    resampler = Resampler(num_queries=16, num_patches=16, width=256, attention_init="positional", generator=torch.Generator().manual_seed(0))
+    resampler = Resampler(query_grid=(4, 4), num_patches=16, width=256, attention_init="positional", generator=torch.Generator().manual_seed(0))
     tokens = torch.randn(2, 16, 256, generator=torch.Generator().manual_seed(1))
     outputs = []
     for resampler.regrouped in (True, False):
@@ -155,10 +161,10 @@ def test_both_ways_of_summing_agree():
 
 
 def test_resampler_refuses_what_has_no_grid():
-    with pytest.raises(SpecError, match="square"):
-        Resampler(num_queries=6, num_patches=16, width=32, attention_init="authors", generator=torch.Generator())
+    with pytest.raises(SpecError, match="square grid of patches, found 15"):
+        Resampler(query_grid=(2, 3), num_patches=15, width=32, attention_init="authors", generator=torch.Generator())
     with pytest.raises(SpecError, match="multiple of 4"):
-        Resampler(num_queries=4, num_patches=16, width=30, attention_init="authors", generator=torch.Generator())
+        Resampler(query_grid=(2, 2), num_patches=16, width=30, attention_init="authors", generator=torch.Generator())
 
 
 def test_every_parameter_of_the_mixture_gets_a_gradient():

@@ -1,5 +1,4 @@
 import itertools
-import math
 import re
 import threading
 from dataclasses import replace
@@ -9,7 +8,7 @@ import torch
 
 from model.connector import build_connector
 from model.errors import SpecError
-from model.specs import BranchMix, PhaseSpec, ScheduleSpec
+from model.specs import BranchMix, CompressionSpec, PhaseSpec, ScheduleSpec
 from model.views import plan_views
 from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
 from workers.errors import TrainingError
@@ -161,10 +160,13 @@ def test_a_prefetcher_can_be_left_early():
     assert threading.active_count() == before
 
 
-def test_evidence_lands_on_the_local_token_that_shows_it(tiny_language_model_folder, tiny_tokenizer):
-    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+@pytest.mark.parametrize(("queries", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (6, 2, 3), (3, 1, 3)])
+def test_evidence_lands_on_the_local_token_that_shows_it(queries, rows, columns, tiny_language_model_folder, tiny_tokenizer):
+    spec = tiny_training_spec(tiny_language_model_folder).connector
+    spec = replace(spec, local_branch=replace(spec.local_branch, compression=CompressionSpec(queries=queries)))
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, connector=spec)
+    assert builder.connector.tokens_per_local_view == queries
     sample = builder.samples[0]
-    queries = builder.connector.tokens_per_local_view
     plan = plan_views(sample.width_px, sample.height_px, builder.features.encoder.view_px, builder.features.views)
     view = plan.local_views[-1]
     middle_x, middle_y = (view.source.left + view.source.right) / 2, (view.source.top + view.source.bottom) / 2
@@ -172,9 +174,8 @@ def test_evidence_lands_on_the_local_token_that_shows_it(tiny_language_model_fol
     builder.samples[0] = replace(sample, turns=(turn, turn))
     words = set(tiny_tokenizer.encode(" 7", add_special_tokens=False))
     pairs = builder.evidence(0)
-    grid = math.isqrt(queries)
-    row = int((grid - 1e-9) / 2) if grid > 1 else 0
-    assert {place for place, _ in pairs} == {(len(plan.local_views) - 1) * queries + row * grid + row}
+    row, column = ((cells - 1) // 2 for cells in (rows, columns))  # the one that holds the middle, or ends there: the box is a little before it
+    assert {place for place, _ in pairs} == {(len(plan.local_views) - 1) * queries + row * columns + column}
     assert {word for _, word in pairs} == words
     assert len(pairs) == len(words)  # asked twice, meant once
 

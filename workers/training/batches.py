@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -300,17 +299,16 @@ class BatchBuilder:
             plan = self.view_plan(sample)
             view_tokens = self.connector.tokens_per_local_view
             local = self.connector.spec.local_branch
-            # Behind sti's patches stand pooled tokens, which have no place of their own.
-            grid = self.features.encoder.grid if local is not None and local.fusion.kind == "sti" else isqrt(view_tokens)
+            rows, columns = (0, 0) if local is None else local.view_grid(self.connector.num_patches)
             for turn in sample.turns:
-                if turn.evidence is None or not grid:
+                if turn.evidence is None or local is None:
                     continue
                 left, top, right, bottom = turn.evidence
                 for view in plan.local_views:
                     box = view.project(Box(left=left, top=top, right=right, bottom=bottom))
-                    column, row = (box.left + box.right) / 2 * grid / view.view_px, (box.top + box.bottom) / 2 * grid / view.view_px
-                    if 0 <= column < grid and 0 <= row < grid:
-                        place = (view.index - 1) * view_tokens + int(row) * grid + int(column)
+                    column, row = (box.left + box.right) / 2 * columns / view.view_px, (box.top + box.bottom) / 2 * rows / view.view_px
+                    if 0 <= column < columns and 0 <= row < rows:
+                        place = (view.index - 1) * view_tokens + int(row) * columns + int(column)
                         for word in turn.shown:
                             pairs |= {(place, token): None for token in self._tokenizer.encode(f" {word}", add_special_tokens=False)}
             self._evidence[index] = list(pairs)
