@@ -36,12 +36,17 @@ FUSIONS = {"single": SingleSpec(layer=3), "sci": SCISpec(base=3, layers=(0, 2)),
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> dict[str, Path]:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
     folders = {}
     torch.manual_seed(0)
-    for name, model in {"clip": CLIPVisionModel(CLIPVisionConfig(**sizes)), "siglip": SiglipVisionModel(SiglipVisionConfig(**sizes))}.items():
+    models = {
+        "clip": CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=48)),
+        "siglip": SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=48)),
+        "dinov2": Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)),
+    }
+    for name, model in models.items():
         folders[name] = tmp_path_factory.mktemp(name)
         for parameter in model.parameters():  # so that layers differ as trained ones do
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
@@ -81,8 +86,8 @@ def written(ours: ExportedModel, form: str, folder: Path) -> AutoLoaded:
 
 
 CASES = [
-    *(("llava-hf", encoder, fusion, fit) for encoder in ("clip", "siglip") for fusion in FUSIONS for fit in ("squash", "pad")),
-    *(("llava-next-hf", encoder, fusion, "squash") for encoder in ("clip", "siglip") for fusion in FUSIONS),
+    *(("llava-hf", encoder, fusion, fit) for encoder in ("clip", "siglip", "dinov2") for fusion in FUSIONS for fit in ("squash", "pad")),
+    *(("llava-next-hf", encoder, fusion, "squash") for encoder in ("clip", "siglip", "dinov2") for fusion in FUSIONS),
 ]
 
 
@@ -114,7 +119,7 @@ def test_the_last_positions_are_the_last_positions(encoders, tiny_language_model
         assert torch.allclose(side.prompt_logits(png((80, 60)), "What?", last=5), side.prompt_logits(png((80, 60)), "What?")[-5:], atol=1e-6)
 
 
-@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@pytest.mark.parametrize("encoder", ["clip", "siglip", "dinov2"])
 def test_hidden_states_of_stock_towers_are_counted_as_ours(encoder, encoders):
     """0 is the embedding output, for CLIP behind its first norm; k is the output of block k; the last is not normed."""
     from transformers import AutoModel
