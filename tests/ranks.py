@@ -1,41 +1,44 @@
-"""Fine-tuning over mixed samples in a process of its own: one rank of several, as a worker of Ray Train would be."""
+"""Fine-tuning runs in processes of their own, one a rank, as workers of Ray Train would be.
+
+`python -m tests.ranks RANK WORLD MEETING` is one of them: it works off jobs, a line of JSON each on standard input, and answers each with a line on
+standard output. Ranks meet in the file MEETING. With `die_before` a process ends in mid-run, as a killed one would.
+"""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.commands import REPOSITORY
+
 ENGINES = ("torch", "zero-0", "zero-1", "zero-2", "zero-3")
 
-
-def make_engine(name: str, model: Any, blocks: Any) -> Any:
-    from workers.training.engine import DeepSpeedEngine, TorchEngine
-
-    return TorchEngine(model, blocks) if name == "torch" else DeepSpeedEngine(model, blocks, zero_stage=int(name[-1]))
+OPTIONS = {"engine": "zero-3", "samples": "fake", "micro_batch_size": 1, "gradient_checkpointing": False, "die_before": None}
+"""How a job is run unless it says otherwise; it has to say `spec` and `store`."""
 
 
-def tune(spec: Any, folder: str, engine: str, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> None:
-    """Fine-tune, as one rank; rank 0 leaves the losses and the hashes of all blocks in the folder."""
-    import torch
-    import torch.distributed as dist
-
-    from tests.tiny_training import FakeFeatures, mixed_samples
+def fine_tune(spec: Any, store: str, **options: Any) -> dict[str, Any]:
+    """Run a spec's fine-tuning as one rank, and tell what tests compare."""
+    from model.language_model import checkpoint_layers
+    from tests.tiny_training import FakeFeatures, fake_samples, mixed_samples
     from workers.storage import Store
     from workers.training.assemble import assemble_model
     from workers.training.batches import BatchBuilder
-    from workers.training.checkpoints import CheckpointFolder
-    from workers.training.engine import solo_process_group
+    from workers.training.checkpoints import CheckpointFolder, weights_of
+    from workers.training.engine import DeepSpeedEngine, TorchEngine
     from workers.training.loop import run_stage
-    from workers.training.progress_log import MetricsLog
 
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    if engine != "torch":
-        solo_process_group()
-    store = Store(folder)
+    job = OPTIONS | options
     model = assemble_model(spec, freeze_language_model=False)
+    if job["gradient_checkpointing"]:
+        checkpoint_layers(model.language_model)
     builder = BatchBuilder(
-        samples=mixed_samples(),
+        samples={"fake": fake_samples, "mixed": mixed_samples}[job["samples"]](),
         source=FakeFeatures(spec),
         features=spec.features,
         connector=model.connector,
@@ -43,43 +46,138 @@ def tune(spec: Any, folder: str, engine: str, *, rank: int = 0, world: int = 1, 
         tokenizer=model.tokenizer,
         max_tokens=model.max_tokens,
     )
-    made = make_engine(engine, model, spec.schedule.sft.train)
-    metrics = MetricsLog(store, "runs/train-connector/k", total_steps=99) if rank == 0 else None
+    name, trained = job["engine"], spec.schedule.sft.train
+    engine: Any = TorchEngine(model, trained) if name == "torch" else DeepSpeedEngine(model, trained, zero_stage=int(name[-1]))
+    steps: list[Any] = []
+    step = engine.step
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        if len(steps) == job["die_before"]:
+            os._exit(9)
+        steps.append(step(*args, **kwargs))
+        return steps[-1]
+
+    engine.step = noting
     state = run_stage(
         "sft",
-        engine=made,
+        engine=engine,
         builder=builder,
-        checkpoints=CheckpointFolder(store, "k", "sft"),
-        metrics=metrics,
-        context={},
-        checkpoint_every_steps=100,
-        micro_batch_size=micro_batch_size,
+        checkpoints=CheckpointFolder(Store(store), "k", "sft"),
+        metrics=None,
+        context={"key": "k"},
+        checkpoint_every_steps=1,
+        micro_batch_size=job["micro_batch_size"],
     )
-    if metrics is not None:
-        metrics.close()
-        lines = [json.loads(line) for line in store.read_bytes("runs/train-connector/k/metrics.jsonl").decode().splitlines()]
-        found = {
-            "losses": [line["loss"] for line in lines],
-            "norms": [line["gradient_norm"] for line in lines],
-            "hashes": state.records[-1].hashes_after,
-        }
-        Path(folder, "found.json").write_text(json.dumps(found))
+    shapes = {name: list(tensor.shape) for name, tensor in weights_of(model, with_language_model=True, whole=engine.whole).items()}
+    parameters = list(model.language_model.parameters())
+    shared = [parameter for parameter in parameters if len(getattr(parameter, "ds_shape", ())) == 2]
+    record = state.records[0]
+    engine.close()
+    return {
+        "losses": [sums.loss for sums in steps],
+        "norms": [sums.gradient_norm for sums in steps],
+        "before": record.hashes_before,
+        "after": record.hashes_after,
+        "shapes": shapes,
+        "held": sum(parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel() for parameter in parameters),
+        "left": sum(parameter.numel() for parameter in shared),
+    }
 
 
-def tune_in_ranks(spec: Any, folder: Path, engine: str, world: int) -> dict[str, Any]:
-    """The same in so many processes at once."""
-    import multiprocessing
+class Ranks:
+    """Processes that fine-tune together, job after job."""
 
-    folder.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=tune, args=(spec, str(folder), engine), kwargs={"rank": rank, "world": world}) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-    states = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert states == [0] * world, f"ranks ended with {states}"
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    return found
+    def __init__(self, world: int, folder: Path) -> None:
+        self.world, self.folder, self.log = world, folder, folder / "log"
+        self.jobs: dict[str, tuple[list[dict[str, Any]], Path]] = {}
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self) -> None:
+        meeting = str(self.folder / f"meeting-{time.time_ns()}")
+        with self.log.open("a") as log:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.ranks", str(rank), str(self.world), meeting],
+                    cwd=REPOSITORY,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+                for rank in range(self.world)
+            ]
+
+    def run(self, spec: Any, *, store: Path | None = None, **options: Any) -> tuple[list[dict[str, Any]], Path]:
+        """What each rank answers, and the store. Finished jobs are kept; of one that dies, the ranks' answers are empty."""
+        from workers.commits import to_json
+
+        job: dict[str, Any] = {"spec": to_json(spec)} | options
+        key = json.dumps([str(store), job], sort_keys=True)
+        if key in self.jobs:
+            return self.jobs[key]
+        if not self.processes:
+            self.start()
+        store = store or self.folder / f"job-{len(self.jobs)}"
+        for process in self.processes:
+            assert process.stdin
+            process.stdin.write(json.dumps(job | {"store": str(store)}) + "\n")
+            process.stdin.flush()
+        if options.get("die_before") is not None:
+            for process in self.processes:
+                assert process.wait(120) == 9
+                self._close_pipes(process)
+            self.processes = []
+            return [], store
+        lines = [process.stdout.readline() for process in self.processes if process.stdout]
+        assert all(lines), self.log.read_text()[-3000:]
+        self.jobs[key] = [json.loads(line) for line in lines], store
+        return self.jobs[key]
+
+    def close(self) -> None:
+        for process in self.processes:
+            self._close_pipes(process)
+            process.wait(60)
+
+    @staticmethod
+    def _close_pipes(process: "subprocess.Popen[str]") -> None:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@contextmanager
+def ranks_of(folder: Path, *worlds: int) -> Iterator[dict[int, Ranks]]:
+    """Groups of so many ranks; they start with their first job."""
+    groups = {}
+    for world in worlds:
+        (folder / str(world)).mkdir()
+        groups[world] = Ranks(world, folder / str(world))
+    try:
+        yield groups
+    finally:
+        for group in groups.values():
+            group.close()
+
+
+def main() -> None:
+    """Work until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what DeepSpeed prints is no answer
+    os.environ.update({"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"})
+    import torch
+    import torch.distributed as dist
+
+    from workers.commits import from_json
+    from workers.training.spec import TrainingSpec
+
+    torch.set_num_threads(1)
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], world), rank=rank, world_size=world)
+    for line in sys.stdin:
+        job = json.loads(line)
+        spec = from_json(TrainingSpec, job.pop("spec"))
+        print(json.dumps(fine_tune(spec, **job)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

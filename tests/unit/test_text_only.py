@@ -1,6 +1,5 @@
 """Samples without an image, from the batch to the trained run: who sees them, what they are shown as, and that ranks and kills change nothing."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from model.connector import build_connector
 from model.errors import ConversationError
 from model.specs import BranchMix, PhaseSpec, ScheduleSpec, fingerprint
 from tests import small_data
-from tests.ranks import ENGINES, tune, tune_in_ranks
+from tests.ranks import ENGINES, fine_tune, ranks_of
 from tests.tiny_training import FakeFeatures, build_small_store, fake_samples, mixed_samples, tiny_schedule, tiny_training_spec
 from workers.caching.build import cache_features
 from workers.dataset.samples import read_samples
@@ -309,15 +308,12 @@ def lopsided(tiny_language_model_folder, tmp_path_factory):
     schedule = replace(tiny_schedule(steps=6), align=())
     schedule = replace(schedule, seed=seed_of_lopsided_steps(mixed_samples(), schedule))
     spec = tiny_training_spec(tiny_language_model_folder, schedule=schedule)
-    folder = tmp_path_factory.mktemp("alone")
-    tune(spec, str(folder), "torch")
-    return spec, json.loads((folder / "found.json").read_text())
+    return spec, fine_tune(spec, str(tmp_path_factory.mktemp("alone")), engine="torch", samples="mixed", micro_batch_size=None)
 
 
 def test_losses_do_not_depend_on_micro_batches_of_text_alone(lopsided, tmp_path):
     spec, expected = lopsided
-    tune(spec, str(tmp_path), "torch", micro_batch_size=1)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = fine_tune(spec, str(tmp_path), engine="torch", samples="mixed")
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
@@ -353,12 +349,18 @@ def test_gradients_come_in_one_order_whatever_a_batch_reaches(spec, device):
     assert len({order(batch, every_block=False) for batch in batches.values()}) == 4  # text alone and blind are alike
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    with ranks_of(tmp_path_factory.mktemp("ranks"), 2) as groups:
+        yield groups[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_losses_do_not_depend_on_the_number_of_ranks(lopsided, tmp_path, engine):
+def test_losses_do_not_depend_on_the_number_of_ranks(lopsided, two_ranks, engine):
     """On ZeRO, a rank without an image used to die, since it had fewer gradients to sum than its neighbour."""
     spec, expected = lopsided
-    found = tune_in_ranks(spec, tmp_path / "two", engine, 2)
+    (found, _), _ = two_ranks.run(spec, engine=engine, samples="mixed", micro_batch_size=None)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 

@@ -1,86 +1,34 @@
 """ZeRO-3 in processes of its own, on one and two ranks: the losses of plain torch, exact resume, whole tensors in what is saved."""
 
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import safetensors.torch
 
-from tests.commands import REPOSITORY
+from model.specs import LoraSpec
+from tests.ranks import ranks_of
+from tests.tiny_training import tiny_schedule, tiny_training_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-class Ranks:
-    """Processes that fine-tune together, job after job."""
-
-    def __init__(self, world, folder, language_model, log):
-        self.world, self.folder, self.language_model, self.log, self.jobs = world, folder, language_model, log, {}
-        self.processes = []
-
-    def start(self):
-        command, meeting = [sys.executable, "-m", "tests.rank_driver"], str(self.folder / f"meeting-{time.time_ns()}")
-        self.processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(self.world), meeting],
-                cwd=REPOSITORY,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                text=True,
-            )
-            for rank in range(self.world)
-        ]
-
-    def run(self, *, store=None, **changes):
-        """What each rank answers, and the store. Finished jobs are kept; of one that dies, the ranks' answers are empty."""
-        key = json.dumps([str(store), changes], sort_keys=True)
-        if key in self.jobs:
-            return self.jobs[key]
-        if not self.processes:
-            self.start()
-        store = store or self.folder / f"job-{len(self.jobs)}"
-        job = changes | {"store": str(store), "language_model": self.language_model}
-        for process in self.processes:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        if "die_before" in changes:
-            for process in self.processes:
-                assert process.wait(120)
-                process.stdin.close()
-                process.stdout.close()
-            self.processes = []
-            return [], store
-        lines = [process.stdout.readline() for process in self.processes]
-        assert all(lines), Path(self.log.name).read_text()[-3000:]
-        self.jobs[key] = [json.loads(line) for line in lines], store
-        return self.jobs[key]
-
-    def close(self):
-        for process in self.processes:
-            process.stdin.close()
-            process.wait(60)
-            process.stdout.close()
+def tuning(language_model, *, lora=False, precision="fp32"):
+    """A short fine-tuning run, and nothing before it."""
+    adapters = LoraSpec(rank=4, alpha=8.0, dropout=0.1) if lora else None
+    return tiny_training_spec(language_model, lora=adapters, precision=precision, schedule=tiny_schedule(steps=4))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_language_model_folder):
     """Runs a job on one rank or two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with (folder / "log").open("w") as log:
-        groups = {world: Ranks(world, folder / str(world), str(tiny_language_model_folder), log) for world in (1, 2)}
-        for group in groups.values():
-            group.folder.mkdir()
-        yield lambda *, world=1, **changes: groups[world].run(**changes)
-        for group in groups.values():
-            group.close()
+    with ranks_of(tmp_path_factory.mktemp("ranks"), 1, 2) as groups:
+
+        def run(*, world=1, lora=False, precision="fp32", **options):
+            return groups[world].run(tuning(tiny_language_model_folder, lora=lora, precision=precision), **options)
+
+        yield run
 
 
 def test_two_ranks_hold_half_of_the_language_model_each(ranks):
-    (one,), _ = ranks(zero_stage=0)
+    (one,), _ = ranks(engine="zero-0")
     two, _ = ranks(world=2)
     assert [rank["held"] for rank in two] == [pytest.approx(one["held"] / 2, rel=0.01)] * 2
     assert [rank["left"] for rank in two] == [0, 0]  # no matrix is whole outside of its use
@@ -89,9 +37,9 @@ def test_two_ranks_hold_half_of_the_language_model_each(ranks):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
 def test_losses_are_those_of_zero_0_and_of_plain_torch(ranks, world, lora):
-    (twin,), _ = ranks(zero_stage=None, lora=lora)
+    (twin,), _ = ranks(engine="torch", lora=lora)
     found, _ = ranks(world=world, lora=lora)
-    plain, _ = ranks(world=world, zero_stage=0, lora=lora)
+    plain, _ = ranks(world=world, engine="zero-0", lora=lora)
     # 1e-7 relative was seen: sums in another order, and a norm of slices.
     assert found[0]["losses"] == pytest.approx(twin["losses"], rel=1e-5)
     assert found[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)
@@ -104,8 +52,8 @@ def test_losses_are_those_of_zero_0_and_of_plain_torch(ranks, world, lora):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_whose_samples_show_different_views_meet_on_every_stage(ranks, stage):
-    (twin,), _ = ranks(zero_stage=None)
-    found, _ = ranks(world=2, zero_stage=stage)
+    (twin,), _ = ranks(engine="torch")
+    found, _ = ranks(world=2, engine=f"zero-{stage}")
     assert found[0]["losses"] == pytest.approx(twin["losses"], rel=1e-5)
 
 
@@ -130,7 +78,7 @@ def test_a_run_that_two_ranks_began_is_ended_by_one(ranks, tmp_path):
 
 
 def test_what_is_saved_is_whole(ranks):
-    (plain,), _ = ranks(zero_stage=0)
+    (plain,), _ = ranks(engine="zero-0")
     found, store = ranks(world=2)
     assert found[0]["shapes"] == found[1]["shapes"] == plain["shapes"]
     last = store / "checkpoints/k/sft/step-00000020"
@@ -151,7 +99,7 @@ def test_layers_that_are_computed_again_change_no_number(ranks):
 
 
 def test_a_bf16_base_below_adapters_is_shared_out_too(ranks):
-    (plain,), _ = ranks(zero_stage=0, lora=True, precision="bf16")
+    (plain,), _ = ranks(engine="zero-0", lora=True, precision="bf16")
     found, _ = ranks(world=2, lora=True, precision="bf16")
     # bf16 products; 5e-5 relative was seen.
     assert found[0]["losses"] == pytest.approx(plain["losses"], rel=2e-3)
