@@ -31,9 +31,12 @@ from model.images import DEFAULT_LIMITS, ImageLimits, cut_views, decoding_error,
 from model.views import ViewPlan, ViewSpec, most_square_grid, plan_views
 from model.vision_language import Mode, VisualLayout, VisualTokens, lay_out_images, plan_sequences
 
-__all__ = ["VideoLayout", "ask_video", "frame_places", "grid_plan", "pool_frames", "read_frames"]
+__all__ = ["POOL", "VideoLayout", "ask_video", "frame_places", "grid_plan", "pool_frames", "read_frames"]
 
 VideoLayout = Literal["frames", "grid"]
+
+POOL = 2
+"""Neighbouring tokens of a frame that become one, as Dense Connector's evaluation has it."""
 
 MAX_FRAMES = 100_000
 """An hour at 28 frames a second. What promises more is refused before it is decoded."""
@@ -205,7 +208,7 @@ def ask_video(
     question: str,
     layout: VideoLayout | None = None,
     *,
-    pool: int = 2,
+    pool: int = POOL,
     max_new_tokens: int = 64,
 ) -> Answer:
     """Answer a question about some frames of a video, greedily.

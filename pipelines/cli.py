@@ -219,11 +219,18 @@ def ask(
     *,
     mode: Annotated[Literal["blind", "global", "local", "both"], Parameter(name="--mode", help="Which views the model sees.")] = "both",
     frames: Annotated[int, Parameter(name="--frames", help="Of a video or an animation, so many frames are shown; 0 takes IMAGE for an image.")] = 0,
+    layout: Annotated[
+        Literal["frames", "grid"] | None,
+        Parameter(name="--layout", help="Frames one after the other, or as the tiles of one picture. By default: grid where there are local views."),
+    ] = None,
+    pool: Annotated[
+        int | None, Parameter(name="--pool", help="Of --layout frames: so many neighbouring tokens of a frame become one. By default: 2.")
+    ] = None,
 ) -> None:
     """Ask an exported model about an image or a video; the answer is all that goes to standard output."""
-    from pipelines.ask import ask_export
+    from pipelines.ask import FrameChoice, ask_export
 
-    answer = ask_export(export_folder, image, question, mode, frames)
+    answer = ask_export(export_folder, image, question, mode, FrameChoice(num=frames, layout=layout, pool=pool))
     print(answer.text)
 
 

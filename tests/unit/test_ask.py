@@ -4,13 +4,14 @@ import io
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from model.errors import ConversationError, ImageError
 from model.export import MANIFEST
-from pipelines.ask import ask_export
+from pipelines.ask import FrameChoice, ask_export
 from pipelines.errors import NothingThereError, SettingError
 from workers.errors import StorageError
 
@@ -121,16 +122,17 @@ def test_a_name_that_no_folder_can_have_is_no_bug(image: Path) -> None:
 def test_a_video_is_asked_by_its_frames(tmp_path: Path, asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [Image.new("RGB", (8, 8), (shade,) * 3) for shade in (0, 100, 200)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    shown: list[tuple[int, str]] = []
+    shown: list[tuple[int, str, str | None, int]] = []
 
-    def ask_video(exported: object, found: list[Image.Image], question: str) -> SimpleNamespace:
-        shown.append((len(found), question))
+    def ask_video(exported: object, found: list[Image.Image], question: str, layout: str | None, *, pool: int) -> SimpleNamespace:
+        shown.append((len(found), question, layout, pool))
         return SimpleNamespace(text="eight")
 
     monkeypatch.setattr("model.video.ask_video", ask_video)
     folder = export_in(tmp_path / "export")
-    assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both", 5).text == "eight"
-    assert shown == [(5, "what?")]
+    assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both", FrameChoice(num=5)).text == "eight"
+    assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both", FrameChoice(num=2, layout="frames", pool=1)).text == "eight"
+    assert shown == [(5, "what?", None, 2), (2, "what?", "frames", 1)]
     assert ask_export(str(folder), str(tmp_path / "film.gif"), "what?", "both").text == "seven"  # its first frame, as an image
 
 
@@ -138,9 +140,28 @@ def test_what_is_no_video_is_told_before_a_model_is_loaded(tmp_path: Path, image
     (tmp_path / "text").write_bytes(b"no video")
     folder = str(export_in(tmp_path / "export"))
     with pytest.raises(ImageError, match="give a whole video or animation"):
-        ask_export(folder, str(tmp_path / "text"), "what?", "both", 8)
+        ask_export(folder, str(tmp_path / "text"), "what?", "both", FrameChoice(num=8))
     with pytest.raises(ImageError, match="or --frames 8 for a video"):
         ask_export(folder, str(tmp_path / "text"), "what?", "both")
-    with pytest.raises(SettingError, match="--frames: found -1"):
-        ask_export(folder, str(image), "what?", "both", -1)
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"num": -1}, "--frames: found -1"),
+        ({"layout": "grid"}, "--layout: found grid, but no frames are asked for"),
+        ({"pool": 2}, "--pool: found 2, but no frames are asked for"),
+        ({"num": 4, "pool": 0}, "--pool: found 0; allowed: 1"),
+        ({"num": 4, "layout": "grid", "pool": 2}, "--pool: of layout grid"),
+    ],
+)
+def test_words_about_frames_that_mean_nothing_are_refused(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        FrameChoice(**words)
+
+
+def test_frames_have_no_mode(image: Path, asked: list[object]) -> None:
+    with pytest.raises(SettingError, match="--mode: found blind with --frames"):
+        ask_export("/nowhere", str(image), "what?", "blind", FrameChoice(num=4))
     assert asked == []

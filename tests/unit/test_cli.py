@@ -26,7 +26,7 @@ FROZEN = {
     "evaluate": ["RECIPE", "--root", "--set", "--dry-run"],
     "export": ["RECIPE", "--root", "--set", "--to", "--merge", "--dry-run"],
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
-    "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode", "--frames"],
+    "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode", "--frames", "--layout", "--pool"],
     "show": ["WHAT", "RECIPE", "--root"],
     "compare": ["RUN", "--root", "--metric", "--json"],
     "import-weights": ["SOURCES", "--recipe", "--root", "--connector-only", "--dry-run"],
