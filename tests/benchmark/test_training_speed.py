@@ -1,5 +1,6 @@
-"""Claim guarded: a demo-sized training step (32 conversations of about 230 tokens, DCI connector, Llama of 4 layers x 256) runs at 40 conversations
-a second on 2 cores in bf16. `make bench` prints the figures; set THREADS to compare numbers of threads."""
+"""Claims guarded: a demo-sized training step (32 conversations of about 230 tokens, DCI connector, Llama of 4 layers x 256) runs at 40 conversations
+a second on two cores with products of bf16, at 10 on two without (AVX2 alone); there, holding the frozen language model in fp32 is 14 times faster than
+in bf16 (`bf16 in software`: 0.7). `make bench` prints the figures; set THREADS to compare numbers of threads."""
 
 import os
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from model.connector import Connector
-from model.language_model import LanguageModel, embedding_rms
+from model.language_model import LanguageModel, embedding_rms, hold_in, hold_rounded, multiplies_bf16
 from model.specs import CompressionSpec, ConnectorSpec, DCISpec, GatedMixtureSpec, GlobalBranchSpec, LocalBranchSpec
 from model.vision_language import VisionLanguageModel
 from tests.tiny import tiny_tokenizer
@@ -34,7 +35,9 @@ def demo_model(precision, frozen):
     if frozen:
         network.requires_grad_(requires_grad=False)
         if precision == "bf16":
-            network.to(torch.bfloat16)
+            hold_rounded(network, "cpu")
+        elif precision == "bf16 in software":
+            hold_in(network, torch.bfloat16)
     connector = Connector(
         spec,
         encoder_width=192,
@@ -43,12 +46,13 @@ def demo_model(precision, frozen):
         embedding_rms=embedding_rms(network),
         generator=torch.Generator().manual_seed(0),
     )
-    return VisionLanguageModel(connector, LanguageModel(network=network, tokenizer=tokenizer, max_tokens=2048), precision=precision)
+    return VisionLanguageModel(connector, LanguageModel(network=network, tokenizer=tokenizer, max_tokens=2048), precision=precision[:4])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("precision", "frozen"), [("bf16", True), ("bf16", False), ("fp32", True), ("fp32", False), ("bf16 in software", True)])
 def test_conversations_per_second(precision, frozen, tiny_language_model_folder):
+    if "software" in precision and multiplies_bf16("cpu"):
+        pytest.skip("this CPU multiplies bf16 in hardware")
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     solo_process_group()
     model = demo_model(precision, frozen)
@@ -76,7 +80,7 @@ def test_conversations_per_second(precision, frozen, tiny_language_model_folder)
     engine = DeepSpeedEngine(model, active)
     engine.set_active(active)
     times = []
-    for number in range(6):
+    for number in range(3 if "software" in precision else 6):
         started = time.monotonic()
         step = steps[number % 3]
         engine.step(step.micro_batches, supervised=step.supervised, rates=dict.fromkeys(active, 1e-3), max_grad_norm=1.0)
@@ -85,6 +89,6 @@ def test_conversations_per_second(precision, frozen, tiny_language_model_folder)
     best = min(times[1:])
     print(
         f"\n{precision}, language model {'frozen' if frozen else 'trained'}, {torch.get_num_threads()} threads, length {length}: "
-        f"{32 / best:.1f} conversations/s (best of 5: {best * 1000:.0f} ms, worst {max(times[1:]) * 1000:.0f} ms; building a batch "
+        f"{32 / best:.1f} conversations/s (best of {len(times) - 1}: {best * 1000:.0f} ms, worst {max(times[1:]) * 1000:.0f} ms; building a batch "
         f"{building * 1000:.0f} ms)"
     )
