@@ -1,6 +1,6 @@
 """Claims guarded: a demo-sized training step (32 conversations of about 230 tokens, DCI connector, Llama of 4 layers x 256) runs at 40 conversations
-a second on two cores with products of bf16, at 10 on two without (AVX2 alone); there, holding the frozen language model in fp32 is 14 times faster than
-in bf16 (`bf16 in software`: 0.7). `make bench` prints the figures; set THREADS to compare numbers of threads."""
+a second on two cores with products of bf16, at 10 on two without (AVX2 alone). There, holding the frozen language model in fp32 is 14 times faster
+than in bf16 (`bf16 in software`: 0.7). `make bench` prints the figures; set THREADS to compare numbers of threads."""
 
 import os
 import time
