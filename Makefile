@@ -16,7 +16,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-fast test-all check format bench golden clean
+STUDY := dci single sti sci global-only mixture alternating authors-runs selector learnable-selector
+
+.PHONY: help install demo study test test-fast test-all check format bench golden clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,11 @@ install: $(STAMP)  ## create .venv with the pinned versions (the others do it by
 
 demo: $(STAMP)  ## the whole path on the demo recipe: about ten minutes on two cores, seconds when it is all there
 	$(BIN)/loupe run demo --root $(ROOT)
+
+study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three seeds each, hours; goes on where it stopped
+	for recipe in $(STUDY); do $(BIN)/loupe run components/$$recipe --root $(ROOT)/study; done
+	$(BIN)/loupe compare $(patsubst %,components/%,$(filter-out global-only,$(STUDY))) --root $(ROOT)/study
+	$(BIN)/loupe compare components/dci components/global-only --root $(ROOT)/study
 
 test: $(STAMP)  ## all tests of a working day, at most eight minutes
 	$(BIN)/python -m pytest

@@ -3,12 +3,13 @@
 Python raises KeyboardInterrupt wherever the main thread happens to be; inside a callback or a destructor of a library it is printed and
 forgotten, and the run goes on. Ray Train puts a handler of its own in place, which ends the process with status 0, or does nothing at all where its
 run has just ended. So every signal is also written down by Python's wakeup descriptor, whoever handles it, and the work asks at every step that it
-reports.
+reports; what nobody could catch is not printed either.
 """
 
 import contextlib
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -83,6 +84,13 @@ def catching_interruptions() -> Iterator[Interruption]:
         yield Interruption()
         return
     before = signal.signal(signal.SIGINT, _interrupt)
+    unraisable_before = sys.unraisablehook
+
+    def tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):  # else it is asked for below, so it is not lost
+            unraisable_before(unraisable)
+
+    sys.unraisablehook = tell_unraisable
     signals, written = socket.socketpair()
     with signals, written:
         signals.setblocking(False)
@@ -98,6 +106,7 @@ def catching_interruptions() -> Iterator[Interruption]:
                 raise KeyboardInterrupt from error
             raise
         finally:
+            sys.unraisablehook = unraisable_before
             signal.set_wakeup_fd(told_before)
             signal.signal(signal.SIGINT, before)
 

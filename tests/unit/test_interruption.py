@@ -42,6 +42,34 @@ def test_what_a_library_s_own_handler_ignores_comes_back_at_the_next_step() -> N
             interruption.check()
 
 
+def test_one_that_nobody_can_catch_is_not_printed_and_comes_back_at_the_next_step(capfd: pytest.CaptureFixture[str]) -> None:
+    class Fragile:
+        def __init__(self, error: type[BaseException]) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            raise self.error("in a destructor")
+
+    said: list[str] = []
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: said.append(str(unraisable.exc_value))  # pytest has one of its own in its place
+    try:
+        with catching_interruptions() as interruption:
+            signal.signal(signal.SIGINT, lambda number, frame: None)
+            press_ctrl_c()
+            Fragile(KeyboardInterrupt)
+            assert said == []
+            Fragile(ValueError)
+            assert said == ["in a destructor"]
+            with pytest.raises(KeyboardInterrupt):
+                interruption.check()
+        Fragile(KeyboardInterrupt)
+        assert len(said) == 2  # what was there before is back
+    finally:
+        sys.unraisablehook = before
+    assert capfd.readouterr().err == ""
+
+
 def test_other_signals_do_not_count() -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
