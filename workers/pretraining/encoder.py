@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from model.language_model import multiplies_bf16
 from model.views import Box, View, ViewSpec, plan_views
 from workers.dataset.rendering import FAMILIES, sketch
 from workers.dataset.rendering.canvas import COLOURS, LATTICE_PX, OBJECTS, Canvas, FontStyle, load_font
@@ -263,7 +264,7 @@ def train(arguments: argparse.Namespace) -> tuple[CLIPVisionModel, Heads, list[s
     for step in range(steps):
         rows = order[step * batch_size : (step + 1) * batch_size]
         normalised = _normalise(data.pixels[rows])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bf16("cpu")):
             hidden = encoder(normalised, output_hidden_states=True).hidden_states[-1][:, 1:]
         colour_logits, first_logits, second_logits, pixels = heads(hidden.float())
         colour_loss = nn.functional.binary_cross_entropy_with_logits(colour_logits, torch.from_numpy(data.colours[rows]).float())

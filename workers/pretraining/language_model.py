@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from model.language_model import multiplies_bf16
 from model.views import View, ViewSpec, plan_views
 from workers.dataset.rendering import FAMILIES, choose_turns, sketch
 from workers.dataset.rendering.canvas import Canvas
@@ -305,7 +306,7 @@ def train(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTo
             head = model.model.embed_tokens(head_ids).expand(arguments.batch_size, -1, -1)
             inputs = torch.cat([part for part in (head, places, model.model.embed_tokens(ids)) if part is not None], dim=1)
             skip = inputs.shape[1] - ids.shape[1]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bf16("cpu")):
             hidden = model.model(inputs_embeds=inputs).last_hidden_state
         # Position skip + k predicts text token k + 1; the first text token is a question's and never asked for.
         target, weight = ids[:, 1:], weights[:, 1:]
@@ -356,7 +357,7 @@ def measure(
             places = _prefix(mode, rows, table, embedding, separator_id, None)
             inputs = torch.cat([x for x in (head.expand(len(part), -1, -1), places, embedding[ids]) if x is not None], dim=1)
             skip = inputs.shape[1] - ids.shape[1]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bf16("cpu")):
                 hidden = model.model(inputs_embeds=inputs).last_hidden_state
             best = model.lm_head(hidden[:, skip:-1].float()).argmax(dim=-1)
             good = ((best == ids[:, 1:]) | (weights[:, 1:] < 1.0)).all(dim=1)
