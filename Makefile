@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ROOT   ?= loupe-data
-# Processes that share the tests' files out: most tests use one core, and many wait for servers.
+# Processes that share the tests' files out, the slow ones first: most tests use one core, and many wait for servers.
 TESTERS ?= 2
 STAMP  := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
@@ -47,10 +47,10 @@ study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three see
 	$(BIN)/loupe compare components/dci components/global-only --root $(ROOT)/study
 
 test: $(STAMP)  ## all tests of a working day, at most fifteen minutes
-	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the tests that start no servers, at most ninety seconds
-	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP)  ## also the tests that train for minutes
 	$(BIN)/python -m pytest -m "heavy or not heavy"
