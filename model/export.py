@@ -34,7 +34,7 @@ from model.decoding import from_json
 from model.encoder import Encoder, load_encoder
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
-from model.language_model import describe_folder, hold_rounded, load_language_model
+from model.language_model import describe_folder, hold_rounded, load_language_model, multiplies_bf16
 from model.lora import load_adapters
 from model.specs import ChatTemplate, ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json
 from model.views import ViewPlan, ViewSpec, plan_views
@@ -187,7 +187,7 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
         _check_base(folder, config.adapter)
     language_model = load_language_model(folder / "language_model", "own" if config.adapter is None else config.adapter.template)
     if config.language_model_precision == "bf16":
-        hold_rounded(language_model.network, device)
+        hold_rounded(language_model.network, native=multiplies_bf16(device))
     if config.adapter is not None:
         load_adapters(language_model.network, config.adapter.lora, folder / "adapter")
     connector = Connector(

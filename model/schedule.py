@@ -138,7 +138,10 @@ def block_hashes(
     blocks: Mapping[str, Mapping[str, Tensor]] | Mapping[Block, Mapping[str, nn.Parameter]],
     whole: Whole = nullcontext,
 ) -> dict[str, str]:
-    """sha256 (hex) over the names, types, shapes and bytes of every block's parameters.
+    """sha256 (hex) over the names, shapes and numbers of every block's parameters, to the bit.
+
+    Numbers of half precision count as what they are in fp32: a frozen language model is held in either type, by device, and a run may go on on
+    another device.
 
     Args:
         blocks: what `parameters_by_block` or `proven_parameters` gave.
@@ -152,8 +155,11 @@ def block_hashes(
         digest = hashlib.sha256()
         for name, parameter in sorted(parameters.items()):
             with whole(parameter):
-                digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
-                digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                values = parameter.detach().cpu()
+                if values.dtype in (torch.bfloat16, torch.float16):
+                    values = values.float()
+                digest.update(f"{name}:{values.dtype}:{tuple(values.shape)};".encode())
+                digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         hashes[block] = digest.hexdigest()
     return hashes
 

@@ -35,7 +35,7 @@ def demo_model(precision, frozen):
     if frozen:
         network.requires_grad_(requires_grad=False)
         if precision == "bf16":
-            hold_rounded(network, "cpu")
+            hold_rounded(network, native=multiplies_bf16("cpu"))
         elif precision == "bf16 in software":
             hold_in(network, torch.bfloat16)
     connector = Connector(

@@ -370,7 +370,7 @@ def test_weights_without_adapters_are_refused_and_the_other_way_round(spec, tiny
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_bf16_run_holds_the_base_in_numbers_of_bf16_and_the_adapters_in_fp32(native, tiny_language_model_folder, monkeypatch):
-    monkeypatch.setattr("model.language_model.multiplies_bf16", lambda device: native)
+    monkeypatch.setattr("workers.training.assemble.multiplies_bf16", lambda device: native)
     spec = tiny_training_spec(tiny_language_model_folder, lora=LORA, precision="bf16")
     model = assemble_model(spec, freeze_language_model=False)
     types = {(is_adapter(name), parameter.dtype, parameter.requires_grad) for name, parameter in model.language_model.named_parameters()}

@@ -135,6 +135,15 @@ def test_a_sign_flip_of_zero_changes_the_hash():
     assert block_hashes(parameters_by_block(model)) != before
 
 
+def test_the_type_that_holds_a_number_does_not_change_the_hash():
+    model = Toy().to(torch.bfloat16)
+    before = block_hashes(parameters_by_block(model))
+    assert block_hashes(parameters_by_block(model.float())) == before
+    with torch.no_grad():
+        model.language_model.weight[0, 0] *= 1 + 2**-20  # between two numbers of bf16
+    assert block_hashes(parameters_by_block(model)) != before
+
+
 def test_a_block_that_is_not_there_cannot_train():
     with pytest.raises(FrozenBlockChangedError, match="resampler"):
         set_active_blocks(parameters_by_block(Toy()), ("resampler",))

@@ -289,7 +289,7 @@ def test_weights_of_another_model_are_refused(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_holds_the_frozen_language_model_in_numbers_of_bf16(native, tiny_language_model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.language_model.multiplies_bf16", lambda device: native)
+    monkeypatch.setattr("workers.training.assemble.multiplies_bf16", lambda device: native)
     monkeypatch.setattr("model.vision_language.multiplies_bf16", lambda device: native)
     spec = tiny_training_spec(tiny_language_model_folder, precision="bf16", schedule=tiny_schedule(steps=1))
     trained, _ = run(spec, Store(str(tmp_path)), "align", engine=DeepSpeedEngine)
@@ -298,6 +298,29 @@ def test_bf16_holds_the_frozen_language_model_in_numbers_of_bf16(native, tiny_la
     assert all(torch.equal(parameter, parameter.to(torch.bfloat16).to(parameter.dtype)) for parameter in held)
     assert {parameter.dtype for parameter in trained.connector.parameters()} == {torch.float32}
     assert trained.products == ("bf16" if native else "fp32")
+
+
+@pytest.mark.slow
+def test_a_bf16_run_goes_on_where_bf16_is_not_multiplied(tiny_language_model_folder, tmp_path, monkeypatch):
+    """A frozen language model is held in another type there, and is proven unchanged all the same."""
+    spec = tiny_training_spec(tiny_language_model_folder, precision="bf16", schedule=tiny_schedule(steps=4))
+
+    def natively(native):
+        monkeypatch.setattr("workers.training.assemble.multiplies_bf16", lambda device: native)
+        monkeypatch.setattr("model.vision_language.multiplies_bf16", lambda device: native)
+
+    losses = {}
+    for name, later in (("straight", True), ("moved", False)):
+        store = Store(str(tmp_path / name))
+        natively(native=True)
+        with pytest.raises(Interrupted):
+            run(spec, store, "align", engine=DeepSpeedEngine, kill_after=7)
+        natively(native=later)
+        _, state = run(spec, store, "align", engine=DeepSpeedEngine)
+        assert state.phase == len(spec.schedule.align)
+        losses[name] = [line["loss"] for line in lines(store)]
+    assert losses["moved"] == pytest.approx(losses["straight"], rel=0.02)  # rounded products in one
+    assert losses["moved"] != losses["straight"]
 
 
 def test_stages(spec):

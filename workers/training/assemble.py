@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from model.connector import build_connector
-from model.language_model import embedding_rms, hold_rounded, load_language_model
+from model.language_model import embedding_rms, hold_rounded, load_language_model, multiplies_bf16
 from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
@@ -82,12 +83,22 @@ def assemble_model(spec: TrainingSpec, *, freeze_language_model: bool, device: t
     )
     network = language_model.network
     if (freeze_language_model or spec.lora is not None) and spec.precision == "bf16":
-        hold_rounded(network, device)
+        hold_rounded(network, native=_multiply_bf16(device))
     if freeze_language_model:
         network.requires_grad_(requires_grad=False)
     elif spec.lora is not None:
         add_adapters(network, spec.lora, seed=spec.schedule.seed)
     return VisionLanguageModel(connector, language_model, precision=spec.precision).to(device)
+
+
+def _multiply_bf16(device: torch.device | str) -> bool:
+    """Whether the devices of all ranks do: ranks that share a model out must hold it in one type."""
+    native = multiplies_bf16(device)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return native
+    agreed = torch.tensor(int(native), device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed)
 
 
 def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> FeatureSource:
