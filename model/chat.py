@@ -26,7 +26,7 @@ from typing import Any
 from model.errors import ConversationError, LanguageModelError
 from model.specs import ChatTemplate
 
-__all__ = ["IMAGE_PLACE", "Conversation", "tokenise_conversation", "tokenise_question", "with_template"]
+__all__ = ["IMAGE_PLACE", "Conversation", "check_mask", "tokenise_conversation", "tokenise_question", "with_template"]
 
 IMAGE_PLACE = "<image>"
 """Stands for the visual tokens in a rendered conversation, once."""
@@ -108,6 +108,33 @@ def with_template(tokenizer: Any, template: ChatTemplate) -> Any:
     if needed:
         speaking.eos_token = needed[-1]
     return speaking
+
+
+_CANARY = (("What is shown?", "A red square."), ("Where does it stand?", "At the top."))
+"""Plain words in two turns: what no template has a reason to refuse."""
+
+
+def check_mask(tokenizer: Any, template: ChatTemplate) -> None:
+    """Refuse a template of which no conversation, or none of several turns, has a loss mask: before features are cached, not after.
+
+    Args:
+        tokenizer: as `with_template` gave it.
+        template: its name.
+
+    Raises:
+        LanguageModelError: plain words in two turns (in `plain` one), about an image or about none, cannot be tokenised with a mask.
+    """
+    turns = _CANARY[:1] if template == "plain" else _CANARY
+    for has_image in (True, False) if template != "plain" else (True,):
+        try:
+            tokenise_conversation(tokenizer, turns, 2**31, has_image=has_image)
+        except ConversationError as error:
+            name = "its tokenizer's own chat template" if template == "own" else f"the template {template}"
+            raise LanguageModelError(
+                f"{name} gives no loss mask for a conversation of {len(turns)} turn{'s' if len(turns) > 1 else ''} in plain words "
+                f"{'about an image' if has_image else 'without an image'}: {error}. Name another by language_model.template (vicuna_v1, llama3, "
+                "chatml), or put one that only appends into the model's folder as chat_template.jinja"
+            ) from error
 
 
 def _messages(turns: Sequence[tuple[str, str]], *, has_image: bool = True) -> list[dict[str, str]]:

@@ -333,6 +333,9 @@ def view_mismatches(facts: ReleasedFacts, encoder: EncoderSpec, views: ViewSpec)
     return lines
 
 
+_LLAMA_3_VOCABULARY = 128_256
+
+
 def _notes(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderSpec) -> tuple[str, ...]:
     """What no weight shows and the recipe decides by itself, where config.json tells otherwise."""
     config, notes = facts.config, []
@@ -355,6 +358,16 @@ def _notes(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderSpec) -> t
         asked = selector.top_p if selector is not None else 1.0
         if asked != top_p:
             notes.append(f"config.json has mm_resampler_topp {top_p:g}, the recipe's selector keeps {asked:g}")
+    temperature = config.get("mm_resampler_temp")
+    if selector is not None and isinstance(temperature, int | float) and selector.temperature != temperature:
+        notes.append(f"config.json has mm_resampler_temp {temperature:g}, the recipe's selector a temperature of {selector.temperature:g}")
+    if selector is not None and facts.compression_queries is not None and selector.reduce != "sum":
+        notes.append("the authors' selector sums over the text, the recipe's takes the mean; set reduce = \"sum\"")
+    if config.get("mm_dense_connector_type") and config.get("vocab_size") == _LLAMA_3_VOCABULARY:
+        notes.append(
+            "Dense Connector's template for Llama 3 begins the assistant's turns with the system's header, which no template of Loupe's does; "
+            "answers may suffer"
+        )
     merge = config.get("mm_patch_merge_type")
     if local is not None and isinstance(merge, str) and merge != local.merge:
         notes.append(f"config.json has mm_patch_merge_type {merge}, the recipe's merge is {local.merge}")

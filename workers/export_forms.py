@@ -148,16 +148,17 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             if not as_evaluated:
                 raise ExportingError(f"dataset {training.dataset_fingerprint[:16]} holds no question that an export can be asked; build another")
             progress.advance()
+            products = run.model.products
             if training.lora is not None:
                 merge_adapters(run.model.language_model)
-                _hold_as_written(run)
+            changed = _hold_as_written(run) or training.lora is not None
             _write(folder, spec.form, run, trains_language_model="language_model.safetensors" in trained.files)
             licences = sorted({sample.licence for sample in read_samples(store, training.dataset_fingerprint)})
             (folder / "README.md").write_text(model_card(training, trained, evaluated, licences, _usage(spec.form)))
             progress.advance()
             rounds = spec.form == "loupe"
             compared = run if rounds else _without_rounding(run)
-            expected = as_evaluated if rounds and training.lora is None else _ask_again(compared, as_evaluated)
+            expected = _ask_again(compared, as_evaluated) if changed or not rounds else as_evaluated
             tolerance = TOLERANCE * max(1.0, *(float(prompt.logits.abs().max()) for prompt in expected))
             written = _Reimported.load(folder, compared) if spec.form == "llava" else AutoLoaded.load(folder)
             error = _compare(spec.form, written, expected, tolerance)
@@ -179,7 +180,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             num_redecoded=sum(prompt.redecoded for prompt in expected),
             max_abs_logit_error=error,
             tolerance=tolerance,
-            compared=_compared(spec.form, run, merged=training.lora is not None),
+            compared=_compared(spec.form, run, products, merged=training.lora is not None),
             max_abs_logit_rounding=max(_distance(ours.logits, exact.logits) for ours, exact in zip(as_evaluated, expected, strict=True)),
             same_answers_as_evaluated=sum(ours.answer == exact.answer for ours, exact in zip(as_evaluated, expected, strict=True)),
             check_image=first.sample.image_path,
@@ -192,7 +193,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
 
 
 def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> "ExportedModel":
-    """The trained model, in the type of the files to be written, but for adapters beside their base: those are in fp32 until they are merged."""
+    """The trained model as it was evaluated, adapters beside their base."""
     from model.encoder import load_encoder
     from model.export import ExportedModel
     from workers.training.assemble import load_trained
@@ -202,20 +203,21 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
     if config.connector.local_branch is not None:
         maps += config.connector.local_branch.fusion.maps
     deepest = max(layer for map_spec in maps for layer in map_spec.layers)
-    run = ExportedModel(config=config, model=load_trained(training, store), encoder=load_encoder(config.encoder, deepest))
-    if training.lora is None:
-        _hold_as_written(run)
-    return run
+    return ExportedModel(config=config, model=load_trained(training, store), encoder=load_encoder(config.encoder, deepest))
 
 
-def _hold_as_written(run: "ExportedModel") -> None:
-    """Numbers of bf16 are held in fp32 where the device has no products of bf16; their files are of bf16 all the same."""
+def _hold_as_written(run: "ExportedModel") -> bool:
+    """Numbers of bf16 are held in fp32 where the device has no products of bf16; their files are of bf16 all the same. Whether anything changed."""
     import torch
 
     from model.language_model import hold_in
 
-    if run.config.language_model_precision == "bf16":
-        hold_in(run.model.language_model, torch.bfloat16)
+    network = run.model.language_model
+    held: Tensor = network.get_input_embeddings().weight  # type: ignore[operator]
+    if run.config.language_model_precision == "fp32" or held.dtype == torch.bfloat16:
+        return False
+    hold_in(network, torch.bfloat16)
+    return True
 
 
 def _choose(training: TrainingSpec, store: Store) -> Iterator[tuple["Sample", "Turn", bytes]]:
@@ -390,10 +392,12 @@ def _distance(some: "Tensor", others: "Tensor") -> float:
     return float((some[:, :common] - others[:, :common]).abs().max())
 
 
-def _compared(form: ExportForm, run: "ExportedModel", *, merged: bool) -> str:
+def _compared(form: ExportForm, run: "ExportedModel", products: str, *, merged: bool) -> str:
+    """What the written form was compared with; `products`: in which type the run multiplied as it was evaluated here."""
     adapters = ", adapters merged" if merged else ""
     if form == "loupe":
-        return f"as evaluated{adapters}: features rounded to {run.config.feature_precision}, matrix products in {run.config.precision}"
+        other = "" if run.model.products == products else f", of which files are made (evaluated: {products})"
+        return f"as evaluated{adapters}: features rounded to {run.config.feature_precision}, matrix products in {run.model.products}{other}"
     held = " (its weights are bf16 numbers)" if run.config.language_model_precision == "bf16" else ""
     return f"in fp32 throughout{adapters}: the same weights in Loupe's own code, language model included{held}, on features that are not rounded"
 

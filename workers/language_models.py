@@ -154,13 +154,13 @@ def check_usable(name: str, templates: Collection[ChatTemplate]) -> int:
 
 
 def _check_templates(folder: Path, name: str, templates: Collection[ChatTemplate]) -> None:
-    from model.chat import with_template
+    from model.chat import check_mask, with_template
     from model.language_model import load_tokenizer
 
     tokenizer = load_tokenizer(folder, None)
     for template in templates:
         try:
-            with_template(tokenizer, template)
+            check_mask(with_template(tokenizer, template), template)
         except LanguageModelError as error:
             raise LanguageModelError(f"language model {name!r}: {error}") from error
 

@@ -1,7 +1,9 @@
 """The templates that come with Loupe: what they write, which tokens that makes, and which of those are learned. Tokens that are are marked by `*`."""
 
+import json
 import pickle
 import re
+import shutil
 
 import pytest
 
@@ -9,6 +11,7 @@ from model.chat import tokenise_conversation, tokenise_question, with_template
 from model.errors import ConversationError, LanguageModelError
 from model.language_model import load_tokenizer
 from tests.small_tokenizers import chatml_like, llama3_like, sentencepiece_bpe, sentencepiece_unigram, spelled
+from workers.language_models import check_usable
 
 TURNS = [("What is it?", "A cat."), ("How many?", "Two"), ("Where?", "On the mat")]
 SYSTEM = (
@@ -239,6 +242,28 @@ def test_a_tokenizer_without_a_template_is_refused_unless_one_is_named(tmp_path)
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path, None).chat_template is None
     assert "ASSISTANT" in load_tokenizer(tmp_path, "vicuna_v1").chat_template
+
+
+REWRITES = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+SWALLOWS = "{% for m in messages %}{{ m['content'] | replace('<image>', '') }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (REWRITES, "no loss mask for a conversation of 2 turns in plain words about an image: .*rewrites earlier messages"),
+        (SWALLOWS, "no loss mask .*found it 0 times"),
+    ],
+)
+def test_a_template_without_a_loss_mask_is_refused_before_there_are_conversations(template, message, tiny_language_model_folder, tmp_path):
+    shutil.copytree(tiny_language_model_folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(LanguageModelError, match=rf"language model .*its tokenizer's own chat template gives {message}.*language_model\.template"):
+        check_usable(str(tmp_path / "model"), ["own"])
+    assert check_usable(str(tmp_path / "model"), ["plain", "vicuna_v1"]) > 0  # those that come with Loupe have one
 
 
 def test_the_reason_survives_the_way_between_processes():

@@ -64,7 +64,12 @@ def test_dense_connector(name: str, maps: list[str], projector: int, language_mo
     )  # fmt: skip
     assert (pretrain.steps, finetune.steps) == (1000, 2000)
     assert {phase.warmup_fraction for phase in (pretrain, finetune)} == {0.03}
-    assert (experiment.execution.zero_stage, experiment.execution.train_workers) == (3, 8)
+    assert shared_out(experiment) == (3, 8, 16, True)
+
+
+def shared_out(experiment: Experiment) -> tuple[int, int, int | None, bool]:
+    execution = experiment.execution
+    return execution.zero_stage, execution.train_workers, execution.micro_batch_size, execution.gradient_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,8 @@ def test_slime(name: str, align: float, fine: float, language_model_rate: float 
     assert (last.name, last.batch_size, last.learning_rate, last.language_model_learning_rate) == ("III", 128, fine, language_model_rate)
     assert last.train == ("global_mlp", "resampler", "gate", "compression", "language_model")
     assert (last.sources, last.selector, last.steps) == ((SMR, MIX), True, 4000)
+    assert shared_out(experiment) == (3, 8, 16 if name in ("slime-7b", "slime-13b") else 8, True)
+    assert experiment.file.recipe.seeds == (3407,)
     lora = experiment.file.recipe.language_model.lora
     assert (lora is not None) == (name == "slime-8b-lora")
     if lora is not None:
@@ -105,4 +112,5 @@ def test_the_flagship_has_dense_maps_in_both_branches(tmp_path: Path) -> None:
     assert local is not None
     assert local.fusion == experiment.connector.global_branch.fusion == DCISpec(base=23, groups=((0, 11), (12, 23)))
     assert local.selector is not None
+    assert shared_out(experiment) == (3, 8, 8, True)
     assert [phase.name for phase in phases(experiment)] == ["global", "local", "global 2", "local 2", "sft"]
