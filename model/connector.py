@@ -184,14 +184,14 @@ class Connector(nn.Module):
         """Fused, not yet standardised tokens of global views."""
         return fuse(maps, self.spec.global_branch.fusion)
 
-    def fuse_local(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views patches wide"]:
+    def fuse_local(self, maps: Mapping[str, Float[Tensor, "views patches width"]]) -> Float[Tensor, "views tokens wide"]:
         """Fused, not yet standardised tokens of local views.
 
         Args:
             maps: maps by name.
 
         Returns:
-            Tokens: [views, patches, wide].
+            Tokens: [views, tokens, wide]; of STI more than there are patches.
 
         Raises:
             MissingMapError: there is no local branch.

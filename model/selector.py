@@ -121,8 +121,9 @@ def straight_through(probabilities: Float[Tensor, "batch tokens"], candidates: B
 
 
 class LearnableSelector(nn.Module):
-    """Scores by cosines in a space that learns: tokens and text go through a matrix each.
+    """Scores in a space that learns: (A t)(B d) / |t| of a token t and the text's direction d, whose words are normalised already.
 
+    Norms are those of before the matrices, so these are cosines at the start alone: at full width exactly, in a narrower space about.
     Both matrices start equal, with orthogonal rows, so that the first scores are those cosines as seen in a random subspace.
     """
 

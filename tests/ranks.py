@@ -6,6 +6,7 @@ standard output. Ranks meet in the file MEETING. With `die_before` a process end
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -128,15 +129,29 @@ class Ranks:
                 self._close_pipes(process)
             self.processes = []
             return [], store
-        lines = [process.stdout.readline() for process in self.processes if process.stdout]
-        assert all(lines), self.log.read_text()[-3000:]
-        self.jobs[key] = [json.loads(line) for line in lines], store
+        self.jobs[key] = [json.loads(self._line(process)) for process in self.processes], store
         return self.jobs[key]
 
+    def _line(self, process: "subprocess.Popen[str]") -> str:
+        """A rank's answer. Where one has died its neighbours wait for it for ever, so they are ended, and what they said is told."""
+        assert process.stdout
+        while not select.select([process.stdout], [], [], 1.0)[0]:
+            if any(other.poll() is not None for other in self.processes):
+                break
+        line = process.stdout.readline() if all(other.poll() is None for other in self.processes) else ""
+        if not line:
+            self.close()
+            raise AssertionError(f"a rank ended: {self.log.read_text()[-3000:]}")
+        return line
+
     def close(self) -> None:
+        died = any(process.poll() is not None for process in self.processes)
         for process in self.processes:
+            if died:
+                process.kill()
             self._close_pipes(process)
             process.wait(60)
+        self.processes = []
 
     @staticmethod
     def _close_pipes(process: "subprocess.Popen[str]") -> None:

@@ -76,4 +76,8 @@ def test_memory_and_time_against_the_broadcast_form(dtype):
             f"{statistics.median(mib):8.0f} MiB above the inputs ({min(mib):.0f} to {max(mib):.0f}), kept {rounds[0]['kept']}"
         )
     for form, rounds in found.items():
-        assert rounds[0]["first"] == pytest.approx(found["ours"][0]["first"], abs=0.5 if dtype == "bfloat16" else 1e-3), form
+        assert rounds[0]["first"] == pytest.approx(found["ours"][0]["first"], abs=0.15 if dtype == "bfloat16" else 1e-3), form
+    # Memory is the same on every machine; time is only printed.
+    ours, other = (max(round_["mib"] for round_ in found[form]) for form in ("ours", "broadcast" if dtype == "bfloat16" else "eighth"))
+    assert ours < 64
+    assert ours < other / 20

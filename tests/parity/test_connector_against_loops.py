@@ -1,14 +1,17 @@
 """The connector's parts against references written in plain loops from the papers' facts. Worst differences seen, on CPU in fp32, are below 2e-6."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.adapters import Gate, Projector
+from model.adapters import Gate, Projector, resized_grid
 from model.compression import Resampler, positions_2d
+from model.connector import build_connector
 from model.fusion import fuse
-from model.specs import DCISpec, MapSpec, SCISpec, STISpec
+from model.specs import ConnectorSpec, DCISpec, GlobalBranchSpec, MapSpec, MLPSpec, SCISpec, SingleSpec, STISpec
+from tests.tiny_training import tiny_encoder_spec
 
 TOLERANCE = 1e-5
 
@@ -27,6 +30,20 @@ def test_sti_pools_the_flattened_raster():
             tokens += [sum(maps[name][b, group * 8 + k] for k in range(8)) / 8 for group in range(20 // 8)]
         expected.append(torch.stack(tokens))
     torch.testing.assert_close(fuse(maps, spec), torch.stack(expected), atol=TOLERANCE, rtol=0)
+
+
+def test_sti_pools_patches_of_the_grid():
+    """Rows times columns: a pool that is higher than wide is another one than one that is wider than high."""
+    spec = STISpec(base=1, layers=(0,), pool=(2, 3))
+    maps = {"layer_1": random(1, 36, 4), "layer_0": random(1, 36, 4, seed=1)}
+    pooled = []
+    for top in range(0, 6, 2):
+        for left in range(0, 6, 3):
+            cells = [maps["layer_0"][0, (top + y) * 6 + left + x] for y in range(2) for x in range(3)]
+            pooled.append(sum(cells) / 6)
+    expected = torch.stack([*maps["layer_1"][0], *pooled])[None]
+    torch.testing.assert_close(fuse(maps, spec), expected, atol=TOLERANCE, rtol=0)
+    assert not torch.allclose(fuse(maps, replace(spec, pool=(3, 2))), expected)
 
 
 def test_sci_and_dci_put_the_base_first_and_channels_side_by_side():
@@ -129,18 +146,42 @@ def test_resampler(regrouped, start, queries, patches, width, heads):
     assert error <= TOLERANCE, error
 
 
-def test_gate():
-    gate = Gate(4)
+@pytest.mark.parametrize("own_noise", [True, False])
+def test_gate(own_noise):
+    """The noise's deviation comes from a matrix of its own, or, as in the authors' code, from the gate's."""
+    gate = Gate(4, own_noise=own_noise)
     with torch.no_grad():
         gate.weight.copy_(random(4, 2, seed=1))
-        gate.noise_weight.copy_(random(4, 2, seed=2))
+        if own_noise:
+            gate.noise_weight.copy_(random(4, 2, seed=2))
+    spreads = gate.noise_weight if own_noise else gate.weight
     x, noise = random(1, 3, 4, seed=3), random(1, 3, 2, seed=4)
     for token in range(3):
         logits = []
         for expert in range(2):
             clean = sum(x[0, token, i].item() * gate.weight[i, expert].item() for i in range(4))
-            spread = sum(x[0, token, i].item() * gate.noise_weight[i, expert].item() for i in range(4))
+            spread = sum(x[0, token, i].item() * spreads[i, expert].item() for i in range(4))
             logits.append(clean + noise[0, token, expert].item() * (math.log1p(math.exp(spread)) + 0.01))
         total = sum(math.exp(v) for v in logits)
         assert gate(x, noise)[0, token].tolist() == pytest.approx([math.exp(v) / total for v in logits], abs=1e-6)
     assert Gate(4)(x)[0].tolist() == [[0.5, 0.5]] * 3
+
+
+def test_the_efficient_variant_resizes_behind_the_projector():
+    """Interpolating in front of it is cheaper and something else: the projector is not linear."""
+    encoder = tiny_encoder_spec(width=8)
+    branch = GlobalBranchSpec(fusion=SingleSpec(layer=5), adapters=MLPSpec(), output_grid=2)
+    spec = ConnectorSpec(global_branch=branch, local_branch=None, standardise_inputs=False)
+    connector = build_connector(spec, encoder, hidden=6, embedding_rms=0.5, seed=0)
+    maps = {"layer_5": 3 * random(2, 16, 8)}
+    tokens = connector.global_mlp(maps["layer_5"]) * connector.token_scale
+    expected = torch.stack(
+        [
+            torch.stack([sum(view[(2 * y + dy) * 4 + 2 * x + dx] for dy in (0, 1) for dx in (0, 1)) / 4 for y in (0, 1) for x in (0, 1)])
+            for view in tokens
+        ]
+    )
+    found = connector.global_tokens(maps)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    before = connector.global_mlp(resized_grid(maps["layer_5"], 2)) * connector.token_scale
+    assert not torch.allclose(before, expected, atol=1e-2)

@@ -143,7 +143,7 @@ def test_dci_is_the_base_layer_and_the_means_of_both_halves(towers):
 
 def test_sci_puts_the_base_layer_and_two_others_side_by_side(towers):
     case = towers.case
-    spec = SCIFusion(kind="sci", layers=(7, 15)).spec(towers.spec)
+    spec = SCIFusion(kind="sci").spec(towers.spec)
     assert spec == SCISpec(base=case.base, layers=(7, 15))
     expected = torch.cat([without_prefix(towers, layer) for layer in (case.base, 7, 15)], dim=-1)
     torch.testing.assert_close(fused(towers, spec), expected, rtol=0, atol=case.tolerance)
@@ -151,7 +151,7 @@ def test_sci_puts_the_base_layer_and_two_others_side_by_side(towers):
 
 def test_sti_appends_pooled_tokens_of_two_other_layers(towers):
     case = towers.case
-    spec = STIFusion(kind="sti", layers=(7, 15)).spec(towers.spec)
+    spec = STIFusion(kind="sti").spec(towers.spec)
     assert spec == STISpec(base=case.base, layers=(7, 15), pool=8)
     found = fused(towers, spec)
     assert tuple(found.shape) == (case.num_images, 720 if case.family == "clip" else 911, case.config["hidden_size"])

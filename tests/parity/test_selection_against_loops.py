@@ -111,6 +111,26 @@ def test_the_learned_scores_start_near_the_cosines():
     assert torch.corrcoef(torch.cat([narrow(tokens, direction), plain]))[0, 1] > 0.5
 
 
+def test_the_learned_scores_are_those_of_tokens_and_text_through_their_own_matrices():
+    selector = LearnableSelector(16, 6, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        selector.from_tokens.copy_(random(6, 16, seed=3))
+        selector.from_text.copy_(random(6, 16, seed=4))
+    tokens, text = random(1, 5, 16), random(1, 3, 16, seed=1)
+    found = selector(tokens, text_direction(text, torch.ones(1, 3, dtype=torch.bool), "sum"))[0]
+
+    def through(matrix, vector):
+        matrix = matrix.detach()
+        return [sum(float(matrix[row, k]) * vector[k] for k in range(16)) for row in range(6)]
+
+    for place, token in enumerate(tokens[0].tolist()):
+        expected = 0.0
+        for word in text[0].tolist():
+            ours, theirs = through(selector.from_tokens, token), through(selector.from_text, word)
+            expected += sum(a * b for a, b in zip(ours, theirs, strict=True)) / (math.hypot(*token) * math.hypot(*word))
+        assert found[place].item() == pytest.approx(expected, abs=TOLERANCE)
+
+
 def test_straight_through_is_zero_and_has_the_gradient_of_the_log_probabilities():
     scores = random(2, 5).requires_grad_()
     candidates = torch.tensor([[True] * 5, [True, False, True, True, False]])

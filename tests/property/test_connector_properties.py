@@ -58,22 +58,41 @@ selectors = st.one_of(
 
 
 @st.composite
-def local_branches(draw):
+def local_branches(draw, beside):
+    """A local branch that goes with a global one: fused alike where they share a projector."""
+    projector = draw(st.sampled_from(["shared", "own"]))
     merge = draw(st.sampled_from(["flat", "spatial", "spatial_unpad"]))
     queries = st.sampled_from([1, 4, 16] if merge == "spatial_unpad" else [1, 3, 4, 6, 16])
     compression = draw(st.one_of(st.none(), st.builds(CompressionSpec, queries=queries, attention_init=starts)))
+    placed = merge != "flat" or compression is not None  # tokens need a place in the view, which pooled ones of sti have not
+    if projector == "own":
+        fusion = draw(squares if placed else st.one_of(squares, stis))
+    elif not isinstance(beside.fusion, STISpec):
+        fusion = beside.fusion
+    else:
+        fusion = SingleSpec(layer=beside.fusion.base) if placed else beside.fusion
     return LocalBranchSpec(
-        fusion=draw(squares),
+        fusion=fusion,
         compression=compression,
-        projector="own",
-        output_grid=draw(st.sampled_from([None, 2])) if compression is None else None,
+        projector=projector,
+        output_grid=draw(st.sampled_from([None, 2])) if compression is None and not isinstance(fusion, STISpec) else None,
         merge=merge,
         newline=draw(st.booleans()) and merge != "flat",
         selector=draw(selectors),
     )
 
 
-connectors = st.builds(ConnectorSpec, global_branch=global_branches, local_branch=local_branches(), separator=st.sampled_from([",", None]))
+@st.composite
+def connector_specs(draw):
+    branch = draw(global_branches)
+    return ConnectorSpec(
+        global_branch=branch,
+        local_branch=draw(st.one_of(st.none(), local_branches(branch), local_branches(branch))),
+        separator=draw(st.sampled_from([",", None])),
+    )
+
+
+connectors = connector_specs()
 
 PLANS = (plan_views(112, 60, 56, ViewSpec.anyres()), plan_views(60, 112, 56, ViewSpec.slime()), plan_views(90, 90, 56, ViewSpec.slime_paper()))
 VIEWS = [len(plan.local_views) for plan in PLANS]
@@ -114,8 +133,9 @@ def maps_of(spec, count, seed):
     return {name: torch.randn(count, 16, 8, generator=generator) for name in sorted({m.name for m in spec.maps})}
 
 
-def batch_of(model, order=(0, 1, 2), answer_seed=0, modes=("both", "both", "both"), *, noisy=False):
+def batch_of(model, order=(0, 1, 2), answer_seed=0, *, noisy=False):
     spec = model.connector.spec
+    local = spec.local_branch
     starts_ = np.cumsum([0, *VIEWS])
     views = [view for image in order for view in range(starts_[image], starts_[image] + VIEWS[image])]
     most = max(len(model.connector.local_order(plan)) for plan in PLANS)
@@ -123,11 +143,11 @@ def batch_of(model, order=(0, 1, 2), answer_seed=0, modes=("both", "both", "both
     generator = torch.Generator().manual_seed(5)
     return plan_sequences(
         [conversation(image, answer_seed) for image in order],
-        [modes[image] for image in order],
+        ["global" if local is None else "both"] * 3,
         [0, 1, 2],
         lay_out_images(model.connector, [True] * 3, [PLANS[image] for image in order]),
         global_maps={name: value[list(order)] for name, value in maps_of(spec.global_branch.fusion, 3, 1).items()},
-        local_maps={name: value[views] for name, value in maps_of(spec.local_branch.fusion, sum(VIEWS), 2).items()},
+        local_maps=None if local is None else {name: value[views] for name, value in maps_of(local.fusion, sum(VIEWS), 2).items()},
         gate_noise=torch.randn(3, 16, 2, generator=generator) if noisy and mixture and spec.global_branch.adapters.noise != "none" else None,
         selects=spec.selector is not None,
         selector_noise=torch.randn(3, most, generator=generator) if noisy and spec.selector is not None else None,
@@ -235,8 +255,12 @@ def test_what_is_announced_is_what_comes_out(language_model, spec):
     batch = batch_of(model)
     visual = model.visual_tokens(batch)
     assert visual.global_tokens.shape == (3, spec.global_tokens(16), language_model.hidden)
-    assert visual.local_tokens.shape == (sum(VIEWS), spec.local_branch.view_tokens(16), language_model.hidden)
-    separator = spec.separator is not None
+    local = spec.local_branch
+    if local is None:
+        assert visual.local_tokens is None
+    else:
+        assert visual.local_tokens.shape == (sum(VIEWS), local.view_tokens(16), language_model.hidden)
+    separator = spec.separator is not None and local is not None
     for row, plan in enumerate(PLANS):
         text = conversation(row).num_text_tokens
         assert int(batch.lengths[row]) == text + spec.global_tokens(16) + separator + len(model.connector.local_order(plan))
