@@ -107,11 +107,11 @@ def _check_weights(folder: Path, name: str) -> None:
         if unsafe := _unsafe_weights(folder):
             raise EncoderError(
                 f"encoder {name!r}: expected weights as *.safetensors in {folder}, found {', '.join(unsafe)}. Pickled weights can run code when they "
-                "are loaded, so Loupe never does; convert them with save_pretrained where you trust them, or choose a repository with safetensors."
+                f"are loaded, so Loupe never does; `loupe convert-weights {name} FOLDER` makes safetensors of them, reading tensors alone"
             )
         raise EncoderError(
-            f"encoder {name!r}: expected weights as *.safetensors (for example model.safetensors) in {folder}, found none; "
-            "copy the weights there or point to a complete model folder"
+            f"encoder {name!r}: expected weights as *.safetensors (for example model.safetensors) in {folder}, found none; copy the weights there, "
+            f"point to a complete model folder, or, of a model that is published as .bin files, `loupe convert-weights {name} FOLDER` once"
         )
     if absent := absent_shards(folder):
         raise EncoderError(f"encoder {name!r}: expected all weights that the index in {folder} names, found no {absent[0]}; copy or fetch it")

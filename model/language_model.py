@@ -144,7 +144,10 @@ def check_folder(folder: Path, name: str) -> Path:
         "a tokenizer (tokenizer.json or tokenizer.model)": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")),
     }
     if missing := [part for part, there in parts.items() if not there]:
-        raise LanguageModelError(f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights in other formats are not read")
+        raise LanguageModelError(
+            f"language model {name!r}: {folder} lacks {', '.join(missing)}; weights as .bin files are not read, "
+            f"but `loupe convert-weights {name} FOLDER` makes safetensors of them"
+        )
     if absent := absent_shards(folder):
         raise LanguageModelError(f"language model {name!r}: {folder} lacks {absent[0]}, which its index of weights names; copy or fetch it")
     if fault := unreadable_weights(folder):

@@ -9,17 +9,16 @@ the language model's class has is there, in its shape and stored type, finite; e
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from model.errors import ReleasedWeightsError, first_line
 from model.released_weights import by_canonical_name, part_left
-from model.tensor_files import StoredTensor, TensorFiles
+from model.tensor_files import SHARD_BYTES, StoredTensor, TensorFiles, write_shards
 
 __all__ = ["CheckedLanguageModel", "LanguageModelFiles", "check_language_model", "released_config", "tokenizer_files", "write_language_model"]
 
@@ -43,8 +42,6 @@ _BESIDE = (
     "USE_POLICY.md",
 )  # fmt: skip
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,18 +121,7 @@ def write_language_model(
     found = check_language_model(files, config)
     names, held, values = found.names, found.held, found.config
     beside = tokenizer_files(source)
-    groups = list(_groups(held, shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: files.read(names[name]).contiguous() for name in group}
-        if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-            raise ReleasedWeightsError(f"{files.stored[names[broken[0]]].file}: {broken[0]} holds numbers that are not finite; fetch it again")
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
-    num_bytes = sum(_num_bytes(tensor) for tensor in held.values())
-    if len(groups) > 1:
-        _write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+    num_bytes = write_shards(files, {canonical: names[canonical] for canonical in held}, target, shard_bytes=shard_bytes)
     _write_json(target / "config.json", values)
     # Theirs sets a temperature without sampling, which newer transformers refuse to save; greedy decoding needs the tokens alone.
     _write_json(target / "generation_config.json", {name: values[name] for name in _TOKEN_IDS if values.get(name) is not None})
@@ -225,23 +211,6 @@ def _check_tensors(held: Mapping[str, StoredTensor], expected: Mapping[str, tupl
     if lines:
         shown = "".join(f"\n  {line}" for line in lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
         raise ReleasedWeightsError(f"{len(lines)} of the language model's tensors do not fit its config.json, so nothing is imported:{shown}")
-
-
-def _num_bytes(tensor: StoredTensor) -> int:
-    return tensor.num_values * {"float64": 8, "float32": 4}.get(tensor.dtype, 2)
-
-
-def _groups(held: Mapping[str, StoredTensor], shard_bytes: int) -> Iterator[list[str]]:
-    """Tensors in the order of their source files, so that each file is gone through once."""
-    group: list[str] = []
-    size = 0
-    for name, tensor in held.items():
-        if group and size + _num_bytes(tensor) > shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += _num_bytes(tensor)
-    yield group
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -10,18 +10,19 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import ReleasedWeightsError, first_line
 
-__all__ = ["StoredTensor", "TensorFiles", "dtype_name", "open_tensor_files", "weight_files"]
+__all__ = ["SHARD_BYTES", "StoredTensor", "TensorFiles", "dtype_name", "open_tensor_files", "weight_files", "write_shards"]
 
 _WHOLE = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """What a folder's whole model is called, best first."""
@@ -30,6 +31,9 @@ _PARTS = ("mm_projector", "sampler", "non_lora_trainables")
 """What LLaVA's training code calls the files of what it trained beside the language model."""
 
 _SUFFIXES = (".safetensors", ".bin")
+
+SHARD_BYTES = 2**30
+"""Of a file that is written, at most, unless one tensor is larger."""
 
 _SAFETENSORS_TYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -50,6 +54,12 @@ class StoredTensor:
     def num_values(self) -> int:
         """Numbers in it."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that its numbers take."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.num_values * dtype.itemsize
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -177,6 +187,51 @@ def open_tensor_files(files: Sequence[Path]) -> TensorFiles:
         stored |= found
         pickled |= tensors
     return TensorFiles(stored, pickled)
+
+
+def write_shards(files: TensorFiles, names: Mapping[str, str], target: Path, *, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write tensors as safetensors in transformers' layout: one file, or shards with an index, shard by shard.
+
+    Args:
+        files: that hold them.
+        names: their names in the files, by the name to be written, in the order of the files so that each is gone through once.
+        target: a folder.
+        shard_bytes: of a file, at most, unless one tensor is larger; about what this takes of memory.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        ReleasedWeightsError: a tensor cannot be read or holds numbers that are not finite.
+    """
+    groups = list(_groups(files, names, shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # Cloned: of tied tensors a pickle holds one and the same memory, which safetensors refuses.
+        tensors = {name: files.read(names[name]).clone(memory_format=torch.contiguous_format) for name in group}
+        if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise ReleasedWeightsError(f"{files.stored[names[broken[0]]].file}: {broken[0]} holds numbers that are not finite; fetch it again")
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(group, file)
+    num_bytes = sum(files.stored[name].num_bytes for name in names.values())
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    return num_bytes
+
+
+def _groups(files: TensorFiles, names: Mapping[str, str], shard_bytes: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name, stored in names.items():
+        num_bytes = files.stored[stored].num_bytes
+        if group and size + num_bytes > shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += num_bytes
+    yield group
 
 
 def _described(file: Path, tensor: Tensor) -> StoredTensor:

@@ -267,6 +267,18 @@ def import_weights(
     import_for_recipe(sources, load_recipe(recipe), root, connector_only=connector_only, dry_run=dry_run)
 
 
+@app.command(name="convert-weights")
+def convert_weights(
+    source: Annotated[str, Parameter(name="SOURCE", help="A model folder whose weights are .bin files, or the hub id of such a model.")],
+    target: Annotated[Path, Parameter(name="TARGET", help="The folder to write; recipes name it as their model.")],
+    /,
+) -> None:
+    """Make a model that is published as torch's .bin files into one of safetensors, which is all that Loupe loads. Nothing in the files is run."""
+    from pipelines.importing import convert
+
+    convert(source, target)
+
+
 @app.command
 def compare(
     *runs: Annotated[

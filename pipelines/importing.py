@@ -1,15 +1,15 @@
-"""What `loupe import-weights` does: resolve the recipe's connector, import, and say what to put into the recipe."""
+"""What `loupe import-weights` and `loupe convert-weights` do: make others' weights into ones that a recipe can name, and say how it names them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import ModelError
-from pipelines.errors import RecipeError
+from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile
 from pipelines.stages import shown_path
 from pipelines.wording import bytes_text
 
-__all__ = ["import_for_recipe"]
+__all__ = ["convert", "import_for_recipe"]
 
 
 def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, connector_only: bool, dry_run: bool) -> None:
@@ -57,3 +57,40 @@ def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, c
     print(f"({model.model_type}, {model.num_tensors} tensors, {bytes_text(model.num_bytes)})")
     if store.local_path() is None:
         print("A language model is loaded from a folder: copy it from the root to this machine, and name that folder.")
+
+
+def convert(source: str, target: Path) -> None:
+    """Convert a model's .bin weights to safetensors, and say where they are.
+
+    Args:
+        source: a folder, or a hub id, of which the hub's client fetches what is needed.
+        target: the folder to write.
+
+    Raises:
+        NothingThereError: there is no such folder, and the hub gives none.
+        ReleasedWeightsError: the weights are refused, or the target holds something.
+    """
+    from model.conversion import convert_folder
+
+    target = target.expanduser()
+    made = convert_folder(_model_folder(source), target)
+    print(f"{made.num_tensors} tensors, {made.num_values / 1e6:,.2f} M numbers, {bytes_text(made.num_bytes)}, as {', '.join(made.files)}")
+    print(f'Put into the recipe:  model = "{target}"')
+
+
+def _model_folder(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from model.conversion import HUB_PATTERNS
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise NothingThereError(
+            f"convert-weights: found no folder {source}, and the hub gives no model of that name ({type(error).__name__}); give the folder of a "
+            "model whose weights are .bin files, or check name and connection"
+        ) from error

@@ -30,6 +30,7 @@ FROZEN = {
     "show": ["WHAT", "RECIPE", "--root"],
     "compare": ["RUN", "--root", "--metric", "--json"],
     "import-weights": ["SOURCES", "--recipe", "--root", "--connector-only", "--dry-run"],
+    "convert-weights": ["SOURCE", "TARGET"],
     "recipes": [],
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
 }
