@@ -43,8 +43,10 @@ demo: $(STAMP)  ## the whole path on the demo recipe: about ten minutes on two c
 
 study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three seeds each, hours; goes on where it stopped
 	for recipe in $(STUDY); do $(BIN)/loupe run components/$$recipe --root $(ROOT)/study; done
-	$(BIN)/loupe compare $(patsubst %,components/%,$(filter-out global-only,$(STUDY))) --root $(ROOT)/study
-	$(BIN)/loupe compare components/dci components/global-only --root $(ROOT)/study
+	for pair in "dci single" "dci sci" "single sti" "dci mixture" "dci global-only" "dci selector" "dci learnable-selector" \
+	  "mixture alternating" "mixture authors-runs"; do \
+	  set -- $$pair; $(BIN)/loupe compare components/$$1 components/$$2 --root $(ROOT)/study; \
+	done
 
 test: $(STAMP)  ## all tests of a working day, at most fifteen minutes
 	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder

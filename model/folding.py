@@ -73,7 +73,7 @@ def check_foldable(form: StockForm, connector: ConnectorSpec, encoder: EncoderSp
             assert_never(form)
     if reasons:
         raise FoldingError(
-            f"--to {form}: {STOCK_CLASSES[form]} does not compute this connector: {'; '.join(reasons)}. Train a recipe that is so, or take "
+            f"{STOCK_CLASSES[form]} does not compute this connector: {'; '.join(reasons)}. Train a recipe that is so, or take "
             "--to loupe, which holds every connector"
         )
 

@@ -53,7 +53,9 @@ def schedule_factor(phase: PhaseSpec, step: int) -> float:
         step: counted from 0 within the phase.
 
     Returns:
-        In (0, 1]; the first warm-up step has a share of its own, none is wasted at 0.
+        In (0, 1].
+
+    Differs: the schedule of the authors' trainer begins at 0, so that their first step changes nothing; here the first has a share of its own.
     """
     warmup = math.ceil(phase.warmup_fraction * phase.steps)
     if step < warmup:

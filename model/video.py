@@ -102,7 +102,7 @@ def read_frames(data: bytes, wanted: int, limits: ImageLimits = DEFAULT_LIMITS) 
     """Some frames of a video or of an animated picture.
 
     Args:
-        data: the file. Animated GIF, WebP, PNG and TIFF are read by Pillow, all else by PyAV (`pip install 'loupe[video]'`).
+        data: the file. Animated GIF, WebP, PNG and TIFF are read by Pillow, all else by PyAV (extra `video`).
         wanted: how many frames; see `frame_places`.
         limits: what to refuse, per frame; a file may have ten times as many bytes as a picture's.
 
@@ -154,7 +154,8 @@ def _video_frames(data: bytes, wanted: int, limits: ImageLimits) -> list[Image.I
         import av
     except ImportError as error:
         raise ImageError(
-            "not_an_image", "it is no picture that Pillow knows, and videos are read by PyAV, which is not installed: pip install 'loupe[video]'"
+            "not_an_image",
+            "it is no picture that Pillow knows, and videos are read by PyAV, which is not installed: in Loupe's checkout, pip install -e '.[video]'",
         ) from error
     try:
         # Counted by its packets first, which costs no decoding; containers often do not say how many frames they hold.

@@ -21,7 +21,7 @@ from model.errors import ModelError, first_line
 from model.metrics import MetricName
 from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
-from pipelines.recipe_files import RecipeFile, load_recipe, recipe_files
+from pipelines.recipe_files import RECIPES_FOLDER, RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
 from pipelines.wording import data_console
 from workers.commits import StageName
@@ -213,7 +213,7 @@ def report(recipe: RecipeWord, /, *, root: Root = DEFAULT_ROOT, settings: Settin
 @app.command
 def ask(
     export_folder: Annotated[str, Parameter(name="EXPORT", help="An export folder, as a path or URL.")],
-    image: Annotated[str, Parameter(name="IMAGE", help="An image file, as a path or URL.")],
+    image: Annotated[str, Parameter(name="IMAGE", help="An image file, or with --frames a video, as a path or URL.")],
     question: Annotated[str, Parameter(name="QUESTION", help="What to ask about it.")],
     /,
     *,
@@ -305,10 +305,10 @@ def recipes() -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", overflow="fold")
     table.add_column("what it does", overflow="fold")
-    table.add_column("file", overflow="fold")
-    for name, path in recipe_files().items():
-        table.add_row(name, load_recipe(name).recipe.description, str(path))
+    for name in recipe_files():
+        table.add_row(name, load_recipe(name).recipe.description)
     data_console().print(table)
+    data_console().print(f"Files: {RECIPES_FOLDER}", soft_wrap=True)
 
 
 @app.command

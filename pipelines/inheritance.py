@@ -8,12 +8,13 @@ written whole; identity knows nothing of how it was written.
 """
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import RecipeError
+from pipelines.recipe_fields import closest
 
 __all__ = ["RecipeText", "read_recipe"]
 
@@ -87,9 +88,21 @@ def _left_out(data: dict[str, Any], without: Any, path: Path, base_path: Path) -
         for table in tables:
             here = here.get(table) if isinstance(here, dict) else None
         if not isinstance(here, dict) or key not in here:
-            raise RecipeError(f"recipe {path}: without: found {dotted!r}, which {base_path} does not have; allowed: keys that it has")
+            raise RecipeError(
+                f"recipe {path}: without: found {dotted!r}, which {base_path} does not have; {_closest_key(dotted, data)}allowed: keys that it has"
+            )
         del here[key]
     return data
+
+
+def _closest_key(dotted: str, data: dict[str, Any]) -> str:
+    def keys(table: dict[str, Any], before: str = "") -> Iterator[str]:
+        for key, value in table.items():
+            yield before + key
+            if isinstance(value, dict):
+                yield from keys(value, f"{before}{key}.")
+
+    return closest(dotted, list(keys(data)))
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def path_facts(experiment: Experiment, connector: Connector, shape: LanguageMode
         if local.selector is not None:
             yield (
                 "local selector",
-                f"{local.selector.kind}, top_p {local.selector.top_p:g}, where a phase uses it; all tokens are counted here",
+                f"{local.selector.kind}, top_p {local.selector.top_p:g}, in the phases that say so; all tokens are counted here",
             )
-    up_to = "" if experiment.all_drawn else "up to "
+    up_to = "" if experiment.all_drawn or local is None else "up to "
     yield "sequence", up_to + _sequence_text(experiment, connector, experiment.most_local_tokens())
 
 

@@ -57,7 +57,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     if not recipe.schedule.phases:
         yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:
-        yield PlanLine(topic="training", fact=phase.shown_name, value=f"{_length_text(phase, experiment, images)}, rate {phase.learning_rate:g}")
+        name = phase.name or ("sft" if phase is recipe.schedule.sft else phase.shown_name)
+        yield PlanLine(topic="training", fact=name, value=f"{_length_text(phase, experiment, images)}; {_phase_text(phase, experiment)}")
     yield PlanLine(topic="training", fact="seeds", value=", ".join(str(seed) for seed in recipe.seeds))
     yield from _evaluation_lines(experiment)
     yield from _execution_lines(experiment)
@@ -79,9 +80,18 @@ def _execution_lines(experiment: Experiment) -> Iterator[PlanLine]:
         value = getattr(experiment.execution, field.name)
         if value != field.default:
             by = "the recipe suggests it" if field.name in suggested and suggested[field.name] == value else "--set"
-            yield PlanLine(topic="execution", fact=field.name, value=f"{value}  ({by})")
+            yield PlanLine(topic="execution", fact=field.name, value=f"{_setting_text(value)}  ({by})")
         elif suggested.get(field.name, value) != value:
-            yield PlanLine(topic="execution", fact=field.name, value=f"{value}  (--set; the recipe suggests {suggested[field.name]})")
+            yield PlanLine(
+                topic="execution",
+                fact=field.name,
+                value=f"{_setting_text(value)}  (--set; the recipe suggests {_setting_text(suggested[field.name])})",
+            )
+
+
+def _setting_text(value: object) -> str:
+    """A setting as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
@@ -90,6 +100,31 @@ def _stage_text(experiment: Experiment, stage_run: StageRun) -> str:
         return f"key unknown without {digest}"
     done = experiment.record(stage_run.stage, stage_run.spec) is not None
     return f"{stage_run.key}  {'done' if done else 'to do'}"
+
+
+def _phase_text(phase: Phase, experiment: Experiment) -> str:
+    """What a phase trains, how fast, and what its samples see."""
+    recipe = experiment.file.recipe
+    rate = f"{phase.learning_rate:g}"
+    if phase.language_model_learning_rate is not None:
+        rate += f", of the language model {phase.language_model_learning_rate:g}"
+    labels = recipe.source_labels
+    spec = phase.spec(
+        experiment.connector,
+        labels=labels,
+        num_train_images=dict.fromkeys(labels, 1),
+        num_train_text_only={},
+        fine_tunes=phase is recipe.schedule.sft,
+    )
+    train = "connector" if spec.train == experiment.connector.blocks else ", ".join(spec.train)
+    if set(spec.train) == {*experiment.connector.blocks, "language_model"}:
+        train = "connector and language model"
+    said = [f"{train} at {rate}", f"sees {spec.branch.parts}"]
+    said += [f"evidence {spec.evidence_weight:g}"] if spec.evidence_weight else []
+    said += ["selector on"] if spec.selector else []
+    said += [f"template {phase.template}"] if phase.template else []
+    said += [f"of {', '.join(phase.sources)}"] if phase.sources else []
+    return "; ".join(said)
 
 
 def _length_text(phase: Phase, experiment: Experiment, images: "_SourceImages") -> str:
@@ -211,6 +246,8 @@ def _cache_text(features: FeatureSpec, images: _SourceImages) -> str:
 
 
 def _views_text(experiment: Experiment) -> str:
+    if experiment.connector.local_branch is None:
+        return "1 global"
     if not experiment.all_drawn:
         fewest = min(columns * rows for columns, rows in experiment.dataset.views.candidate_grids)
         return f"1 global + {fewest} to {experiment.most_local_views()} local, by its shape and size"
@@ -226,7 +263,8 @@ def _connector_lines(experiment: Experiment) -> Iterator[PlanLine]:
     connector = planned_connector(experiment, shape)
     local_tokens = experiment.most_local_tokens()
     up_to = "" if experiment.all_drawn else "up to "
-    yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global + {up_to}{local_tokens} local")
+    local = f" + {up_to}{local_tokens} local" if experiment.connector.local_branch is not None else ""
+    yield PlanLine(topic="connector", fact="visual tokens", value=f"{connector.tokens_per_global_view} global{local}")
     yield PlanLine(topic="connector", fact="language model", value=experiment.language_model.model)
     by_topic = {
         "path": path_facts(experiment, connector, shape),

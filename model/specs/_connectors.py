@@ -53,7 +53,7 @@ class GatedMixtureSpec:
     """`positional`: each query starts by looking at its own place in the grid. `authors`: random projections, which learn places from 558K images."""
     noise: Literal["own", "authors", "none"] = "own"
     """Gaussian noise on the gate's logits in training. `own`: scaled by a matrix of its own, as in the paper. `authors`: by the gate's matrix, as in
-    their code. `none`: no noise."""
+    their code. `none`: no noise. Differs: only in phases that train the gate, while theirs is in all training; a gate at rest only blurs."""
 
 
 AdapterSpec = MLPSpec | GatedMixtureSpec
@@ -331,8 +331,8 @@ class ConnectorSpec:
             raise SpecError("connector.global: sti has no square token grid, which gated_mixture's resampler needs; use mlp, sci or dci")
         if local is not None and local.projector == "shared" and local.fusion.num_wide != branch.fusion.num_wide:
             raise SpecError(
-                f"connector.local.projector is shared, but tokens of the global branch are {branch.fusion.num_wide} maps wide and those of the local "
-                f"one {local.fusion.num_wide}; set projector = 'own' or make the fusions alike"
+                f"connector.local.projector is shared, but a token of the global branch is made of {branch.fusion.num_wide} map(s) and one of the "
+                f"local branch of {local.fusion.num_wide}; set projector = 'own' or make the fusions alike"
             )
 
 

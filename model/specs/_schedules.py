@@ -29,6 +29,13 @@ class BranchMix:
         return f"both {self.both:g}, global {self.global_only:g}, local {self.local_only:g}, blind {self.blind:g}"
 
     @property
+    def parts(self) -> str:
+        """The shares that are there: `both`, or `both 0.6, global 0.4`."""
+        shares = {"both": self.both, "global": self.global_only, "local": self.local_only, "blind": self.blind}
+        there = {name: share for name, share in shares.items() if share > 0}
+        return next(iter(there)) if len(there) == 1 else ", ".join(f"{name} {share:g}" for name, share in there.items())
+
+    @property
     def shows_global(self) -> bool:
         """Whether some samples see their global view."""
         return self.both + self.global_only > 0
@@ -133,11 +140,17 @@ class PhaseSpec:
             raise SpecError(f"phase {self.name!r}: train must name each block once, out of {list(BLOCKS)}; found {list(self.train)}")
         if ("gate" in self.train and self.experts != "mixture") or ("resampler" in self.train and self.experts == "mlp"):
             raise SpecError(f"phase {self.name!r}: experts = {self.experts!r} leaves a block of {list(self.train)} without effect; use 'mixture'")
+        if "selector" in self.train and self.branch.shows_local and not self.selector:
+            others = [block for block in self.train if block != "selector"]
+            raise SpecError(
+                f"phase {self.name!r}: train names the selector, but the phase's selector is off, so nothing would train it; set selector = true, or "
+                f"name the other blocks: train = {others}"
+            )
         if idle := [block for block in self.train if block not in self.reached]:
             raise SpecError(
                 f"phase {self.name!r}: branch (found {self.branch.words}) leaves {', '.join(idle)} of train without effect; allowed: "
-                "resampler and gate with a share of global or both, compression, local_mlp and newline of local or both, selector of these where "
-                "the phase's selector is on, global_mlp with any. "
+                "resampler and gate with a share of global or both, compression, local_mlp, newline and selector of local or both, global_mlp with "
+                "any. "
                 "Leave it out of train (in place of connector, name the other blocks), or change branch"
             )
         if self.selector and not self.branch.shows_local:

@@ -13,6 +13,7 @@ import torch
 
 from model.errors import ExportError, FoldingError
 from model.export import load_export
+from model.language_model import multiplies_bf16
 from model.specs import (
     BranchMix,
     CompressionSpec,
@@ -236,7 +237,8 @@ def test_loupe_s_own_form_takes_every_connector(request, name):
     run = request.getfixturevalue(name)
     record = run.export("loupe")
     assert record.max_abs_logit_error == 0
-    assert record.max_abs_logit_rounding == 0
+    # Files are of bf16, and the run multiplies in fp32 where the device has no products of bf16.
+    assert record.max_abs_logit_rounding == 0 or (not multiplies_bf16("cpu") and record.max_abs_logit_rounding < 0.05)
     assert record.same_answers_as_evaluated == record.num_prompts == 3
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

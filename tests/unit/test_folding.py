@@ -54,7 +54,7 @@ def test_what_folds_is_let_pass():
     ],
 )
 def test_what_llava_has_no_place_for(spec, message):
-    with pytest.raises(FoldingError, match=r"--to llava-hf: LlavaForConditionalGeneration does not compute this connector: .*" + message) as caught:
+    with pytest.raises(FoldingError, match=r"LlavaForConditionalGeneration does not compute this connector: .*" + message) as caught:
         check_foldable("llava-hf", spec, tiny_encoder_spec(), ANYRES)
     assert str(caught.value).endswith("take --to loupe, which holds every connector")
 

@@ -67,7 +67,7 @@ def test_known_models_are_planned_whole_without_any_file(tmp_path: Path) -> None
     assert found["parameters", "encoder"] == "290.91 M held, none trained"
     # 16 drawn images of 672 x 448 px x 5 views x 3 maps x 576 patches x 1024 channels x 2 bytes
     assert found["features", "cache"] == "283 MB as fp16; 17.7 MB an image"
-    assert found["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
+    assert found["training", "global_mlp"] == "3 steps of 4, 12 images seen; global_mlp at 0.001; sees global"
     assert [fact for topic, fact in found if topic == "missing"] == [f"weights of {CLIP_L}", f"weights of {VICUNA}", f"tokenizer of {VICUNA}"]
     stages = {fact: value for (topic, fact), value in found.items() if topic == "stages"}
     assert stages.pop("build-dataset") == f"{fingerprint(experiment.dataset)[:16]}  to do"  # pictures and views need no weights
@@ -106,14 +106,16 @@ def test_merges_selectors_limits_and_sources_are_planned_as_they_compute(tmp_pat
     found = facts(opened(tmp_path, text))
     assert found["path", "local tokens"] == "[144, 5120] of each view, shared projector, resized to 12 x 12"
     assert found["path", "local merge"] == "spatial_unpad, a newline behind every line"
-    assert found["path", "local selector"] == "learnable, top_p 0.9, where a phase uses it; all tokens are counted here"
+    assert found["path", "local selector"] == "learnable, top_p 0.9, in the phases that say so; all tokens are counted here"
     # 2 x 2 views of 12 x 12 tokens, nothing of a 4:3 picture's 24 x 24 padded but 3 lines above and below, and a newline behind each of 18 lines.
     assert found["image", "640 x 480 px"] == (
         "2 x 2 local views; 576 global + 1 separator + 450 local = 1027 visual tokens of 2048; 1021 left for text"
     )
     assert found["parameters", "newline"] == "5,120"
     assert found["parameters", "selector"] == "1.31 M"
-    assert found["training", "global_mlp"] == "2 epochs of 4, about 3 steps, rate 0.001"  # 2 x 5 / 4: of the 8 charts three are held out
+    assert (
+        found["training", "global_mlp"] == "2 epochs of 4, about 3 steps; global_mlp at 0.001; sees global; of rendered/charts"
+    )  # 2 x 5 / 4: of the 8 charts three are held out
 
 
 def test_a_plan_without_local_views_counts_the_global_one_alone(tmp_path: Path) -> None:
@@ -283,11 +285,13 @@ def test_readable_records_are_counted_beside_others(tmp_path: Path) -> None:
     text = with_records(slime_recipe(), f"{tmp_path}/mine.json", str(tmp_path)).replace("steps = 3\nbatch_size = 4", "epochs = 2\nbatch_size = 4")
     found = facts(opened(tmp_path, text))
     assert found["dataset", "images"] == "90 records read"
-    assert found["training", "global_mlp"] == "2 epochs of 4, about 27 steps, rate 0.001"  # 2 x 54 / 4: four tenths are held out
+    assert (
+        found["training", "global_mlp"] == "2 epochs of 4, about 27 steps; global_mlp at 0.001; sees global"
+    )  # 2 x 54 / 4: four tenths are held out
     both = text.replace("sources = [", "sources = [{ kind = 'llava_json', records = '/no/such.json', images = '/no' }, ")
     found = facts(opened(tmp_path, both))
     assert found["dataset", "images"] == "90 records read, those of 1 source that cannot be read"
-    assert found["training", "global_mlp"] == "2 epochs of 4, rate 0.001"
+    assert found["training", "global_mlp"] == "2 epochs of 4; global_mlp at 0.001; sees global"
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(RecipeError, match="should be a JSON array of at least one LLaVA record"):
         opened(tmp_path, text)

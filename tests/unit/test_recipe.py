@@ -387,7 +387,7 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"found the folder .*, but a recipe is a TOML file\. Give the path of a TOML file, or one of: demo"):
+    with pytest.raises(RecipeError, match=r"found the folder .*, but a recipe is a TOML file; give the path of a TOML file, or one of: demo"):
         load_recipe(str(tmp_path))
 
 

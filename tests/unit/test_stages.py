@@ -293,7 +293,7 @@ def test_the_plan_tells_sizes_and_starts_nothing(experiment: Experiment) -> None
     # 16 images x 7 views x 3 maps x 16 patches x 32 channels x 2 bytes
     assert lines["features", "cache"] == "344 kB as fp16; 21.5 kB an image"
     assert lines["connector", "visual tokens"] == "16 global + 24 local"
-    assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen, rate 0.001"
+    assert lines["training", "global_mlp"] == "3 steps of 4, 12 images seen; global_mlp at 0.001; sees global"
     assert lines["stages", "build-dataset"].endswith("to do")
     assert experiment.store.list() == []
 
@@ -465,7 +465,7 @@ def test_settings_that_are_not_the_default_are_planned_with_who_set_them(experim
         ("train_workers", "1  (--set; the recipe suggests 2)"),
         ("micro_batch_size", "2  (the recipe suggests it)"),
         ("zero_stage", "2  (the recipe suggests it)"),
-        ("gradient_checkpointing", "True  (--set)"),
+        ("gradient_checkpointing", "true  (--set)"),
     ]
     assert not [line for line in plan_lines(experiment) if line.topic == "execution"]
     assert fingerprint(suggesting.training(0)) == fingerprint(experiment.training(0))
@@ -559,3 +559,26 @@ def test_held_out_text_is_nothing_to_evaluate_on(tmp_path: Path, tiny_encoder_fo
     with pytest.raises(RecipeError, match="which holds out none of the 1 images"):
         list(stage_runs(experiment))
     assert [run.stage for run in stage_runs(experiment, "cache-features")] == ["build-dataset", "cache-features"]
+
+
+def test_captions_of_pictures_with_several_questions_are_refused_before_there_are_pictures(
+    tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path
+) -> None:
+    """In `plain` a conversation has one turn, so nearly all of them would end in quarantine, after everything was cached."""
+    change = ("steps = 3", 'steps = 3\ntemplate = "plain"')
+    with pytest.raises(
+        RecipeError, match=r"phase 'global_mlp': the template plain holds one caption.*up to 3 questions; set dataset\.turns_per_image = 1"
+    ):
+        with_change(tmp_path, tiny_encoder_folder, tiny_language_model_folder, *change)
+
+
+def test_extras_that_messages_name_are_there() -> None:
+    import tomllib
+
+    repository = Path(__file__).resolve().parents[2]
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [repository / "README.md", *(path for package in ("model", "workers", "pipelines") for path in (repository / package).rglob("*.py"))]
+    named = {name for path in sources for name in re.findall(r"pip install (?:-e )?'\.?(?:loupe)?\[([\w-]+)\]'", path.read_text())}
+    assert named == {"lmms-eval", "video", "smollm2"}
+    assert named <= extras.keys()
+    assert not any("'loupe[" in path.read_text() for path in sources)  # a package of that name is somebody else's

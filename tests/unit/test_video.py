@@ -138,7 +138,7 @@ def test_sound_alone_is_no_video():
 def test_without_pyav_it_says_what_to_install(monkeypatch):
     data = video(3)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ImageError, match=r"pip install 'loupe\[video\]'"):
+    with pytest.raises(ImageError, match=r"pip install -e '\.\[video\]'"):
         read_frames(data, 2)
 
 

@@ -47,7 +47,7 @@ def _read(name: str) -> bytes:
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise WorkerError(
             f"the charts and maps are drawn from {name} of the package bokeh-sampledata, which is not installed whole; "
-            "install Loupe with its dataset extra: pip install 'loupe[dataset]'"
+            "install what Loupe needs again: make install, in its checkout"
         ) from error
     return gzip.decompress(data) if name.endswith(".gz") else data
 
@@ -98,7 +98,7 @@ def load_states() -> tuple[State, ...]:
     states = []
     with as_file(files("bokeh_sampledata") / "_data" / "geographic_boundaries.db") as path:
         if not path.exists():
-            raise WorkerError("the maps are drawn from the package bokeh-sampledata, which is not installed: pip install 'loupe[dataset]'")
+            raise WorkerError("the maps are drawn from the package bokeh-sampledata, which is not installed: make install, in Loupe's checkout")
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
             records = connection.execute("SELECT metadata, geometry FROM us_states ORDER BY id").fetchall()
     for metadata, geometry in records:
