@@ -38,7 +38,7 @@ $(STAMP):
 
 install: $(STAMP)  ## create .venv with the pinned versions (the others do it by themselves)
 
-demo: $(STAMP)  ## the whole path on the demo recipe: about ten minutes on two cores, seconds when it is all there
+demo: $(STAMP)  ## the whole path on the demo recipe: ten minutes and more on two cores, seconds when it is all there
 	$(BIN)/loupe run demo --root $(ROOT)
 
 study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three seeds each, hours; goes on where it stopped
