@@ -6,7 +6,9 @@ alone. Invariant: what stands here describes and never identifies: the digest of
 Source: the models' published configurations; tests hold every entry to transformers' own classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, assert_never
 
 from model.specs import EncoderFamily, EncoderSpec, UnknownDigest
@@ -21,6 +23,7 @@ __all__ = [
     "num_encoder_parameters",
     "prefix_tokens",
     "swiglu_width",
+    "unknown_text",
 ]
 
 Triple = tuple[float, float, float]
@@ -151,6 +154,24 @@ _ENCODERS: dict[EncoderFamily, dict[str, tuple[_Size, int, int]]] = {
 def known_encoders() -> tuple[str, ...]:
     """The encoders whose shapes are known, by hub id."""
     return tuple(name for group in _ENCODERS.values() for name in group)
+
+
+def unknown_text(name: str, known: Sequence[str]) -> str:
+    """What to say of a model that a plan has nothing of.
+
+    Args:
+        name: that was asked for.
+        known: names whose shapes are known.
+
+    Returns:
+        What was expected, the closest known name, and what to do.
+    """
+    close = get_close_matches(name, known, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no network.{meant} A folder with its "
+        f"config.json is enough for a plan. Known are {', '.join(known)}"
+    )
 
 
 def known_encoder(name: str) -> EncoderSpec | None:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width
+from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width, unknown_text
 from model.errors import EncoderError, first_line
 from model.specs import EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
 from model.weights import absent_shards, cached_snapshot, unreadable_weights
@@ -154,10 +154,7 @@ def plan_encoder(model: str) -> EncoderSpec:
     if folder is None or (not is_folder and not (folder / "config.json").is_file()):
         known = known_encoder(resolved)
         if known is None:
-            raise EncoderError(
-                f"encoder {model!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no network. "
-                f"Known are {', '.join(known_encoders())}"
-            )
+            raise EncoderError(f"encoder {model!r}: {unknown_text(model, known_encoders())}")
         return known
     has_weights = any(folder.glob("*.safetensors")) and not absent_shards(folder)
     if not has_weights and (folder / "config.json").is_file() and not (is_folder and _unsafe_weights(folder)):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.architectures import LanguageModelArchitecture, known_language_model, known_language_models
+from model.architectures import LanguageModelArchitecture, known_language_model, known_language_models, unknown_text
 from model.errors import LanguageModelError
 from model.specs import ChatTemplate, LanguageModelSpec, LoraSpec, UnknownDigest
 from workers.errors import LanguageModelPrepareError
@@ -274,10 +274,7 @@ def _folder_with_config(name: str) -> Path | None:
 def _known(name: str) -> LanguageModelArchitecture:
     known = known_language_model(name)
     if known is None:
-        raise LanguageModelError(
-            f"language model {name!r}: expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no "
-            f"network. Known are {', '.join(known_language_models())}"
-        )
+        raise LanguageModelError(f"language model {name!r}: {unknown_text(name, known_language_models())}")
     return known
 
 

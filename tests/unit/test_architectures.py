@@ -20,7 +20,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from model.architectures import known_encoder, known_encoders, known_language_model, known_language_models, num_encoder_parameters
+from model.architectures import (
+    known_encoder,
+    known_encoders,
+    known_language_model,
+    known_language_models,
+    num_encoder_parameters,
+    unknown_text,
+)
 from model.counting import empty_language_model
 from model.encoder import plan_encoder
 from model.errors import CanonicalisationError
@@ -133,3 +140,10 @@ def test_what_is_only_known_has_no_key():
         CanonicalisationError, match=r"EncoderSpec\.weights_sha256: the weights of openai/clip-vit-base-patch32 are not on this machine"
     ):
         fingerprint(known_encoder("openai/clip-vit-base-patch32"))
+
+
+def test_what_is_not_known_is_told_with_the_name_that_was_meant():
+    said = unknown_text("openai/clip-vit-large-patch14-366", known_encoders())
+    assert "Did you mean 'openai/clip-vit-large-patch14-336'?" in said
+    assert "config.json is enough" in said
+    assert "Did you mean" not in unknown_text("quite/another", known_encoders())
