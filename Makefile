@@ -48,10 +48,10 @@ study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three see
 	  set -- $$pair; $(BIN)/loupe compare components/$$1 components/$$2 --root $(ROOT)/study; \
 	done
 
-test: $(STAMP)  ## all tests of a working day, at most fifteen minutes
+test: $(STAMP)  ## all tests of a working day, six minutes to twenty, by the machine
 	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-test-fast: $(STAMP)  ## the tests that start no servers, at most ninety seconds
+test-fast: $(STAMP)  ## the tests that start no servers, a minute to five, by the machine
 	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP)  ## also the tests that train for minutes

@@ -189,5 +189,5 @@ def test_shared_projectors_need_equal_widths_and_not_equal_numbers_of_maps():
 
     sti = GlobalBranchSpec(fusion=STISpec(base=5, layers=(1, 2)), adapters=MLPSpec())
     assert ConnectorSpec(global_branch=sti, local_branch=local_branch()).blocks == ("global_mlp",)
-    with pytest.raises(SpecError, match="1 maps wide and those of the local one 3"):
+    with pytest.raises(SpecError, match=r"made of 1 map\(s\) and one of the local branch of 3; set projector"):
         ConnectorSpec(global_branch=sti, local_branch=local_branch(fusion=SCISpec(base=5, layers=(1, 2))))
