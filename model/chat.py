@@ -124,8 +124,9 @@ def check_mask(tokenizer: Any, template: ChatTemplate) -> None:
     Raises:
         LanguageModelError: plain words in two turns (in `plain` one), about an image or about none, cannot be tokenised with a mask.
     """
-    turns = _CANARY[:1] if template == "plain" else _CANARY
-    for has_image in (True, False) if template != "plain" else (True,):
+    # A caption has one turn and an image.
+    turns, kinds = (_CANARY[:1], (True,)) if template == "plain" else (_CANARY, (True, False))
+    for has_image in kinds:
         try:
             tokenise_conversation(tokenizer, turns, 2**31, has_image=has_image)
         except ConversationError as error:

@@ -366,6 +366,18 @@ def test_a_stage_with_one_expert_is_noted(tmp_path):
     assert any("mm_resampler_topp 0.95, the recipe's selector keeps 0.5" in note for note in notes)
 
 
+def test_what_the_selector_does_otherwise_and_a_template_that_is_missing_are_noted(tmp_path):
+    modules = slime_modules(patches=PATCHES, queries=QUERIES, width=WIDTH)
+    told = {"mm_resampler_temp": 0.5, "mm_dense_connector_type": "none", "vocab_size": 128_256}
+    folder = write_slime(tmp_path, modules, **told)
+    notes = load(folder, slime_spec(local={"selector": TextGuidedSelectorSpec(top_p=0.5, reduce="mean")})).report.notes
+    assert any("mm_resampler_temp 0.5, the recipe's selector a temperature of 1" in note for note in notes)
+    assert any("sums over the text, the recipe's takes the mean" in note for note in notes)
+    assert any("template for Llama 3 begins the assistant's turns with the system's header" in note for note in notes)
+    same = load(write_slime(tmp_path / "same", modules, mm_resampler_temp=1.0), slime_spec(local={"selector": TextGuidedSelectorSpec()})).report.notes
+    assert not any("temperature" in note or "takes the mean" in note or "Llama 3" in note for note in same)
+
+
 def test_widths_whose_heads_differ_are_refused(tmp_path):
     """260 channels: 2 heads by their rule, which do not share the position codes' 65 frequencies evenly, so that Loupe has 1."""
     encoder = encoder_spec(width=260)
