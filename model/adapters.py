@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.specs import Start
+
 __all__ = ["NUM_EXPERTS", "Gate", "Newline", "Projector", "init_linear", "resized_grid"]
 
 NUM_EXPERTS = 2
@@ -38,15 +40,18 @@ def init_linear(linear: nn.Linear, generator: torch.Generator) -> None:
 class Projector(nn.Module):
     """Linear, exact GELU, Linear.
 
-    Source: LLaVA's mlp2x_gelu. Differs: the second layer starts scaled so that tokens of unit variance come out with a root mean square of 1.
+    Source: LLaVA's mlp2x_gelu, which starts from torch's defaults. Differs: with `start = "scaled"` the second layer starts without a bias and such
+    that tokens of unit variance come out with a root mean square of 1.
     """
 
-    def __init__(self, width: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, hidden: int, generator: torch.Generator, *, start: Start = "scaled") -> None:
         super().__init__()
         self.linear_1 = nn.Linear(width, hidden)
         self.linear_2 = nn.Linear(hidden, hidden)
         init_linear(self.linear_1, generator)
         init_linear(self.linear_2, generator)
+        if start == "authors":
+            return
         with torch.no_grad():
             probe = self(torch.randn(256, width, generator=generator))
             self.linear_2.weight /= probe.square().mean().sqrt()
@@ -97,12 +102,14 @@ class Gate(nn.Module):
 class Newline(nn.Module):
     """A learned token that ends the lines of a picture.
 
-    Source: LLaVA-NeXT's image_newline. Differs: it starts with unit variance and is scaled like every visual token.
+    Source: LLaVA-NeXT's image_newline, which starts normal with a deviation of 1 / sqrt(hidden). Differs: with `start = "scaled"` it starts with unit
+    variance, since it is scaled like every visual token.
     """
 
-    def __init__(self, hidden: int, generator: torch.Generator) -> None:
+    def __init__(self, hidden: int, generator: torch.Generator, *, start: Start = "scaled") -> None:
         super().__init__()
-        self.vector = nn.Parameter(torch.randn(hidden, generator=generator))
+        deviation = 1 / math.sqrt(hidden) if start == "authors" else 1.0
+        self.vector = nn.Parameter(deviation * torch.randn(hidden, generator=generator))
 
     def forward(self) -> Float[Tensor, "1 hidden"]:
         """The token, not scaled yet."""

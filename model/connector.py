@@ -102,7 +102,7 @@ class Connector(nn.Module):
         self.spec, self.num_patches, self.hidden, self._encoder_width = spec, num_patches, hidden, encoder_width
         global_width = encoder_width * spec.global_branch.fusion.num_wide
         self.global_input = Standardiser(global_width)
-        self.global_mlp = Projector(global_width, hidden, generator)
+        self.global_mlp = Projector(global_width, hidden, generator, start=spec.start)
         self.resampler: Resampler | None = None
         self.gate: Gate | None = None
         match spec.global_branch.adapters:
@@ -133,14 +133,15 @@ class Connector(nn.Module):
                     generator=generator,
                 )
             if local.projector == "own":
-                self.local_mlp = Projector(local_width, hidden, generator)
+                self.local_mlp = Projector(local_width, hidden, generator, start=spec.start)
             if local.newline:
-                self.newline = Newline(hidden, generator)
+                self.newline = Newline(hidden, generator, start=spec.start)
             if isinstance(local.selector, LearnableSelectorSpec):
                 self.selector = LearnableSelector(hidden, local.selector.width, generator)
         # A scale outside of the weights, so that a learning rate means the same whatever the embeddings' scale; it folds into the last layer.
-        # Differs: the papers' tokens start in whatever scale the initialisation gives; a small language model never recovers from that.
-        self.register_buffer("token_scale", torch.tensor(embedding_rms))
+        # Differs: the papers' tokens start in whatever scale the initialisation gives, as with `start = "authors"`; a small language model never
+        # recovers from that.
+        self.register_buffer("token_scale", torch.tensor(embedding_rms if spec.start == "scaled" else 1.0))
 
     @property
     def tokens_per_global_view(self) -> int:

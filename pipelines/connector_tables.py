@@ -264,5 +264,7 @@ class Connector(Table):
     """Its first token stands between global and local tokens; empty, nothing does."""
     standardise_inputs: Switch = True
     """Whether fused tokens are centred and scaled per channel before the projectors."""
+    start: Literal["scaled", "authors"] = "scaled"
+    """In which scale visual tokens start: the embeddings', or what torch's defaults give, as in the papers' code."""
     weights: Word | None = None
     """Path or URL of a connector.safetensors that training starts from, as `loupe import-weights` and every training run write it."""

@@ -306,6 +306,7 @@ class Recipe(Table):
             local_branch=local_spec,
             separator=self.connector.separator or None,
             standardise_inputs=self.connector.standardise_inputs,
+            start=self.connector.start,
         )
         spec.check_encoder(encoder)
         return spec

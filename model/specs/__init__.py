@@ -22,6 +22,7 @@ from model.specs._connectors import (
     Merge,
     MLPSpec,
     SelectorSpec,
+    Start,
     TextGuidedSelectorSpec,
 )
 from model.specs._exports import ExportForm, StockForm
@@ -61,6 +62,7 @@ __all__ = [
     "ScheduleSpec",
     "SelectorSpec",
     "SingleSpec",
+    "Start",
     "StockForm",
     "TextGuidedSelectorSpec",
     "UnknownDigest",

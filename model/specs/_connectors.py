@@ -23,6 +23,7 @@ __all__ = [
     "MLPSpec",
     "Merge",
     "SelectorSpec",
+    "Start",
     "TextGuidedSelectorSpec",
 ]
 
@@ -239,6 +240,10 @@ class LocalBranchSpec:
         return side, side
 
 
+Start = Literal["scaled", "authors"]
+"""In which scale visual tokens start."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectorSpec:
     """Everything between the encoder's maps and the language model's input embeddings.
@@ -254,6 +259,10 @@ class ConnectorSpec:
     standardise_inputs: bool = True
     """Fused tokens are centred and scaled per channel, by numbers measured once on training images. An affine map in front of a linear layer, so it
     folds exactly into it. Differs from both papers, which train long enough not to need it."""
+    start: Start = "scaled"
+    """Of projectors and newline that no file gives. `scaled`: visual tokens start in the scale of the language model's input embeddings, kept outside
+    of the weights, so that a learning rate means the same whatever that scale. `authors`: torch's default linear layers and a newline of deviation
+    1 / sqrt(hidden), in no other scale, as both papers' code starts."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -47,6 +47,34 @@ def test_tokens_start_in_the_scale_of_the_embeddings():
             assert tokens.square().mean().sqrt().item() == pytest.approx(rms, rel=0.5)
 
 
+@pytest.mark.parametrize("rms", [0.02, 1.0])
+def test_started_as_the_authors_do_tokens_have_the_scale_that_torch_gives_them(rms):
+    fusion = DCISpec(base=5, groups=((0, 2), (3, 5)))
+    local = LocalBranchSpec(fusion=fusion, compression=None, projector="own", merge="spatial", newline=True)
+    branch = GlobalBranchSpec(fusion=fusion, adapters=MLPSpec())
+    connector = Connector(
+        ConnectorSpec(global_branch=branch, local_branch=local, standardise_inputs=False, start="authors"),
+        encoder_width=32,
+        num_patches=16,
+        hidden=512,
+        embedding_rms=rms,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for projector in (connector.global_mlp, connector.local_mlp):
+        for linear in (projector.linear_1, projector.linear_2):  # uniform within 1 / sqrt(inputs), weights and biases alike
+            bound = linear.in_features**-0.5
+            for values in (linear.weight, linear.bias):
+                assert 0.97 * bound < values.abs().max().item() <= bound
+                assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    newline = connector.newline_token()[0]
+    assert newline.std().item() == pytest.approx(512**-0.5, rel=0.1)
+    assert connector.token_scale.item() == 1
+    generator = torch.Generator().manual_seed(1)
+    maps = {name: torch.randn(2, 16, 32, generator=generator) for name in ("layer_5", "mean_0_2", "mean_3_5")}
+    expected = connector.global_mlp(torch.cat([maps[name] for name in ("layer_5", "mean_0_2", "mean_3_5")], dim=-1))
+    torch.testing.assert_close(connector.global_tokens(maps), expected, atol=0, rtol=0)
+
+
 def test_standardisation_folds_into_the_first_layer():
     connector = build(tiny_connector_spec(global_branch=GlobalBranchSpec(fusion=DCISpec(base=5, groups=((0, 2), (3, 5))), adapters=MLPSpec())))
     connector.measure_inputs(features(50), features(50))

@@ -65,11 +65,17 @@ def test_dense_connector(name: str, maps: list[str], projector: int, language_mo
     assert (pretrain.steps, finetune.steps) == (1000, 2000)
     assert {phase.warmup_fraction for phase in (pretrain, finetune)} == {0.03}
     assert shared_out(experiment) == (3, 8, 16, True)
+    assert starts_as_theirs(experiment)
 
 
 def shared_out(experiment: Experiment) -> tuple[int, int, int | None, bool]:
     execution = experiment.execution
     return execution.zero_stage, execution.train_workers, execution.micro_batch_size, execution.gradient_checkpointing
+
+
+def starts_as_theirs(experiment: Experiment) -> bool:
+    """Features as they are into projectors as torch makes them, as in both papers' code."""
+    return (experiment.connector.standardise_inputs, experiment.connector.start) == (False, "authors")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,7 @@ def test_slime(name: str, align: float, fine: float, language_model_rate: float 
     assert (last.sources, last.selector, last.steps) == ((SMR, MIX), True, 4000)
     assert shared_out(experiment) == (3, 8, 16 if name in ("slime-7b", "slime-13b") else 8, True)
     assert experiment.file.recipe.seeds == (3407,)
+    assert starts_as_theirs(experiment)
     lora = experiment.file.recipe.language_model.lora
     assert (lora is not None) == (name == "slime-8b-lora")
     if lora is not None:
@@ -113,4 +120,5 @@ def test_the_flagship_has_dense_maps_in_both_branches(tmp_path: Path) -> None:
     assert local.fusion == experiment.connector.global_branch.fusion == DCISpec(base=23, groups=((0, 11), (12, 23)))
     assert local.selector is not None
     assert shared_out(experiment) == (3, 8, 8, True)
+    assert starts_as_theirs(experiment)
     assert [phase.name for phase in phases(experiment)] == ["global", "local", "global 2", "local 2", "sft"]
