@@ -23,9 +23,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width, unknown_text
-from model.errors import EncoderError, first_line
+from model.errors import EncoderError, HubError, first_line
 from model.specs import EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
-from model.weights import absent_shards, cached_snapshot, unreadable_weights
+from model.weights import absent_shards, cached_snapshot, fetch_snapshot, unreadable_weights
 
 __all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "plan_encoder", "resolve_encoder"]
 
@@ -43,6 +43,7 @@ _FAMILIES: dict[str, EncoderFamily] = {
 }
 """`model_type` in config.json to the family. A full model's vision part is taken."""
 
+_HUB_PATTERNS = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 _UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -93,7 +94,10 @@ def encoder_folder(name: str) -> Path:
     resolved = resolve_encoder(name)
     folder = Path(resolved)
     if not folder.is_dir():
-        folder = _fetch(resolved)
+        try:
+            folder = fetch_snapshot(resolved, _HUB_PATTERNS)
+        except HubError as error:
+            raise EncoderError(f"encoder {name!r}: {error}") from error
     if not (folder / "config.json").is_file():
         raise EncoderError(
             f"encoder {name!r}: expected config.json and *.safetensors in {folder}, found no config.json; point to a complete model folder"
@@ -437,21 +441,6 @@ def _cut_config(config: Any, family: EncoderFamily, deepest_layer: int) -> Any:
 def _is_needed(tensor: str) -> bool:
     """Whether maps depend on a tensor: not on a final norm, and not on the mask token, which stands for hidden patches in pretraining."""
     return tensor.startswith(("embeddings.", "pre_layrnorm.", "encoder.")) and not tensor.endswith(("mask_token", "position_ids"))
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"])
-        )
-    except Exception as error:
-        # The hub client raises its own, httpx's and OS errors; for a user they are one: it cannot be had.
-        raise EncoderError(
-            f"encoder {hub_id!r}: expected a folder here or a model on the hub, found neither ({type(error).__name__}: "
-            f"{first_line(error)}). Check the name, or download the model and give its folder."
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ ModelError
 |-- SpecError                a spec holds a value that cannot be right
 |   |-- CanonicalisationError  a spec holds something that has no canonical form, so no identity
 |-- DecodingError            JSON values are not those of the dataclass they should be
+|-- HubError                 the hub does not give a model
 |-- EncoderError             an encoder folder is missing, incomplete or of an unknown family
 |-- LanguageModelError       a language model folder is missing, incomplete or unusable
 |-- ImageError               bytes that are not an image Loupe accepts
@@ -26,6 +27,7 @@ __all__ = [
     "ExportError",
     "FoldingError",
     "FrozenBlockChangedError",
+    "HubError",
     "ImageError",
     "LanguageModelError",
     "MissingMapError",
@@ -55,6 +57,10 @@ class SpecError(ModelError, ValueError):
 
 class CanonicalisationError(SpecError):
     """A value has no canonical JSON form, so it cannot be part of an identity."""
+
+
+class HubError(ModelError):
+    """A name is no folder here, and the hub gives no model of that name."""
 
 
 class DecodingError(ModelError):

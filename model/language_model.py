@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from model.chat import with_template
-from model.errors import LanguageModelError, first_line
+from model.errors import HubError, LanguageModelError, first_line
 from model.specs import ChatTemplate, LanguageModelSpec
-from model.weights import absent_shards, cached_snapshot, unreadable_weights
+from model.weights import absent_shards, cached_snapshot, fetch_snapshot, unreadable_weights
 
 __all__ = [
     "BUILTIN_LANGUAGE_MODEL",
@@ -49,7 +49,7 @@ _IDENTITY_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
 )  # fmt: skip
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,16 +82,11 @@ def resolve_folder(name: str) -> Path:
     folder = _named_folder(name)
     if folder is not None:
         return check_folder(folder, name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return check_folder(Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS)), name)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise LanguageModelError(
-            f"language model {name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Check the name and the "
-            "connection, or give a folder"
-        ) from error
+        folder = fetch_snapshot(name, _HUB_PATTERNS)
+    except HubError as error:
+        raise LanguageModelError(f"language model {name!r}: {error}") from error
+    return check_folder(folder, name)
 
 
 def local_folder(name: str) -> Path | None:

@@ -1,9 +1,12 @@
-"""Weights files: safetensors only, and whole; and where the hub's client keeps what it has fetched."""
+"""Weights files: safetensors only, and whole; how they come from the hub, and where its client keeps what it has fetched."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["absent_shards", "cached_snapshot", "unreadable_weights"]
+from model.errors import HubError, first_line
+
+__all__ = ["absent_shards", "cached_snapshot", "fetch_snapshot", "unreadable_weights"]
 
 
 def absent_shards(folder: Path) -> list[str]:
@@ -42,6 +45,31 @@ def cached_snapshot(hub_id: str) -> Path | None:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def fetch_snapshot(hub_id: str, patterns: Sequence[str]) -> Path:
+    """The folder in which the hub's client keeps a model, fetched if need be. The one place that asks the hub for files.
+
+    Args:
+        hub_id: such as `openai/clip-vit-large-patch14-336`.
+        patterns: of the files' names that are wanted.
+
+    Returns:
+        The folder of the revision that is the newest on the hub.
+
+    Raises:
+        HubError: the id is none, the hub has no such model or does not answer, or the files cannot be kept.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except Exception as error:
+        # The hub's client raises its own, its HTTP client's and OS errors; for a user they are one: it cannot be had.
+        raise HubError(
+            f"expected a folder here or a model on the hub, found neither ({type(error).__name__}: {first_line(error)}). Check the name and the "
+            "connection, or give the folder of a copy"
+        ) from error
 
 
 def unreadable_weights(folder: Path) -> str | None:

@@ -248,7 +248,7 @@ def show(
     from workers.storage import Store
 
     file = load_recipe(recipe)
-    show_recipe(what, open_experiment(file, Store(root), execution_settings({}, file.recipe)), root)
+    show_recipe(what, open_experiment(file, Store(root), execution_settings({}, file.recipe), planning=True), root)
 
 
 @app.command(name="import-weights")

@@ -126,7 +126,7 @@ def find_run(word: str, store: Store) -> EvaluatedRun:
         All seeds of a recipe that are finished, or the one evaluation.
 
     Raises:
-        NothingThereError: there is no such finished evaluation.
+        NothingThereError: there is no such finished evaluation, or its key is unknown here.
         ComparisonError: several keys begin so.
         RecipeError: the recipe cannot be read.
     """
@@ -135,12 +135,14 @@ def find_run(word: str, store: Store) -> EvaluatedRun:
     from pipelines.stages import open_experiment, shown_path
 
     file = load_recipe(word)
-    experiment = open_experiment(file, store, execution_settings({}, file.recipe))
+    experiment = open_experiment(file, store, execution_settings({}, file.recipe), planning=True)
+    experiment.check_known(experiment.dataset)
     found: dict[str, EvaluationRecord] = {}
     missing: list[int] = []
     for seed in file.recipe.seeds:
         try:
             spec = experiment.evaluation(seed)
+            experiment.check_known(spec)
             record = experiment.record("evaluate", spec)
         except SpecError:  # a schedule in epochs, and no dataset yet
             record = None

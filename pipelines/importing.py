@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import ModelError
+from model.errors import HubError, ModelError
 from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile
 from pipelines.stages import shown_path
@@ -15,7 +15,8 @@ __all__ = ["convert", "import_for_recipe"]
 def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, connector_only: bool, dry_run: bool) -> None:
     """Import released weights for a recipe, and print the report.
 
-    Only the recipe's encoder and connector are looked at: the language model that it names may be the one that the import makes.
+    Only the recipe's connector and the shape of its encoder are looked at, and nothing is fetched: the encoder's weights need not be here, and the
+    language model that it names may be the one that the import makes.
 
     Args:
         sources: the folder of a released model, or its files.
@@ -30,12 +31,12 @@ def import_for_recipe(sources: Sequence[Path], file: RecipeFile, root: str, *, c
     """
     if not sources:
         raise RecipeError("import-weights: found no files to import; give the folder of a released model, or its .bin or .safetensors files")
-    from model.encoder import describe_encoder
+    from model.encoder import plan_encoder
     from workers.importing import import_weights
     from workers.storage import Store
 
     try:
-        encoder = describe_encoder(file.recipe.encoder.model)
+        encoder = plan_encoder(file.recipe.encoder.model)
         connector = file.recipe.connector_spec(encoder)
     except ModelError as error:
         raise RecipeError(f"recipe {file.path}: {error}") from error
@@ -82,15 +83,10 @@ def _model_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     from model.conversion import HUB_PATTERNS
+    from model.weights import fetch_snapshot
 
     try:
-        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise NothingThereError(
-            f"convert-weights: found no folder {source}, and the hub gives no model of that name ({type(error).__name__}); give the folder of a "
-            "model whose weights are .bin files, or check name and connection"
-        ) from error
+        return fetch_snapshot(source, HUB_PATTERNS)
+    except HubError as error:
+        raise NothingThereError(f"convert-weights {source}: {error}") from error

@@ -53,7 +53,9 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images))
     yield from _connector_lines(experiment)
     if experiment.weights is not None:
-        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address} (sha256 {experiment.weights.sha256[:16]})")
+        known = not isinstance(experiment.weights.sha256, UnknownDigest)
+        digest = f" (sha256 {experiment.weights.sha256[:16]})" if known else ""
+        yield PlanLine(topic="training", fact="starts from", value=f"{experiment.weights.address}{digest}")
     if not recipe.schedule.phases:
         yield PlanLine(topic="training", fact="phases", value="none: the weights are evaluated and exported as they are")
     for phase in recipe.schedule.phases:

@@ -30,7 +30,7 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
         root: as the user gave it, for commands that are printed; None is the experiment's own.
 
     Raises:
-        NothingThereError: the dataset or cache is not built.
+        NothingThereError: the dataset or cache is not built, or its key is unknown here.
         RecordError: a record is damaged.
     """
     console = data_console()
@@ -42,6 +42,7 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
             for _, features, asked in experiment.data:
                 record = experiment.record("cache-features", features)
                 if record is None:
+                    experiment.check_known(features)
                     raise _missing(experiment, root, "cached features", "cache-features")
                 key = fingerprint(features)[:16]
                 _print_facts(f"features {key}{_ASKED if asked else ''}", record, console)
@@ -105,6 +106,7 @@ def _show_dataset(experiment: Experiment, dataset: DatasetSpec, root: str | None
 
     record = experiment.record("build-dataset", dataset)
     if record is None:
+        experiment.check_known(dataset)
         raise _missing(experiment, root, "dataset", "build-dataset")
     key = fingerprint(dataset)
     _print_facts(f"dataset {key[:16]}{_ASKED if asked else ''}", record, console)
@@ -138,6 +140,7 @@ def _show_run(experiment: Experiment, console: Console) -> None:
     fault: Exception | None = None
     try:
         for stage_run in stage_runs(experiment):
+            experiment.check_known(stage_run.spec)
             record = experiment.record(stage_run.stage, stage_run.spec)
             if record is not None:
                 seconds = record.get("seconds")
@@ -146,7 +149,7 @@ def _show_run(experiment: Experiment, console: Console) -> None:
                 begun = experiment.store.exists(f"runs/{stage_run.stage}/{stage_run.key}/spec.json")
                 state, spent = ("begun" if begun else "to do"), ""
             table.add_row(stage_run.name, stage_run.key, state, spent)
-    except (SpecError, RecipeError) as error:
+    except (SpecError, RecipeError, NothingThereError) as error:
         fault = error
     console.print(f"{experiment.file.recipe.name} in {_place(experiment, '')}", style="italic", soft_wrap=True)
     console.print(table)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 from urllib.parse import unquote, urlsplit
 
-from model.errors import ExportError, FoldingError, ModelError, SpecError
+from model.errors import ExportError, FoldingError, ModelError, SpecError, first_line
 from model.specs import (
     ChatTemplate,
     ConnectorSpec,
@@ -26,7 +26,7 @@ from model.specs import (
     fingerprint_if_known,
 )
 from model.views import plan_views
-from pipelines.errors import RecipeError, SettingError
+from pipelines.errors import NothingThereError, RecipeError, SettingError
 from pipelines.recipe import LlavaJsonSource
 from pipelines.recipe_files import RecipeFile
 from workers.commits import StageName, to_json
@@ -193,6 +193,22 @@ class Experiment:
         if stage == "build-dataset" and (missing := [name for name in _PLANNED_WITH if name not in record]):
             raise RecordError(f"{place} lacks {', '.join(missing)}, with which later stages are planned; remove it, and the stage is run again")
         return record
+
+    def check_known(self, spec: Any) -> None:
+        """Refuse to look for what has no key, for it depends on bytes that are not on this machine.
+
+        Args:
+            spec: of a stage, of an experiment that was opened for a plan.
+
+        Raises:
+            NothingThereError: names what is missing.
+        """
+        unknown = fingerprint_if_known(spec)
+        if isinstance(unknown, UnknownDigest):
+            raise NothingThereError(
+                f"recipe {self.file.path}: what it has left in {shown_path(self.store.root)} is found by keys that depend on {unknown}, and those "
+                "are not on this machine; look from a machine that has them, or put them here"
+            )
 
     @property
     def all_drawn(self) -> bool:
@@ -488,8 +504,8 @@ def open_experiment(
         file: the checked recipe.
         store: where its results are or will be.
         execution: settings of the run.
-        planning: for a plan alone: fetch nothing, and go on without weights, tokenizers and records that are not here, as far as the shapes are
-            known. What is missing then stands in `Experiment.missing`, and what depends on it has no key, so no stage can run.
+        planning: for a plan, or to look for what is done: fetch nothing, and go on without weights, tokenizers and records that are not here, as
+            far as the shapes are known. What is missing then stands in `Experiment.missing`, and what depends on it has no key, so no stage can run.
         merge_export: whether its export holds adapters merged into the language model.
 
     Returns:
@@ -505,9 +521,7 @@ def open_experiment(
         digests, missing_sources = _planned_sources(file) if planning else (_records_sha256(file), ())
         dataset, asked = recipe.dataset_spec(models.encoder, digests), recipe.evaluation_dataset_spec(models.encoder, digests)
         features = recipe.feature_spec(dataset, models.encoder, connector)
-        weights = None
-        if recipe.connector.weights is not None:
-            weights = _checked_weights(recipe.connector.weights, connector, models.encoder, recipe.language_model.model)
+        weights, missing_weights = _initial_weights(file, connector, models.encoder, planning=planning)
         experiment = Experiment(
             file=file,
             store=store,
@@ -519,7 +533,7 @@ def open_experiment(
             dataset=dataset,
             features=features,
             asked=None if asked is None else (asked, recipe.feature_spec(asked, models.encoder, connector)),
-            missing=(*models.missing, *missing_sources),
+            missing=(*models.missing, *missing_sources, *missing_weights),
             weights=weights,
             merge_export=merge_export,
         )
@@ -599,14 +613,28 @@ def _llava_sources(file: RecipeFile) -> list[LlavaJsonSource]:
     return [source for dataset in datasets for source in dataset.sources if isinstance(source, LlavaJsonSource)]
 
 
-def _checked_weights(address: str, connector: ConnectorSpec, encoder: EncoderSpec, language_model: str) -> "WeightsFile":
-    """Initial weights that fit the recipe."""
+def _initial_weights(
+    file: RecipeFile, connector: ConnectorSpec, encoder: EncoderSpec, *, planning: bool
+) -> tuple["WeightsFile | None", tuple[MissingPart, ...]]:
+    """Weights that the recipe starts from and that fit it, if it names any; a plan goes on without them."""
     from workers.language_models import planned_shape
-    from workers.training.initial_weights import check_weights, open_weights
+    from workers.training.initial_weights import WeightsFile, check_weights, open_weights
 
-    weights, tensors = open_weights(address)
-    check_weights(tensors, address, connector, encoder, planned_shape(language_model).hidden)
-    return weights
+    address = file.recipe.connector.weights
+    if address is None:
+        return None, ()
+    try:
+        weights, tensors = open_weights(address)
+    except StorageError as error:
+        if planning:
+            unread = WeightsFile(address=address, sha256=UnknownDigest(f"the weights {address}"))
+            return unread, (MissingPart(what=f"weights {address}", note=f"cannot be read, so they are unchecked ({first_line(error)})"),)
+        raise RecipeError(
+            f"recipe {file.path}: connector.weights: {address} cannot be read ({first_line(error)}); give the path or URL of a "
+            "connector.safetensors, as `loupe import-weights` and every training run write it"
+        ) from error
+    check_weights(tensors, address, connector, encoder, planned_shape(file.recipe.language_model.model).hidden)
+    return weights, ()
 
 
 def _records_sha256(file: RecipeFile) -> dict[str, str]:

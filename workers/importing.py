@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -41,8 +41,9 @@ class ImportSpec:
     """Name and sha256 (hex) of every file that decides what comes out."""
     connector: ConnectorSpec
     encoder: EncoderSpec
+    """Its shape: the digest of its weights is left empty, for nothing of them goes into an import, and they may be elsewhere."""
     language_model: bool
-    format_version: int = 1
+    format_version: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,8 @@ def import_weights(
         check_language_model(opened, config or {})
     read = [*files, *([folder / "config.json"] if config is not None else []), *(tokenizer_files(folder) if whole else [])]
     sources = {file.name: _sha256(file) for file in read}
-    spec = ImportSpec(files=tuple(sorted(sources.items())), connector=connector, encoder=encoder, language_model=whole)
+    shape = replace(encoder, weights_sha256="")
+    spec = ImportSpec(files=tuple(sorted(sources.items())), connector=connector, encoder=shape, language_model=whole)
     key = fingerprint(spec)[:16]
     target = f"imports/{key}"
     if (done := _found(store, target)) is not None:

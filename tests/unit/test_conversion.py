@@ -140,5 +140,5 @@ def test_a_name_that_is_nowhere_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert-weights", "nobody/nothing", str(tmp_path / "made")])
     said = capsys.readouterr().err
-    assert "found no folder nobody/nothing, and the hub gives no model of that name" in said
+    assert "convert-weights nobody/nothing: expected a folder here or a model on the hub, found neither" in said
     assert "Traceback" not in said

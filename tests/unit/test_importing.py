@@ -291,6 +291,22 @@ def test_the_command_needs_no_language_model_and_no_weights_that_are_still_to_co
     assert run(words, capsys) == (status, out, err)
 
 
+def test_the_encoder_s_weights_may_be_elsewhere(whole, tmp_path, tiny_encoder_folder, capsys, monkeypatch):
+    """An import needs the encoder's shape alone, and is the same import whether the weights are here or not."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("httpx.Client.send", lambda *_, **__: pytest.fail("asked the network"))
+    bare = shutil.copytree(tiny_encoder_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe, said = tmp_path / "slime.toml", []
+    for folder in (tiny_encoder_folder, bare):
+        recipe.write_text(RECIPE.format(encoder=tmp_path / "encoder"))
+        (tmp_path / "encoder").symlink_to(folder)
+        said.append(run(["import-weights", str(whole), "--recipe", str(recipe), "--root", str(tmp_path / "root")], capsys))
+        (tmp_path / "encoder").unlink()
+    assert said[0] == said[1]
+    assert said[0][0] == 0
+    assert len(list((tmp_path / "root" / "imports").iterdir())) == 1
+
+
 def test_the_command_tells_what_is_wrong_in_one_paragraph(adapters, tmp_path, tiny_encoder_folder, capsys):
     recipe = tmp_path / "slime.toml"
     recipe.write_text(RECIPE.format(encoder=tiny_encoder_folder).replace("queries = 4", "queries = 9"))

@@ -182,9 +182,22 @@ def test_a_recipe_whose_weights_do_not_fit_starts_nothing(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"recipe .*tiny\.toml: connector\.weights: .* is of another connector .*\n  compression\.queries"):
         opened(recipe, tmp_path)
     (tmp_path / "given.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"recipe .*tiny\.toml: .*given\.safetensors"):
+    message = r"recipe .*tiny\.toml: connector\.weights: .*given\.safetensors cannot be read \(.*\); give the path or URL of a connector\.safetensors"
+    with pytest.raises(RecipeError, match=message):
         opened(recipe, tmp_path)
     assert not (tmp_path / "root").exists()
+
+
+def test_a_plan_goes_on_without_the_weights(recipe, tmp_path):
+    (tmp_path / "given.safetensors").unlink()
+    experiment = open_experiment(load_recipe(str(recipe)), Store(str(tmp_path / "root")), ExecutionSettings(num_cpus=1), planning=True)
+    facts = {(line.topic, line.fact): line.value for line in plan_lines(experiment)}
+    given = f"{tmp_path}/given.safetensors"
+    assert facts["training", "starts from"] == given
+    assert facts["missing", f"weights {given}"].startswith("cannot be read, so they are unchecked (")
+    keys = {fact: value for (topic, fact), value in facts.items() if topic == "stages"}
+    assert keys["train-connector seed 0"] == f"key unknown without the weights {given}"
+    assert keys["cache-features"].endswith("  to do")
 
 
 def test_a_recipe_with_neither_weights_nor_phases_is_refused(recipe):

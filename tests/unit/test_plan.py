@@ -181,6 +181,31 @@ def test_a_real_run_still_refuses_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         opened(tmp_path, slime_recipe(), planning=False)
 
 
+@pytest.mark.parametrize("words", [["show", "cache"], ["show", "dataset"], ["compare", "abcd1234"]])
+def test_what_cannot_be_found_for_want_of_weights_says_so(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = with_records(slime_recipe(), "records.json", "images") if "dataset" in words else slime_recipe()
+    (tmp_path / "recipe.toml").write_text(text)
+    (tmp_path / "root" / "runs" / "evaluate" / "abcd1234abcd1234").mkdir(parents=True)
+    path, root = str(tmp_path / "recipe.toml"), str(tmp_path / "root")
+    command = [words[0], path, words[1]] if words[0] == "compare" else [*words, path]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--root", root])
+    what = "the records records.json" if "dataset" in words else f"the weights of {CLIP_L}"
+    assert capsys.readouterr().err == (
+        f"loupe: recipe {path}: what it has left in {root} is found by keys that depend on {what}, and those are not on this machine; look from a "
+        "machine that has them, or put them here\n"
+    )
+
+
+def test_show_lists_the_stages_whose_keys_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.toml").write_text(slime_recipe())
+    cli.main(["show", "run", str(tmp_path / "recipe.toml"), "--root", str(tmp_path / "root")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[0] == "build-dataset"
+    assert lines[3].startswith(f"later stages: recipe {tmp_path / 'recipe.toml'}: what it has left in")
+    assert len(lines) == 4
+
+
 def test_what_was_planned_without_weights_cannot_be_run(tmp_path: Path) -> None:
     experiment = opened(tmp_path, slime_recipe())
     for run in list(stage_runs(experiment))[1:]:
