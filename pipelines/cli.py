@@ -23,7 +23,7 @@ from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe_files import RECIPES_FOLDER, RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words
-from pipelines.wording import data_console
+from pipelines.wording import data_console, print_table
 from workers.commits import StageName
 from workers.errors import RecordError, WorkerError
 
@@ -59,7 +59,7 @@ Form = Annotated[
     Parameter(
         name="--to",
         help="What to write: `folder`, which `loupe ask` reads; `llava-hf` or `llava-next-hf`, transformers' own LLaVA or LLaVA-NeXT, where the "
-        "connector folds into it; `loupe`, a transformers model of Loupe's classes.",
+        "connector folds into it; `loupe`, a transformers model of Loupe's classes; `llava`, files in the layout of the papers' authors.",
     ),
 ]
 
@@ -307,7 +307,7 @@ def recipes() -> None:
     table.add_column("what it does", overflow="fold")
     for name in recipe_files():
         table.add_row(name, load_recipe(name).recipe.description)
-    data_console().print(table)
+    print_table(table)
     data_console().print(f"Files: {RECIPES_FOLDER}", soft_wrap=True)
 
 

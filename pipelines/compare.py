@@ -26,7 +26,7 @@ from model.metrics import METRICS, MetricName, score_answer
 from pipelines.errors import ComparisonError, NothingThereError
 from pipelines.recipe_files import load_recipe, recipe_files
 from pipelines.settings import execution_settings
-from pipelines.wording import data_console
+from pipelines.wording import data_console, print_table
 from workers.commits import from_json, to_json
 from workers.evaluation import EvaluationRecord
 from workers.storage import Store
@@ -341,7 +341,7 @@ def print_comparison(comparison: Comparison, *, as_json: bool = False) -> None:
         means = [f"{100 * mean.mean:.1f} ({100 * mean.low:.1f} to {100 * mean.high:.1f})" for mean in row.means]
         table.add_row("" if name == shown else name, str(row.num_questions), row.mode, *means, *map(_difference_text, row.differences))
         shown = name
-    console.print(table)
+    print_table(table)
     differences = [difference for row in comparison.rows for difference in row.differences]
     unsure = sum(difference.holds_zero for difference in differences)
     if unsure:

@@ -3,7 +3,8 @@
     extends = "demo"                     a recipe that comes with Loupe, or a path relative to this file
     without = ["connector.local"]        keys of it that are left out, before this file's own are laid over it
 
-Tables are merged key by key; everything else, lists among them, replaces what was there. Invariant: what comes out is a recipe as if it had been
+Tables are merged key by key; everything else, lists among them, replaces what was there. A name and a description are of one recipe alone, and are
+not taken over: a run under another's name would be taken for it. Invariant: what comes out is a recipe as if it had been
 written whole; identity knows nothing of how it was written.
 """
 
@@ -17,6 +18,10 @@ from pipelines.errors import RecipeError
 from pipelines.recipe_fields import closest
 
 __all__ = ["RecipeText", "read_recipe"]
+
+
+_OWN = ("name", "description")
+"""Keys that a recipe has of itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +65,8 @@ def _read(path: Path, locate: Callable[[str], Path], extending: tuple[Path, ...]
     if base_path.resolve() in chain:
         raise RecipeError(f"recipe {path}: extends: found {name!r}, which extends this one in turn; write one of them whole")
     base = _read(base_path, locate, chain)
+    for own in _OWN:
+        base.data.pop(own, None)
     return RecipeText(
         text=f"{text.rstrip()}\n\n# What it extends: {name}\n{base.text}", data=_merged(_left_out(base.data, without or [], path, base_path), data)
     )

@@ -116,7 +116,7 @@ def image_facts(experiment: Experiment, connector: Connector) -> Iterator[tuple[
 
 
 def parameter_facts(experiment: Experiment, connector: Connector, shape: LanguageModelShape) -> Iterator[tuple[str, str]]:
-    """What the parts weigh, in millions of parameters.
+    """How many parameters the parts have.
 
     Args:
         experiment: to plan.
@@ -128,17 +128,13 @@ def parameter_facts(experiment: Experiment, connector: Connector, shape: Languag
     """
     counts = count_by_block(connector)
     for block, count in counts.items():
-        yield block, _millions(count)
-    yield "connector", f"{_millions(sum(counts.values()))}, and {_millions(count_fixed_numbers(connector))} fixed numbers"
+        yield block, f"{count:,}"
+    yield "connector", f"{sum(counts.values()):,}, and {count_fixed_numbers(connector):,} fixed numbers"
     features = experiment.features
     held = _deepest((*features.global_maps, *features.local_maps))
-    yield "encoder", f"{_millions(num_encoder_parameters(experiment.encoder, held))} held, none trained"
-    yield "language model", f"{_millions(shape.num_parameters)}"
+    yield "encoder", f"{num_encoder_parameters(experiment.encoder, held):,} held, none trained"
+    yield "language model", f"{shape.num_parameters:,}"
     if (lora := experiment.file.recipe.language_model.lora_spec()) is not None:
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         count = count_adapters(experiment.language_model.model, lora)
-        yield "adapters", f"{_millions(count)}: rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f} M" if count >= 100_000 else f"{count:,}"
+        yield "adapters", f"{count:,}: rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"

@@ -11,8 +11,19 @@ from model.specs import ExportForm, FeatureSpec, UnknownDigest, fingerprint_if_k
 from model.views import plan_views
 from pipelines.errors import RecipeError
 from pipelines.schedule_tables import Phase
-from pipelines.stages import BYTES_PER_NUMBER, Experiment, StageRun, check_ready, feature_bytes, most_local_views, num_drawn, shown_path, stage_runs
-from pipelines.wording import bytes_text, data_console
+from pipelines.stages import (
+    BYTES_PER_NUMBER,
+    STAGES,
+    Experiment,
+    StageRun,
+    check_ready,
+    feature_bytes,
+    most_local_views,
+    num_drawn,
+    shown_path,
+    stage_runs,
+)
+from pipelines.wording import bytes_text, data_console, print_table
 from workers.commits import StageName
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec, source_label
 
@@ -68,11 +79,13 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     yield PlanLine(topic="root", fact=shown_path(experiment.store.root), value="no limit known" if free is None else f"{bytes_text(free)} free")
     for part in experiment.missing:
         yield PlanLine(topic="missing", fact=part.what, value=part.note)
+    following: StageName = STAGES[0]
     try:
         for stage_run in stage_runs(experiment, until, form):
+            following = STAGES[min(STAGES.index(stage_run.stage) + 1, len(STAGES) - 1)]
             yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
-        yield PlanLine(topic="stages", fact="later ones", value=str(error))
+        yield PlanLine(topic="stages", fact=f"{following} and later", value=str(error))
 
 
 def _execution_lines(experiment: Experiment) -> Iterator[PlanLine]:
@@ -299,5 +312,5 @@ def print_plan(experiment: Experiment, until: StageName = "report", form: Export
     for line in plan_lines(experiment, until, form):
         table.add_row(line.topic if line.topic != topic else "", line.fact, line.value)
         topic = line.topic
-    console.print(table)
+    print_table(table)
     print("Nothing was started and nothing was written.")

@@ -444,8 +444,9 @@ class Recipe(Table):
 
 @contextlib.contextmanager
 def _at(path: str) -> Iterator[None]:
-    """Errors of specs that are made in the block are told with their place in the recipe."""
+    """Errors of specs that are made in the block are told with their place in the recipe, once: some know it, or a part of it."""
     try:
         yield
     except SpecError as error:
-        raise SpecError(f"{path}: {error}") from error
+        text = str(error).removeprefix(f"{path.rpartition(', ')[2]}: ")
+        raise SpecError(text if text.startswith(path) else f"{path}: {text}") from error

@@ -12,7 +12,7 @@ from model.specs import fingerprint
 from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile, recipe_files
 from pipelines.stages import Experiment, shown_path, stage_runs
-from pipelines.wording import bytes_text, data_console, duration_text
+from pipelines.wording import bytes_text, data_console, duration_text, print_table
 from workers.dataset.spec import DatasetSpec
 
 __all__ = ["show_recipe"]
@@ -75,7 +75,7 @@ def _print_facts(title: str, record: dict[str, Any], console: Console) -> None:
     table.add_column("value", overflow="fold")
     for fact, value in _record_facts(record):
         table.add_row(fact, value)
-    console.print(table)
+    print_table(table)
 
 
 def _record_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -120,7 +120,7 @@ def _show_dataset(experiment: Experiment, dataset: DatasetSpec, root: str | None
         num_turns = sum(len(sample.turns) for sample in samples if sample.family == family)
         table.add_row(family, str(counts[family, "train"]), str(counts[family, "held_out"]), str(num_turns))
     console.print("\nsamples", style="italic")
-    console.print(table)
+    print_table(table)
     console.print("\nsome questions, each below its image", style="italic")
     for sample in samples[:: max(1, len(samples) // NUM_SHOWN_SAMPLES)][:NUM_SHOWN_SAMPLES]:
         turn = sample.turns[0]
@@ -152,6 +152,6 @@ def _show_run(experiment: Experiment, console: Console) -> None:
     except (SpecError, RecipeError, NothingThereError) as error:
         fault = error
     console.print(f"{experiment.file.recipe.name} in {_place(experiment, '')}", style="italic", soft_wrap=True)
-    console.print(table)
+    print_table(table)
     if fault is not None:
         console.print(f"later stages: {fault}")

@@ -568,7 +568,7 @@ def _whole_models(file: RecipeFile) -> _Models:
 def _planned_models(file: RecipeFile) -> _Models:
     """With what of them is here."""
     from model.encoder import plan_encoder
-    from workers.language_models import plan_language_model
+    from workers.language_models import PACKAGED, plan_language_model
 
     encoder = plan_encoder(file.recipe.encoder.model)
     wanted = file.recipe.language_model
@@ -576,7 +576,10 @@ def _planned_models(file: RecipeFile) -> _Models:
     missing = []
     if isinstance(encoder.weights_sha256, UnknownDigest):
         missing.append(MissingPart(what=f"weights of {encoder.model}", note=_absent(encoder.model)))
-    missing += [MissingPart(what=f"{part} of {language.spec.model}", note=_absent(language.spec.model)) for part in language.missing]
+    for part in language.missing:
+        unchecked = part == "tokenizer" and "own" in file.recipe.templates and wanted.model not in PACKAGED
+        then = "; whether its chat template, which the recipe takes, gives a loss mask is seen only then" if unchecked else ""
+        missing.append(MissingPart(what=f"{part} of {language.spec.model}", note=f"{_absent(language.spec.model)}{then}"))
     return _Models(encoder=encoder, language_model=language.spec, context_tokens=language.context_tokens, missing=tuple(missing))
 
 

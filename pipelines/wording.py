@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 from workers.errors import RecordError
 
 if TYPE_CHECKING:
     from pipelines.stages import StageOutcome
 
-__all__ = ["bytes_text", "data_console", "duration_text", "outcome_line"]
+__all__ = ["bytes_text", "data_console", "duration_text", "outcome_line", "print_table"]
 
 
 UNLIMITED_WIDTH = 100_000
@@ -34,6 +35,19 @@ def data_console() -> Console:
     """
     unlimited = not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit()
     return _DataConsole(markup=False, highlight=False, emoji=False, width=UNLIMITED_WIDTH if unlimited else None)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on `data_console`, without the blanks that would fill its last column up: in a log they are most of every line.
+
+    Args:
+        table: of data.
+    """
+    console = data_console()
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def duration_text(seconds: float) -> str:

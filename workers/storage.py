@@ -171,7 +171,8 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
         strange = next((_NO_OBJECT[number] for number in numbers if number in _NO_OBJECT), None)
-        return ObjectNotFoundError(f"cannot {doing} {url}: {strange or f'nothing lies there ({text})'}")
+        detail = "" if url.startswith("file:") else f" ({text})"  # a local file's error says the path once more, and no more than that
+        return ObjectNotFoundError(f"cannot {doing} {url}: {strange or f'nothing lies there{detail}'}")
     if codes & _CREDENTIAL_CODES or names & _CREDENTIAL_TYPES:
         return CredentialsError(
             f"cannot {doing} {url}: the credentials are missing, expired or wrong ({text}). Renew them in the AWS environment or profile."

@@ -58,6 +58,7 @@ class STISpec:
     def __post_init__(self) -> None:
         if min(self.pool if isinstance(self.pool, tuple) else (self.pool,)) < 1:
             raise SpecError(f"fusion.pool must be a number, or [rows, columns], of at least 1; found {self.pool}")
+        _check_distinct(self.base, self.layers)
 
     @property
     def maps(self) -> tuple[MapSpec, ...]:
@@ -91,6 +92,9 @@ class SCISpec:
     kind: Literal["sci"] = "sci"
     base: int
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_distinct(self.base, self.layers)
 
     @property
     def maps(self) -> tuple[MapSpec, ...]:
@@ -127,6 +131,11 @@ class DCISpec:
         for first, last in self.groups:
             if not 0 <= first <= last:
                 raise SpecError(f"a DCI group is [first, last] with 0 <= first <= last, found [{first}, {last}]")
+        if len(set(self.maps)) < len(self.maps):
+            raise SpecError(
+                f"fusion.groups: found {[list(group) for group in self.groups]} beside the base layer {self.base}, in which the same layers stand "
+                "twice; allowed: groups that differ from each other and from the base layer alone (they may overlap, and leave layers out)"
+            )
 
     @property
     def maps(self) -> tuple[MapSpec, ...]:
@@ -145,6 +154,14 @@ class DCISpec:
             num_patches: patches in a view.
         """
         return num_patches
+
+
+def _check_distinct(base: int, layers: tuple[int, ...]) -> None:
+    if len({base, *layers}) <= len(layers):
+        raise SpecError(
+            f"fusion.layers: found {list(layers)} beside the base layer {base}, in which a layer stands twice; allowed: each layer once, and the "
+            "base one only as base"
+        )
 
 
 FusionSpec = SingleSpec | STISpec | SCISpec | DCISpec

@@ -21,7 +21,7 @@ def changed(**changes: object) -> Recipe:
 
 def test_a_recipe_that_only_renames_is_the_same_experiment(tmp_path: Path) -> None:
     file = load_recipe(write(tmp_path, "same.toml", 'extends = "demo"\nname = "same"\n'))
-    assert file.recipe == changed(name="same")
+    assert file.recipe == changed(name="same", description="")
     assert file.text.startswith('extends = "demo"')
     assert "# What it extends: demo" in file.text
     assert load_recipe("demo").text in file.text
@@ -48,6 +48,11 @@ def test_another_kind_takes_nothing_from_the_old_one(tmp_path: Path) -> None:
         "base": None,
         "groups": 4,
     }
+
+
+def test_a_name_is_of_one_recipe_alone(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="name: found nothing; this key is required"):
+        load_recipe(write(tmp_path, "nameless.toml", 'extends = "demo"'))
 
 
 @pytest.mark.parametrize(

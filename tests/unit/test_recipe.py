@@ -557,6 +557,40 @@ def test_groups_that_do_not_divide_are_refused_with_what_would(tmp_path: Path) -
         DCIFusion(kind="dci", groups=3).spec(encoder)
 
 
+@pytest.mark.parametrize(
+    ("fusion", "message"),
+    [
+        ('{ kind = "sci", layers = [2, 2] }', r"found \[2, 2\] beside the base layer 7, in which a layer stands twice; allowed: each layer once"),
+        ('{ kind = "sci", base = 5, layers = [2, 5] }', r"found \[2, 5\] beside the base layer 5"),
+        ('{ kind = "sti", layers = [3, 1, 3] }', r"found \[3, 1, 3\] beside the base layer 7"),
+        (
+            '{ kind = "dci", groups = [[0, 3], [0, 3]] }',
+            r"found \[\[0, 3\], \[0, 3\]\] beside the base layer 7, in which the same layers stand twice",
+        ),
+        ('{ kind = "dci", groups = [[0, 3], [7, 7]] }', r"found \[\[0, 3\], \[7, 7\]\] beside the base layer 7"),
+    ],
+)
+def test_a_layer_twice_is_refused_and_its_place_told_once(tmp_path: Path, fusion: str, message: str) -> None:
+    mlp = MINIMAL.replace('kind = "gated_mixture"', 'kind = "mlp"')
+    recipe = load(tmp_path, mlp.replace('{ kind = "dci", groups = 2 }', fusion, 1))
+    with pytest.raises(SpecError, match=rf"^connector\.global: fusion\.\w+: {message}"):
+        recipe.connector_spec(encoder_spec())
+
+
+def test_groups_may_overlap_and_leave_layers_out(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL.replace("groups = 2", "groups = [[0, 4], [3, 6]]"))
+    assert recipe.connector_spec(encoder_spec()).global_branch.fusion.maps[1:] == (MapSpec(layers=(0, 1, 2, 3, 4)), MapSpec(layers=(3, 4, 5, 6)))
+
+
+def test_a_place_that_the_mistake_names_itself_is_told_once(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL.replace("compression = {", "newline = true\ncompression = {"))
+    with pytest.raises(SpecError, match=r"^connector\.local\.newline ends the lines"):
+        recipe.connector_spec(encoder_spec())
+    recipe = load(tmp_path, with_schedule(SLIME + '[schedule.change.I-b]\nbranch = "local"'))
+    with pytest.raises(SpecError, match=r"^schedule\.preset 'slime', phase 'I-b': branch \(found .*\) leaves resampler of train without effect"):
+        recipe.schedule_spec(recipe.connector_spec(encoder_spec()), 0, {"rendered/charts": 512})
+
+
 def test_sources_of_a_phase_must_be_the_dataset_s(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL)
     phase = recipe.schedule.phases[0].model_copy(update={"sources": ("map",)})
