@@ -8,9 +8,9 @@ Source: the models' published configurations; tests hold every entry to transfor
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, assert_never
 
+from model.errors import closest
 from model.specs import EncoderFamily, EncoderSpec, UnknownDigest
 
 __all__ = [
@@ -166,11 +166,9 @@ def unknown_text(name: str, known: Sequence[str]) -> str:
     Returns:
         What was expected, the closest known name, and what to do.
     """
-    close = get_close_matches(name, known, n=1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"expected a folder here, a model in the hub's cache here, or a known one, found neither; a plan asks no network.{meant} A folder with its "
-        f"config.json is enough for a plan. Known are {', '.join(known)}"
+        f"expected a folder here, a model in the hub's cache here, or a known one, found neither; {closest(name, known)}a plan asks no network, and "
+        f"takes a folder with its config.json. Known are {', '.join(known)}"
     )
 
 

@@ -16,6 +16,8 @@ ModelError
 |-- FoldingError             a connector is not what a stock model of transformers computes
 """
 
+import difflib
+from collections.abc import Collection
 from typing import Literal
 
 __all__ = [
@@ -34,12 +36,27 @@ __all__ = [
     "ModelError",
     "ReleasedWeightsError",
     "SpecError",
+    "closest",
     "first_line",
 ]
 
 ConversationReason = Literal["conversation_empty", "conversation_marks", "conversation_template", "conversation_too_long", "conversation_unmasked"]
 """Why a conversation is refused: nothing is said; a mark of the prompt stands in a turn; the template refuses or rewrites it; even its first turn
 does not fit; an answer has no tokens of its own, or a border that lies inside a token."""
+
+
+def closest(found: str, allowed: Collection[str]) -> str:
+    """The word that was probably meant, as a part of a message.
+
+    Args:
+        found: what stands there.
+        allowed: what could.
+
+    Returns:
+        `did you mean ...? `, or nothing.
+    """
+    match = difflib.get_close_matches(found, allowed, n=1)
+    return f"did you mean {match[0]!r}? " if match else ""
 
 
 def first_line(error: BaseException) -> str:

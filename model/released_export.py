@@ -244,7 +244,7 @@ def check_computable(spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec)
             faults.append("their cosine selector has no weights (selector learnable)")
         elif local.selector is not None and (local.compression is None or local.selector.reduce != "sum"):
             faults.append("their selector is part of the compression and sums over the text")
-        if local.compression is not None and local.compression.grid[0] != local.compression.grid[1]:
+        if local.compression is not None and not local.compression.is_square:
             faults.append(f"SliME's queries form a square grid, {local.compression.queries} do not")
         if local.merge == "spatial_unpad" and local.compression is not None:
             faults.append("SliME's code merges flat or spatial (spatial_unpad)")

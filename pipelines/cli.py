@@ -4,7 +4,6 @@ Whatever a user can put right ends with one paragraph on standard error and stat
 resumes. Prefect, Ray and torch are imported only by the commands that use them.
 """
 
-import difflib
 import errno
 import io
 import os
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
 from rich.table import Table
 
-from model.errors import ModelError, first_line
+from model.errors import ModelError, closest, first_line
 from model.metrics import MetricName
 from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
@@ -423,9 +422,7 @@ def _told(error: CycloptsError) -> Any:
         return CycloptsPanel(error)
     word = error.unused_tokens[0]
     commands = [name for name in app.resolved_commands() if not name.startswith("-")]
-    match = difflib.get_close_matches(word, commands, n=1)
-    hint = f' Did you mean "{match[0]}"?' if match else ""
-    return CycloptsPanel(f'Unknown command "{word}".{hint} Available commands: {", ".join(commands)}.')
+    return CycloptsPanel(f"Unknown command {word!r}; {closest(word, commands)}commands are {', '.join(commands)}")
 
 
 def main(words: list[str] | None = None) -> None:

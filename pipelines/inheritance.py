@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.errors import closest
 from pipelines.errors import RecipeError
-from pipelines.recipe_fields import closest
 
 __all__ = ["RecipeText", "read_recipe"]
 

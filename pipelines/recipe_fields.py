@@ -1,11 +1,12 @@
 """The fields of a recipe: a table that is closed to keys which it does not know, and values whose one mistake says all that is allowed."""
 
-import difflib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
+
+from model.errors import closest
 
 __all__ = [
     "Count",
@@ -23,7 +24,6 @@ __all__ = [
     "Text",
     "Word",
     "allowed",
-    "closest",
     "with_tuples",
 ]
 
@@ -88,20 +88,6 @@ def with_tuples(value: Any) -> Any:
             return tuple(with_tuples(item) for item in value)
         case _:
             return value
-
-
-def closest(found: str, allowed: list[str]) -> str:
-    """The word that was probably meant, as the beginning of a message.
-
-    Args:
-        found: what stands there.
-        allowed: what could.
-
-    Returns:
-        `did you mean ...? `, or nothing.
-    """
-    match = difflib.get_close_matches(found, allowed, n=1)
-    return f"did you mean {match[0]!r}? " if match else ""
 
 
 class Table(BaseModel):

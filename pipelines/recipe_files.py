@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from model.errors import closest
 from pipelines.errors import RecipeError
 from pipelines.inheritance import read_recipe
 from pipelines.recipe import Recipe
-from pipelines.recipe_fields import closest, with_tuples
+from pipelines.recipe_fields import with_tuples
 from pipelines.schedule_tables import preset_phases
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, assert_never
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.errors import SpecError
+from model.errors import SpecError, closest
 from model.specs import BLOCKS, CONNECTOR_BLOCKS, Block, BranchMix, ChatTemplate, ConnectorSpec, PhaseSpec, sees_text_only
-from pipelines.recipe_fields import Count, Fraction, Mode, NotNegative, Positive, Share, Switch, Table, Text, Word, allowed, closest, with_tuples
+from pipelines.recipe_fields import Count, Fraction, Mode, NotNegative, Positive, Share, Switch, Table, Text, Word, allowed, with_tuples
 
 __all__ = [
     "SCHEDULES_FOLDER",

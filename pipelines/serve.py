@@ -6,7 +6,6 @@ in the UI as well.
 
 import asyncio
 import contextlib
-import difflib
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ import socket
 from typing import TYPE_CHECKING
 from zoneinfo import available_timezones
 
+from model.errors import closest
 from pipelines.errors import SettingError
 from pipelines.flow_server import start_flow_server
 
@@ -41,8 +41,7 @@ def check_schedule(cron: str, timezone: str, port: int) -> None:
     if strange := _out_of_range(cron):
         raise _bad_cron(cron, f", where {strange} is out of range")
     if timezone not in available_timezones():
-        match = difflib.get_close_matches(timezone, available_timezones(), n=1)
-        hint = f"did you mean {match[0]!r}? " if match else ""
+        hint = closest(timezone, available_timezones())
         raise SettingError(f"serve --timezone: found {timezone!r}; {hint}allowed: an IANA time zone such as 'UTC' or 'Europe/Berlin'")
     if not 1 <= port <= 65535:
         raise SettingError(f"serve --port: found {port}; allowed: 1 to 65535")

@@ -4,13 +4,13 @@ All are checked against the fields of `ExecutionSettings`. Identity is refused h
 where it enters the fingerprints.
 """
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from model.errors import closest
 from pipelines.errors import SettingError
 from pipelines.recipe import Execution, Recipe
 from pipelines.recipe_fields import Table
@@ -71,9 +71,7 @@ def execution_settings(settings: Mapping[str, str], recipe: Recipe | None = None
 def _unknown(key: str, names: list[str]) -> str:
     if key.rpartition(".")[2] in _recipe_keys(Recipe):
         return f"--set {key}: this belongs to the experiment, not to its execution; edit the recipe, so that the result gets an identity of its own"
-    match = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {match[0]!r}? " if match else ""
-    return f"--set {key}: no such setting; {hint}settings are {', '.join(names)}"
+    return f"--set {key}: no such setting; {closest(key, names)}settings are {', '.join(names)}"
 
 
 def _recipe_keys(model: type[Table]) -> set[str]:

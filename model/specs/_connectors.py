@@ -79,6 +79,12 @@ class CompressionSpec:
         """Rows and columns of the queries, as close to a square as their number allows: 12 x 12 of 144, 4 x 5 of 20, one row of a prime number."""
         return most_square_grid(self.queries)
 
+    @property
+    def is_square(self) -> bool:
+        """Whether the queries form a square, as SliME's do."""
+        rows, columns = self.grid
+        return rows == columns
+
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise SpecError(f"compression.queries must be at least 1, found {self.queries}; 16 and 144 are usual")
@@ -207,7 +213,7 @@ class LocalBranchSpec:
             raise SpecError("connector.local: compression already sets the number of tokens of a view, so output_grid has no place; leave one out")
         if self.merge != "flat" and isinstance(self.fusion, STISpec):
             raise SpecError(f"connector.local.merge is {self.merge}, but sti gives no square grid of tokens; use flat, or single, sci or dci")
-        if self.merge == "spatial_unpad" and self.compression is not None and self.compression.grid[0] != self.compression.grid[1]:
+        if self.merge == "spatial_unpad" and self.compression is not None and not self.compression.is_square:
             rows, columns = self.compression.grid
             raise SpecError(
                 f"connector.local.merge is spatial_unpad, which counts lines and columns alike, but {self.compression.queries} queries form a grid "

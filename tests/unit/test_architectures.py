@@ -144,6 +144,6 @@ def test_what_is_only_known_has_no_key():
 
 def test_what_is_not_known_is_told_with_the_name_that_was_meant():
     said = unknown_text("openai/clip-vit-large-patch14-366", known_encoders())
-    assert "Did you mean 'openai/clip-vit-large-patch14-336'?" in said
-    assert "config.json is enough" in said
-    assert "Did you mean" not in unknown_text("quite/another", known_encoders())
+    assert "did you mean 'openai/clip-vit-large-patch14-336'?" in said
+    assert "a plan asks no network, and takes a folder with its config.json" in said
+    assert "did you mean" not in unknown_text("quite/another", known_encoders())

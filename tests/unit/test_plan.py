@@ -256,7 +256,7 @@ def test_folders_with_a_config_alone_are_planned_like_whole_ones(
         (
             "somebody/some-tower",
             VICUNA,
-            r"encoder 'somebody/some-tower': .* found neither; a plan asks no network\. .* Known are openai/",
+            r"encoder 'somebody/some-tower': .* found neither; a plan asks no network, .* Known are openai/",
         ),
         (
             CLIP_L,
