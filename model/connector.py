@@ -109,9 +109,13 @@ class Connector(nn.Module):
             case MLPSpec():
                 pass
             case GatedMixtureSpec(attention_init=attention_init, noise=noise):
-                side = math.isqrt(num_patches)
+                side = math.isqrt(self.num_global_patches)
                 self.resampler = Resampler(
-                    query_grid=(side, side), num_patches=num_patches, width=global_width, attention_init=attention_init, generator=generator
+                    query_grid=(side, side),
+                    num_patches=self.num_global_patches,
+                    width=global_width,
+                    attention_init=attention_init,
+                    generator=generator,
                 )
                 self.gate = Gate(global_width, own_noise=noise == "own")
             case _:
@@ -127,7 +131,7 @@ class Connector(nn.Module):
             if local.compression is not None:
                 self.compression = Resampler(
                     query_grid=local.compression.grid,
-                    num_patches=num_patches,
+                    num_patches=local.fusion.map_tokens(num_patches),
                     width=local_width,
                     attention_init=local.compression.attention_init,
                     generator=generator,
@@ -142,6 +146,11 @@ class Connector(nn.Module):
         # Differs: the papers' tokens start in whatever scale the initialisation gives, as with `start = "authors"`; a small language model never
         # recovers from that.
         self.register_buffer("token_scale", torch.tensor(embedding_rms if spec.start == "scaled" else 1.0))
+
+    @property
+    def num_global_patches(self) -> int:
+        """Tokens of a global map, which the resampler reads and the gate weighs: patches, or squares of them."""
+        return self.spec.global_branch.fusion.map_tokens(self.num_patches)
 
     @property
     def tokens_per_global_view(self) -> int:
@@ -179,7 +188,7 @@ class Connector(nn.Module):
         Returns:
             Zeros by map name.
         """
-        return {map_spec.name: self.token_scale.new_zeros(1, self.num_patches, self._encoder_width) for map_spec in fusion.maps}
+        return {map_spec.name: self.token_scale.new_zeros(1, map_spec.num_tokens(self.num_patches), self._encoder_width) for map_spec in fusion.maps}
 
     def fuse_global(self, maps: Mapping[str, Float[Tensor, "images patches width"]]) -> Float[Tensor, "images tokens wide"]:
         """Fused, not yet standardised tokens of global views."""
@@ -202,7 +211,9 @@ class Connector(nn.Module):
         return fuse(maps, self.spec.local_branch.fusion)
 
     def measure_inputs(
-        self, global_maps: Mapping[str, Float[Tensor, "images patches width"]], local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None
+        self,
+        global_maps: Mapping[str, Float[Tensor, "images global_tokens width"]],
+        local_maps: Mapping[str, Float[Tensor, "views local_tokens width"]] | None,
     ) -> None:
         """Set the standardisation from some images' features, where the spec asks for it.
 

@@ -297,7 +297,7 @@ class Encoder(nn.Module):
         return next(self.embeddings.parameters()).dtype
 
     @torch.inference_mode()
-    def forward(self, views_uint8: UInt8[Tensor, "batch 3 px px"], maps: Sequence[MapSpec]) -> dict[str, Float[Tensor, "batch patches width"]]:
+    def forward(self, views_uint8: UInt8[Tensor, "batch 3 px px"], maps: Sequence[MapSpec]) -> dict[str, Float[Tensor, "batch _tokens width"]]:
         """Encode views and reduce the hidden states to maps.
 
         Args:
@@ -305,7 +305,7 @@ class Encoder(nn.Module):
             maps: which maps; each map's layers must lie within 0..deepest_layer.
 
         Returns:
-            fp32 [batch, patches, width] by map name, on the tower's device, prefix tokens stripped.
+            fp32 [batch, tokens, width] by map name, on the tower's device, prefix tokens stripped; as many tokens as patches, or squares of them.
 
         Raises:
             EncoderError: a map needs a layer that was cut off, or the views have another size.
@@ -330,7 +330,7 @@ class Encoder(nn.Module):
         for layer, block in enumerate(list(self.blocks)[:deepest], start=1):
             state = block(state, attention_mask=None)
             reduce(layer, state)
-        return {item.name: (sums[item.name] / len(item.layers)).contiguous() for item in maps}
+        return {item.name: _pooled(sums[item.name] / len(item.layers), item.pool).contiguous() for item in maps}
 
     def _embed(self, pixels: Float[Tensor, "batch 3 px px"]) -> Float[Tensor, "batch tokens width"]:
         """Layer 0, prefix tokens included."""
@@ -348,6 +348,15 @@ class Encoder(nn.Module):
             case _:
                 assert_never(self.spec.family)
         return embedded
+
+
+def _pooled(tokens: Float[Tensor, "batch patches width"], pool: int) -> Float[Tensor, "batch tokens width"]:
+    """Means of squares of patches, row by row."""
+    if pool == 1:
+        return tokens
+    grid = isqrt(tokens.shape[1]) // pool
+    squares: Tensor = tokens.reshape(len(tokens), grid, pool, grid, pool, tokens.shape[2])
+    return squares.mean(dim=(2, 4)).flatten(1, 2)
 
 
 def _tower_blocks(tower: Any, family: EncoderFamily) -> list[nn.Module]:

@@ -92,6 +92,8 @@ def _global_reasons(connector: ConnectorSpec) -> list[str]:
         reasons.append("connector.global.fusion is sti, whose pooled tokens come on top of the patches' own; allowed: single, sci, dci")
     if not isinstance(branch.adapters, MLPSpec):
         reasons.append(f"connector.global.adapters is {branch.adapters.kind}, whose gate weighs two experts for every token; allowed: mlp")
+    if branch.fusion.map_pool > 1:
+        reasons.append(f"connector.global.fusion.map_pool is {branch.fusion.map_pool}, which averages patches before the projector; allowed: 1")
     if branch.output_grid is not None:
         reasons.append("connector.global.output_grid changes the number of tokens; allowed: absent")
     return reasons

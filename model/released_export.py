@@ -233,6 +233,8 @@ def check_computable(spec: ConnectorSpec, encoder: EncoderSpec, views: ViewSpec)
     width = encoder.width * fusion.num_wide
     if attends and num_heads(width) != authors_heads(width):
         faults.append("SliME's attention has one head per 128 channels, this connector another number")
+    if fusion.map_pool > 1 or (local is not None and local.fusion.map_pool > 1):
+        faults.append("their code averages no patches before the projector (map_pool)")
     if spec.global_branch.output_grid is not None or (local is not None and local.output_grid is not None):
         faults.append("their code resizes no grid of tokens (output_grid)")
     if local is not None:

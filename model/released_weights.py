@@ -236,6 +236,8 @@ def spec_mismatches(facts: ReleasedFacts, spec: ConnectorSpec, encoder: EncoderS
         lines.append(
             "connector.*.output_grid: the authors released no weights of the efficient variant; leave output_grid out, or train on from the import"
         )
+    if branch.fusion.map_pool > 1 or (local is not None and local.fusion.map_pool > 1):
+        lines.append("connector.*.fusion.map_pool: the authors average no patches before the projector; leave map_pool out")
     wide = encoder.width * branch.fusion.num_wide
     if facts.width != wide:
         fits = f"{facts.width // encoder.width} maps" if facts.width % encoder.width == 0 else "no whole number of maps"

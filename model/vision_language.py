@@ -129,8 +129,8 @@ class Batch:
     label_positions: Int[Tensor, "supervised"]
     """Flat positions (batch * length) whose hidden state predicts a supervised token."""
     label_ids: Int[Tensor, "supervised"]
-    global_maps: Mapping[str, Float[Tensor, "images patches width"]] | None = None
-    local_maps: Mapping[str, Float[Tensor, "views patches width"]] | None = None
+    global_maps: Mapping[str, Float[Tensor, "images global_tokens width"]] | None = None
+    local_maps: Mapping[str, Float[Tensor, "views local_tokens width"]] | None = None
     gate_noise: Float[Tensor, "images tokens experts"] | None = None
     """Of as many images as global_maps has; None where the phase has no noise."""
     selects: bool = False
@@ -380,7 +380,7 @@ class VisionLanguageModel(nn.Module):
                 global_tokens = connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise)
             elif blank:
                 # The gate's noise matrix takes part where it does for ranks that show something.
-                noise = None if batch.gate_noise is None else torch.zeros(1, connector.num_patches, NUM_EXPERTS, device=self.device)
+                noise = None if batch.gate_noise is None else torch.zeros(1, connector.num_global_patches, NUM_EXPERTS, device=self.device)
                 maps = connector.blank_maps(connector.spec.global_branch.fusion)
                 idle.append(connector.global_tokens(maps, experts=batch.experts, noise=noise))
             if batch.local_maps is not None:

@@ -45,7 +45,14 @@ __all__ = [
 ]
 
 
-class SingleFusion(Table):
+class _Fusion(Table):
+    """What all fusions share."""
+
+    map_pool: Count = 1
+    """Side of the squares of patches whose mean is one token of every map, in the cache too."""
+
+
+class SingleFusion(_Fusion):
     """One layer. The encoder's last but one when absent, as LLaVA takes it."""
 
     kind: Literal["single"]
@@ -53,10 +60,10 @@ class SingleFusion(Table):
 
     def spec(self, encoder: EncoderSpec) -> SingleSpec:
         """The fusion over this encoder's layers."""
-        return SingleSpec(layer=_base(self.layer, encoder))
+        return SingleSpec(layer=_base(self.layer, encoder), map_pool=self.map_pool)
 
 
-class STIFusion(Table):
+class STIFusion(_Fusion):
     """Sparse token integration. `pool` is how many tokens of the flattened raster become one, or [rows, columns] of the grid."""
 
     kind: Literal["sti"]
@@ -69,10 +76,10 @@ class STIFusion(Table):
 
     def spec(self, encoder: EncoderSpec) -> STISpec:
         """The fusion over this encoder's layers."""
-        return STISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder), pool=self.pool)
+        return STISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder), pool=self.pool, map_pool=self.map_pool)
 
 
-class SCIFusion(Table):
+class SCIFusion(_Fusion):
     """Sparse channel integration."""
 
     kind: Literal["sci"]
@@ -81,10 +88,10 @@ class SCIFusion(Table):
 
     def spec(self, encoder: EncoderSpec) -> SCISpec:
         """The fusion over this encoder's layers."""
-        return SCISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder))
+        return SCISpec(base=_base(self.base, encoder), layers=_sparse(self.layers, encoder), map_pool=self.map_pool)
 
 
-class DCIFusion(Table):
+class DCIFusion(_Fusion):
     """Dense channel integration. `groups` is how many equal groups, or their first and last layers."""
 
     kind: Literal["dci"]
@@ -112,7 +119,7 @@ class DCIFusion(Table):
         """
         base = _base(self.base, encoder)
         if not isinstance(self.groups, int):
-            return DCISpec(base=base, groups=self.groups)
+            return DCISpec(base=base, groups=self.groups, map_pool=self.map_pool)
         allowed = [base + 1] if _groups_include_base(encoder.family) else [base, base + 1]
         num_layers = next((number for number in allowed if number % self.groups == 0), None)
         if num_layers is None:
@@ -125,7 +132,7 @@ class DCIFusion(Table):
                 f"divide into {self.groups} equal groups; allowed: one of {divisors}, or groups by their first and last layers, such as {unequal}"
             )
         edges = [number * num_layers // self.groups for number in range(self.groups + 1)]
-        return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)))
+        return DCISpec(base=base, groups=tuple((first, last - 1) for first, last in itertools.pairwise(edges)), map_pool=self.map_pool)
 
 
 def _groups_include_base(family: EncoderFamily) -> bool:

@@ -83,7 +83,10 @@ def _deepest(maps: tuple[MapSpec, ...]) -> int:
 
 def _branch_facts(branch: str, fusion: FusionSpec, encoder: EncoderSpec) -> Iterator[tuple[str, str]]:
     maps = fusion.maps
-    yield f"{branch} maps", f"{len(maps)} x [{encoder.num_patches}, {encoder.width}]: {', '.join(map_spec.name for map_spec in maps)}"
+    yield (
+        f"{branch} maps",
+        f"{len(maps)} x [{fusion.map_tokens(encoder.num_patches)}, {encoder.width}]: {', '.join(map_spec.name for map_spec in maps)}",
+    )
     yield f"{branch} fused", f"[{fusion.num_tokens(encoder.num_patches)}, {encoder.width * fusion.num_wide}] by {fusion.kind}"
 
 

@@ -12,7 +12,6 @@ from model.views import plan_views
 from pipelines.errors import RecipeError
 from pipelines.schedule_tables import Phase
 from pipelines.stages import (
-    BYTES_PER_NUMBER,
     STAGES,
     Experiment,
     StageRun,
@@ -251,8 +250,7 @@ def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
 
 def _cache_text(features: FeatureSpec, images: _SourceImages) -> str:
     up_to = "" if all(isinstance(source, RenderedSourceSpec) for source in images.dataset.sources) else "up to "
-    num_maps = len(features.global_maps) + most_local_views(images.dataset) * len(features.local_maps)
-    each = num_maps * features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
+    each = features.view_bytes("global") + most_local_views(images.dataset) * features.view_bytes("local")
     total = f"{up_to}{bytes_text(feature_bytes(images.dataset, features, images.num_records))} as {features.precision}"
     parts = [total] if images.num_drawn + images.num_records else []
     if images.num_unread:

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "BYTES_PER_NUMBER",
     "STAGES",
     "Experiment",
     "MissingPart",
@@ -65,7 +64,6 @@ __all__ = [
 STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
-BYTES_PER_NUMBER = {"fp16": 2, "fp32": 4}
 """By the precision of stored features."""
 
 _PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
@@ -810,8 +808,7 @@ def feature_bytes(dataset: DatasetSpec, features: FeatureSpec, num_records: int 
     """
     drawn = plan_views(RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX, features.encoder.view_px, features.views)
     num_local_views = num_drawn(dataset) * len(drawn.local_views) + num_records * features.views.max_local_views
-    per_map = features.encoder.num_patches * features.encoder.width * BYTES_PER_NUMBER[features.precision]
-    return per_map * ((num_drawn(dataset) + num_records) * len(features.global_maps) + num_local_views * len(features.local_maps))
+    return (num_drawn(dataset) + num_records) * features.view_bytes("global") + num_local_views * features.view_bytes("local")
 
 
 def check_ready(experiment: Experiment, *, write: bool = True) -> None:

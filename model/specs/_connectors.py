@@ -5,7 +5,7 @@ from math import isqrt
 from typing import Literal, get_args
 
 from model.errors import SpecError
-from model.specs._features import EncoderSpec
+from model.specs._features import EncoderSpec, check_map_pool
 from model.specs._fusions import FusionSpec, STISpec
 from model.views import most_square_grid
 
@@ -242,7 +242,7 @@ class LocalBranchSpec:
         """
         if self.compression is not None:
             return self.compression.grid
-        side = self.output_grid or isqrt(num_patches)
+        side = self.output_grid or isqrt(self.fusion.map_tokens(num_patches))
         return side, side
 
 
@@ -332,12 +332,14 @@ class ConnectorSpec:
                         "choose layers within"
                     )
             fusion = spec.fusion
+            check_map_pool(f"connector.{branch}.fusion.map_pool", fusion.map_pool, encoder)
+            grid = encoder.grid // fusion.map_pool
             if isinstance(fusion, STISpec):
-                _check_pool(fusion, encoder, branch)
-            if spec.output_grid is not None and spec.output_grid > encoder.grid:
+                _check_pool(fusion, grid, encoder, branch)
+            if spec.output_grid is not None and spec.output_grid > grid:
                 raise SpecError(
-                    f"connector.{branch}.output_grid: found {spec.output_grid}, but a view of {encoder.model} has {encoder.grid} x {encoder.grid} "
-                    f"tokens; allowed: 1 to {encoder.grid}"
+                    f"connector.{branch}.output_grid: found {spec.output_grid}, but a map of {encoder.model} has {grid} x {grid} tokens here; "
+                    f"allowed: 1 to {grid}"
                 )
 
     def __post_init__(self) -> None:
@@ -351,13 +353,10 @@ class ConnectorSpec:
             )
 
 
-def _check_pool(fusion: STISpec, encoder: EncoderSpec, branch: str) -> None:
-    grid = encoder.grid
+def _check_pool(fusion: STISpec, grid: int, encoder: EncoderSpec, branch: str) -> None:
     if isinstance(fusion.pool, int):
-        if fusion.pool > encoder.num_patches:
-            raise SpecError(
-                f"connector.{branch}.fusion.pool: found {fusion.pool}, but a view of {encoder.model} has {encoder.num_patches} tokens; use fewer"
-            )
+        if fusion.pool > grid**2:
+            raise SpecError(f"connector.{branch}.fusion.pool: found {fusion.pool}, but a map of {encoder.model} has {grid**2} tokens here; use fewer")
     elif any(grid % side for side in fusion.pool):
         divisors = [side for side in range(1, grid + 1) if grid % side == 0]
         raise SpecError(

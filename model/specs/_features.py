@@ -7,7 +7,7 @@ from typing import Literal
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec"]
+__all__ = ["EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "check_map_pool"]
 
 EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
 """Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
@@ -15,28 +15,41 @@ EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_regi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapSpec:
-    """A named, parameter-free reduction of the encoder's hidden states: one layer, or the mean of several.
+    """A named, parameter-free reduction of the encoder's hidden states: one layer, or the mean of several; of each patch, or of squares of patches.
 
     Raises:
-        SpecError: no layers, a negative one, or layers out of order.
+        SpecError: no layers, a negative one, layers out of order, or squares of no patches.
     """
 
     layers: tuple[int, ...]
     """Hidden-state indices, ascending. One index is the layer itself; several are their mean, accumulated in fp32."""
+    pool: int = 1
+    """Side of the squares of patches whose mean becomes one token, 2 for a quarter of the tokens; 1 keeps every patch."""
 
     def __post_init__(self) -> None:
         if not self.layers or self.layers[0] < 0 or any(a >= b for a, b in pairwise(self.layers)):
             raise SpecError(f"a map needs ascending layer numbers from 0 up, found {list(self.layers)}")
+        if self.pool < 1:
+            raise SpecError(f"a map's pool is the side of a square of patches, from 1 up, found {self.pool}")
 
     @property
     def name(self) -> str:
-        """Column name in the tables: `layer_7`, `mean_0_11` for a contiguous run, `mean_0.4.8` else."""
+        """Column name in the tables: `layer_7`, `mean_0_11` for a contiguous run, `mean_0.4.8` else; with a pool, `layer_7_pool_2`."""
         first, last = self.layers[0], self.layers[-1]
+        pooled = "" if self.pool == 1 else f"_pool_{self.pool}"
         if len(self.layers) == 1:
-            return f"layer_{first}"
+            return f"layer_{first}{pooled}"
         if last - first + 1 == len(self.layers):
-            return f"mean_{first}_{last}"
-        return "mean_" + ".".join(str(layer) for layer in self.layers)
+            return f"mean_{first}_{last}{pooled}"
+        return f"mean_{'.'.join(str(layer) for layer in self.layers)}{pooled}"
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens of the map of one view.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        return num_patches // self.pool**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +90,9 @@ class EncoderSpec:
         return self.grid**2
 
 
+_BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSpec:
     """Identity of a feature cache: the same spec gives the same rows, another spec another table."""
@@ -94,6 +110,14 @@ class FeatureSpec:
         """The maps stored for the views of a branch."""
         return self.global_maps if branch == "global" else self.local_maps
 
+    def map_bytes(self, item: MapSpec) -> int:
+        """Bytes of one map of one view: tokens x width x bytes per number."""
+        return item.num_tokens(self.encoder.num_patches) * self.encoder.width * _BYTES_PER_NUMBER[self.precision]
+
+    def view_bytes(self, branch: Literal["global", "local"]) -> int:
+        """Bytes of all maps of one view of a branch."""
+        return sum(self.map_bytes(item) for item in self.maps(branch))
+
     def __post_init__(self) -> None:
         for branch, maps in (("global", self.global_maps), ("local", self.local_maps)):
             for map_spec in maps:
@@ -102,3 +126,23 @@ class FeatureSpec:
                         f"the {branch} map {map_spec.name} needs layer {map_spec.layers[-1]}, but {self.encoder.model} has layers "
                         f"0..{self.encoder.num_blocks}; choose layers within"
                     )
+                check_map_pool(f"the {branch} map {map_spec.name}", map_spec.pool, self.encoder)
+
+
+def check_map_pool(place: str, pool: int, encoder: EncoderSpec) -> None:
+    """Refuse squares of patches that do not tile an encoder's grid.
+
+    Args:
+        place: what the message calls it.
+        pool: side of the squares.
+        encoder: whose grid.
+
+    Raises:
+        SpecError: they do not; the message lists those that do.
+    """
+    if encoder.grid % pool:
+        divisors = [side for side in range(1, encoder.grid + 1) if encoder.grid % side == 0]
+        raise SpecError(
+            f"{place}: found squares of {pool} x {pool} patches, which do not tile the {encoder.grid} x {encoder.grid} of {encoder.model}; allowed: "
+            f"one of {divisors}"
+        )

@@ -13,7 +13,26 @@ __all__ = ["DCISpec", "FusionSpec", "SCISpec", "STISpec", "SingleSpec"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SingleSpec:
+class _Fusion:
+    """What all fusions share: their maps may be pooled before anything merges them, and so are stored pooled."""
+
+    map_pool: int = 1
+    """Side of the squares of patches whose mean is one token of every map, as `MapSpec.pool`."""
+
+    def _map(self, *layers: int) -> MapSpec:
+        return MapSpec(layers=layers, pool=self.map_pool)
+
+    def map_tokens(self, num_patches: int) -> int:
+        """Tokens of each of its maps.
+
+        Args:
+            num_patches: patches in a view.
+        """
+        return num_patches // self.map_pool**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleSpec(_Fusion):
     """One layer, as LLaVA does it."""
 
     kind: Literal["single"] = "single"
@@ -22,7 +41,7 @@ class SingleSpec:
     @property
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in channel order."""
-        return (MapSpec(layers=(self.layer,)),)
+        return (self._map(self.layer),)
 
     @property
     def num_wide(self) -> int:
@@ -35,11 +54,11 @@ class SingleSpec:
         Args:
             num_patches: patches in a view.
         """
-        return num_patches
+        return self.map_tokens(num_patches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class STISpec:
+class STISpec(_Fusion):
     """Sparse token integration: the base layer's tokens, then pooled tokens of other layers.
 
     Source: Dense Connector (arXiv 2405.13800) section 3.1 and the authors' code, which pools the flattened raster.
@@ -63,7 +82,7 @@ class STISpec:
     @property
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in token order."""
-        return tuple(MapSpec(layers=(layer,)) for layer in (self.base, *self.layers))
+        return tuple(self._map(layer) for layer in (self.base, *self.layers))
 
     @property
     def num_wide(self) -> int:
@@ -76,14 +95,15 @@ class STISpec:
         Args:
             num_patches: patches in a view.
         """
+        num_base = self.map_tokens(num_patches)
         if isinstance(self.pool, int):
-            return num_patches + len(self.layers) * (num_patches // self.pool)
+            return num_base + len(self.layers) * (num_base // self.pool)
         rows, columns = self.pool
-        return num_patches + len(self.layers) * (num_patches // (rows * columns))
+        return num_base + len(self.layers) * (num_base // (rows * columns))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SCISpec:
+class SCISpec(_Fusion):
     """Sparse channel integration: the base layer and others side by side in the channel dimension.
 
     Source: Dense Connector section 3.1, eq. 2. Differs from the paper, equals the code: the base layer comes first.
@@ -99,7 +119,7 @@ class SCISpec:
     @property
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in channel order."""
-        return tuple(MapSpec(layers=(layer,)) for layer in (self.base, *self.layers))
+        return tuple(self._map(layer) for layer in (self.base, *self.layers))
 
     @property
     def num_wide(self) -> int:
@@ -112,11 +132,11 @@ class SCISpec:
         Args:
             num_patches: patches in a view.
         """
-        return num_patches
+        return self.map_tokens(num_patches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DCISpec:
+class DCISpec(_Fusion):
     """Dense channel integration: the base layer and the means of groups of adjacent layers.
 
     Source: Dense Connector section 3.1, eqs. 3 and 4. Differs from the paper, equals the code: the base layer comes first.
@@ -140,7 +160,7 @@ class DCISpec:
     @property
     def maps(self) -> tuple[MapSpec, ...]:
         """The maps this fusion reads, in channel order."""
-        return (MapSpec(layers=(self.base,)), *(MapSpec(layers=tuple(range(first, last + 1))) for first, last in self.groups))
+        return (self._map(self.base), *(self._map(*range(first, last + 1)) for first, last in self.groups))
 
     @property
     def num_wide(self) -> int:
@@ -153,7 +173,7 @@ class DCISpec:
         Args:
             num_patches: patches in a view.
         """
-        return num_patches
+        return self.map_tokens(num_patches)
 
 
 def _check_distinct(base: int, layers: tuple[int, ...]) -> None:

@@ -29,6 +29,7 @@ from model.specs import (
 )
 from model.views import ViewSpec, plan_views
 from model.vision_language import VisionLanguageModel, lay_out_images, plan_sequences
+from tests.drawn_fusions import dci_fields, sparse_fields
 from workers.training.engine import TorchEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")  # beartype samples containers at random
@@ -36,14 +37,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDep
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 layers = st.integers(0, 6)
+map_pools = st.sampled_from([1, 1, 2])
 squares = st.one_of(
-    layers.map(lambda layer: SingleSpec(layer=layer)),
-    st.builds(SCISpec, base=layers, layers=st.lists(layers, min_size=1, max_size=3).map(tuple)),
-    st.builds(
-        DCISpec, base=layers, groups=st.lists(st.tuples(layers, layers).map(lambda pair: tuple(sorted(pair))), min_size=1, max_size=3).map(tuple)
-    ),
+    st.builds(SingleSpec, layer=layers, map_pool=map_pools),
+    st.builds(lambda fields, map_pool: SCISpec(**fields, map_pool=map_pool), sparse_fields(6, 3), map_pools),
+    st.builds(lambda fields, map_pool: DCISpec(**fields, map_pool=map_pool), dci_fields(6, 3), map_pools),
 )
-stis = st.builds(STISpec, base=layers, layers=st.lists(layers, min_size=1, max_size=2).map(tuple), pool=st.sampled_from([3, 8, (2, 2), (1, 4)]))
+stis = st.one_of(
+    st.builds(lambda fields, pool: STISpec(**fields, pool=pool), sparse_fields(6, 2), st.sampled_from([3, 8, (2, 2), (1, 4)])),
+    st.builds(lambda fields, pool: STISpec(**fields, pool=pool, map_pool=2), sparse_fields(6, 2), st.sampled_from([3, (2, 1)])),
+)
 starts = st.sampled_from(["positional", "authors"])
 mixtures = st.builds(GatedMixtureSpec, attention_init=starts, noise=st.sampled_from(["own", "authors", "none"]))
 global_branches = st.one_of(
@@ -130,7 +133,8 @@ def conversation(number, answer_seed=0):
 
 def maps_of(spec, count, seed):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(count, 16, 8, generator=generator) for name in sorted({m.name for m in spec.maps})}
+    tokens = spec.map_tokens(16)
+    return {name: torch.randn(count, tokens, 8, generator=generator) for name in sorted({m.name for m in spec.maps})}
 
 
 def batch_of(model, order=(0, 1, 2), answer_seed=0, *, noisy=False):
@@ -148,7 +152,9 @@ def batch_of(model, order=(0, 1, 2), answer_seed=0, *, noisy=False):
         lay_out_images(model.connector, [True] * 3, [PLANS[image] for image in order]),
         global_maps={name: value[list(order)] for name, value in maps_of(spec.global_branch.fusion, 3, 1).items()},
         local_maps=None if local is None else {name: value[views] for name, value in maps_of(local.fusion, sum(VIEWS), 2).items()},
-        gate_noise=torch.randn(3, 16, 2, generator=generator) if noisy and mixture and spec.global_branch.adapters.noise != "none" else None,
+        gate_noise=torch.randn(3, model.connector.num_global_patches, 2, generator=generator)
+        if noisy and mixture and spec.global_branch.adapters.noise != "none"
+        else None,
         selects=spec.selector is not None,
         selector_noise=torch.randn(3, most, generator=generator) if noisy and spec.selector is not None else None,
     )

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from model.connector import build_connector
 from model.folding import fold_connector
 from model.specs import ConnectorSpec, DCISpec, GlobalBranchSpec, LocalBranchSpec, MLPSpec, SCISpec, SingleSpec
+from tests.drawn_fusions import dci_fields, sparse_fields
 from tests.tiny_training import tiny_encoder_spec
 
 LAYERS = st.integers(0, 6)
-GROUP = st.tuples(LAYERS, LAYERS).map(sorted).map(tuple)
 # Built in the test and not here: the type checker looks at items by chance, which Hypothesis does not want of what it draws.
 FUSIONS = st.one_of(
     st.tuples(st.just(SingleSpec), st.fixed_dictionaries({"layer": LAYERS})),
-    st.tuples(st.just(SCISpec), st.fixed_dictionaries({"base": LAYERS, "layers": st.lists(LAYERS, min_size=1, max_size=3).map(tuple)})),
-    st.tuples(st.just(DCISpec), st.fixed_dictionaries({"base": LAYERS, "groups": st.lists(GROUP, min_size=1, max_size=3).map(tuple)})),
+    st.tuples(st.just(SCISpec), sparse_fields(6, 3)),
+    st.tuples(st.just(DCISpec), dci_fields(6, 3)),
 )
 
 

@@ -95,7 +95,7 @@ def test_files_are_laid_out_for_random_access(cached):
         assert opened.schema_arrow.names[-len(spec.maps(branch)) :] == [item.name for item in spec.maps(branch)]
         field = opened.schema_arrow.field("layer_5")
         assert str(field.type) == f"fixed_size_binary[{16 * 32 * 2}]"
-        assert field.metadata == {b"map": b"layer_5", b"layers": b"[5]", b"dtype": b"float16", b"shape": b"[16, 32]"}
+        assert field.metadata == {b"map": b"layer_5", b"layers": b"[5]", b"dtype": b"float16", b"pool": b"1", b"shape": b"[16, 32]"}
         assert opened.schema_arrow.metadata[b"loupe.features"].decode() == fingerprint(spec)
         rows = opened.read(columns=["image_sha256", "view_index"]).to_pylist()
         assert [row["view_index"] for row in rows[:views]] == ([0] if branch == "global" else [1, 2])
@@ -123,6 +123,21 @@ def test_cached_equals_live_equals_the_encoder_for_every_map(cached, root, preci
             torch.testing.assert_close(cached_image.global_maps[place], encoder(views[:1], [item])[item.name][0], rtol=relative, atol=absolute)
         for place, item in enumerate(spec.local_maps):
             torch.testing.assert_close(cached_image.local_maps[:, place], encoder(views[1:], [item])[item.name], rtol=relative, atol=absolute)
+
+
+def test_pooled_local_maps_are_cached_at_a_quarter(built):
+    store, spec, samples = built
+    local = tuple(dataclasses.replace(item, pool=2) for item in spec.local_maps)
+    pooled = dataclasses.replace(spec, local_maps=local)
+    cache(store, pooled)
+    assert feature_bytes(pooled, samples) == 16 * (3 * 16 + 2 * 2 * 4) * 32 * 2
+    found = CachedFeatures(store, pooled).fetch(samples[:3], want_global=True, want_local=True)
+    live = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples[:3], want_global=True, want_local=True)
+    for ours, theirs in zip(found, live, strict=True):
+        torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
+        squares = theirs.local_maps.reshape(2, 2, 2, 2, 2, 2, 32).mean(dim=(3, 5)).flatten(2, 3)
+        torch.testing.assert_close(ours.local_maps, squares, rtol=2**-10, atol=2e-5)
+    CachedFeatures(store, pooled).verify(samples)
 
 
 def test_only_the_wanted_maps_are_read_in_the_wanted_order(cached):

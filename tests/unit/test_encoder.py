@@ -247,7 +247,7 @@ def test_a_plan_takes_what_the_hubs_cache_holds_and_asks_no_network(tiny_encoder
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
-    with pytest.raises(EncoderError, match=r"a plan asks no network\. A folder with its config\.json .* Known are openai/clip-vit-base-patch32, "):
+    with pytest.raises(EncoderError, match=r"a plan asks no network, and takes a folder with its config\.json\. Known are openai/clip-vit-base-patch32, "):
         plan_encoder("some/tower")
     snapshot = tmp_path / "models--some--tower" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -282,6 +282,19 @@ def test_a_mean_is_the_mean_of_its_layers_in_fp32(tiny_encoder_folder):
     found = encoder(views(), maps)
     assert {value.dtype for value in found.values()} == {torch.float32}
     torch.testing.assert_close(found["mean_1.2.6"], (found["layer_1"] + found["layer_2"] + found["layer_6"]) / 3, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pool_is_the_mean_of_squares_of_patches_row_by_row(tiny_encoder_folder):
+    encoder = load_encoder(describe_encoder(str(tiny_encoder_folder)), 6)
+    whole, pooled = MapSpec(layers=(2, 6)), MapSpec(layers=(2, 6), pool=2)
+    found = encoder(views(3), [whole, pooled])
+    assert (whole.name, pooled.name) == ("mean_2.6", "mean_2.6_pool_2")
+    assert found[pooled.name].shape == (3, 4, found[whole.name].shape[2])
+    for view in range(3):
+        for row in range(2):
+            for column in range(2):
+                square = [found[whole.name][view, (2 * row + y) * 4 + 2 * column + x] for y in range(2) for x in range(2)]
+                torch.testing.assert_close(found[pooled.name][view, 2 * row + column], sum(square) / 4, rtol=1e-6, atol=1e-6)
 
 
 def test_views_do_not_depend_on_their_batch(tiny_encoder_folder):

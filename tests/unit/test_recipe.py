@@ -577,6 +577,31 @@ def test_a_layer_twice_is_refused_and_its_place_told_once(tmp_path: Path, fusion
         recipe.connector_spec(encoder_spec())
 
 
+@pytest.mark.parametrize(
+    ("fusion", "message"),
+    [
+        (
+            '{ kind = "dci", groups = 2, map_pool = 3 }',
+            r"^connector\.local\.fusion\.map_pool: found squares of 3 x 3 patches, which do not tile the 8 x 8 of .*; allowed: one of \[1, 2, 4, 8\]",
+        ),
+        ('{ kind = "dci", groups = 2, map_pool = 0 }', r"connector\.local\.fusion\.map_pool: found 0; allowed: "),
+    ],
+)
+def test_pools_that_do_not_tile_are_refused(tmp_path: Path, fusion: str, message: str) -> None:
+    text = MINIMAL.replace('{ kind = "dci", groups = 2 }\ncompression', f"{fusion}\ncompression")
+    with pytest.raises((SpecError, RecipeError), match=message):
+        load(tmp_path, text).connector_spec(encoder_spec())
+
+
+def test_a_pool_makes_local_views_cheaper(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL.replace('{ kind = "dci", groups = 2 }\ncompression', '{ kind = "dci", groups = 2, map_pool = 2 }\ncompression'))
+    connector = recipe.connector_spec(encoder_spec())
+    encoder = encoder_spec()
+    features = recipe.feature_spec(recipe.dataset_spec(encoder, {}), encoder, connector)
+    assert [item.name for item in features.local_maps] == [f"{item.name}_pool_2" for item in features.global_maps]
+    assert features.view_bytes("local") * 4 == features.view_bytes("global")
+
+
 def test_groups_may_overlap_and_leave_layers_out(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL.replace("groups = 2", "groups = [[0, 4], [3, 6]]"))
     assert recipe.connector_spec(encoder_spec()).global_branch.fusion.maps[1:] == (MapSpec(layers=(0, 1, 2, 3, 4)), MapSpec(layers=(3, 4, 5, 6)))

@@ -24,7 +24,6 @@ from workers.caching.units import (
     UnitOutcome,
     features_table,
     file_schema,
-    map_bytes,
     num_views,
     refuse,
     view_plan,
@@ -65,10 +64,10 @@ def encode_views(
         precision: `fp32` or `fp16`.
 
     Returns:
-        [views, patches, width] by map name, and per view whether all of its values are finite once stored.
+        [views, tokens, width] by map name, and per view whether all of its values are finite once stored.
     """
     patches, width = encoder.spec.num_patches, encoder.spec.width
-    stored = {item.name: np.empty((len(views), patches, width), dtype=_NUMPY_DTYPE[precision]) for item in maps}
+    stored = {item.name: np.empty((len(views), item.num_tokens(patches), width), dtype=_NUMPY_DTYPE[precision]) for item in maps}
     finite = np.ones(len(views), dtype=np.bool_)
     for start in range(0, len(views), batch_views):
         stop = min(start + batch_views, len(views))
@@ -235,7 +234,7 @@ def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, 
         arrays = [pa.array(columns[field.name], field.type) for field in schema if field.name in columns]
         for item in spec.maps(branch):
             values = stored[item.name][start:stop]
-            arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(map_bytes(spec)), len(values), [None, pa.py_buffer(values)]))
+            arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(spec.map_bytes(item)), len(values), [None, pa.py_buffer(values)]))
         yield pa.Table.from_arrays(arrays, schema=schema)
 
 

@@ -20,7 +20,7 @@ from model.errors import MissingMapError, first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.encode import as_features, choose_device, encode_views
-from workers.caching.units import BRANCHES, features_table, load_views, map_bytes, num_views
+from workers.caching.units import BRANCHES, features_table, load_views, num_views
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, ObjectNotFoundError, StaleCacheError, StorageError
 from workers.storage import Store, translated
@@ -37,9 +37,9 @@ _CANARY_TOLERANCE = 5e-3
 class ImageFeatures:
     """The maps of one image's views, in the order that was asked for."""
 
-    global_maps: Float[Tensor, "global_maps patches width"] | None
+    global_maps: Float[Tensor, "global_maps global_tokens width"] | None
     """fp32; None when not asked for."""
-    local_maps: Float[Tensor, "views local_maps patches width"] | None
+    local_maps: Float[Tensor, "views local_maps local_tokens width"] | None
     """fp32, views row by row; None when not asked for."""
 
 
@@ -318,11 +318,11 @@ class CachedFeatures:
                 f"{file.path}, row group {group}: expected {expected} views of image {sample.image_sha256[:12]}; the file is damaged"
             )
         dtype = np.dtype(np.float16 if spec.precision == "fp16" else np.float32)
-        shape = (expected, spec.encoder.num_patches, spec.encoder.width)
         stored = {}
         for item in maps:
+            shape = (expected, item.num_tokens(spec.encoder.num_patches), spec.encoder.width)
             blob = rows.column(item.name).combine_chunks()
-            start = blob.offset * map_bytes(spec)
+            start = blob.offset * spec.map_bytes(item)
             stored[item.name] = np.frombuffer(blob.buffers()[1], dtype=dtype, offset=start, count=int(np.prod(shape))).reshape(shape)
         return as_features(stored, maps)
 

@@ -32,7 +32,6 @@ __all__ = [
     "UnitJob",
     "UnitOutcome",
     "UnitPlan",
-    "bytes_per_view",
     "feature_bytes",
     "features_table",
     "load_views",
@@ -43,18 +42,7 @@ __all__ = [
 
 BRANCHES: tuple[Branch, ...] = ("global", "local")
 
-_ITEM_BYTES = {"fp32": 4, "fp16": 2}
 _ARROW_DTYPE = {"fp32": "float32", "fp16": "float16"}
-
-
-def bytes_per_view(spec: FeatureSpec, maps: Sequence[MapSpec]) -> int:
-    """Feature bytes of one view: maps x patches x width x bytes per value."""
-    return len(maps) * map_bytes(spec)
-
-
-def map_bytes(spec: FeatureSpec) -> int:
-    """Bytes of one map of one view."""
-    return spec.encoder.num_patches * spec.encoder.width * _ITEM_BYTES[spec.precision]
 
 
 def view_plan(spec: FeatureSpec, sample: Sample) -> ViewPlan:
@@ -72,7 +60,7 @@ def num_views(spec: FeatureSpec, sample: Sample, branch: Branch) -> int:
 
 def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
     """Feature bytes of all views of some samples, without the files' small overhead."""
-    return sum(num_views(spec, sample, branch) * bytes_per_view(spec, spec.maps(branch)) for sample in samples for branch in BRANCHES)
+    return sum(num_views(spec, sample, branch) * spec.view_bytes(branch) for sample in samples for branch in BRANCHES)
 
 
 def file_schema(spec: FeatureSpec, branch: Branch) -> pa.Schema:
@@ -98,10 +86,11 @@ def _map_field(spec: FeatureSpec, item: MapSpec) -> pa.Field:
         "map": item.name,
         "layers": json.dumps(list(item.layers)),
         "dtype": _ARROW_DTYPE[spec.precision],
-        "shape": json.dumps([spec.encoder.num_patches, spec.encoder.width]),
+        "pool": str(item.pool),
+        "shape": json.dumps([item.num_tokens(spec.encoder.num_patches), spec.encoder.width]),
     }
     # Opaque bytes of a fixed size: Arrow's list and tensor types are 13 to 40 times slower to read.
-    return pa.field(item.name, pa.binary(map_bytes(spec)), metadata=metadata)
+    return pa.field(item.name, pa.binary(spec.map_bytes(item)), metadata=metadata)
 
 
 def features_table(store: Store, spec: FeatureSpec) -> Table:

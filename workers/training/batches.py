@@ -333,7 +333,7 @@ class BatchBuilder:
         plans = [self.view_plan(self.samples[index]) if wanted else None for index, wanted in zip(indices, wants_local, strict=True)]
         noise = None
         if "gate" in phase.train and phase.experts == "mixture" and _is_noisy(self.connector):
-            shape = (self.connector.num_patches, NUM_EXPERTS)
+            shape = (self.connector.num_global_patches, NUM_EXPERTS)
             drawn = [
                 _generator(seed, _NOISE, phase_index, position).standard_normal(shape, dtype=np.float32)
                 for position, wanted in zip(positions, wants_global, strict=True)
