@@ -81,7 +81,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     following: StageName = STAGES[0]
     try:
         for stage_run in stage_runs(experiment, until, form):
-            following = STAGES[min(STAGES.index(stage_run.stage) + 1, len(STAGES) - 1)]
+            later = [stage for stage in STAGES[STAGES.index(stage_run.stage) + 1 :] if stage != "calibrate-features" or experiment.calibration]
+            following = later[0] if later else following
             yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
         yield PlanLine(topic="stages", fact=f"{following} and later", value=str(error))

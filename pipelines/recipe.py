@@ -17,6 +17,7 @@ from model.errors import SpecError
 from model.metrics import MetricName
 from model.specs import (
     AdapterSpec,
+    CalibrationSpec,
     ChatTemplate,
     ConnectorSpec,
     EncoderSpec,
@@ -26,6 +27,7 @@ from model.specs import (
     LoraSpec,
     PhaseSpec,
     ScheduleSpec,
+    UnknownDigest,
     fingerprint_if_known,
 )
 from model.views import ViewSpec
@@ -149,7 +151,11 @@ class Views(Table):
 class Features(Table):
     """How features are stored."""
 
-    precision: Literal["fp32", "fp16"] = "fp16"
+    precision: Literal["fp32", "fp16", "int8"] = "fp16"
+    calibration_images: Annotated[int, Field(ge=4)] = 256
+    """Of int8: images that its centres and scales are measured on, one of four to check them."""
+    min_snr_db: Positive = 30.0
+    """Of int8: a map that keeps less signal over rounding is stored in fp16."""
 
 
 class Lora(Table):
@@ -374,7 +380,7 @@ class Recipe(Table):
         )
 
     def feature_spec(self, dataset: DatasetSpec, encoder: EncoderSpec, connector: ConnectorSpec) -> FeatureSpec:
-        """The cache that the connector reads: the union of its maps per branch."""
+        """The cache that the connector reads: the union of its maps per branch. Of int8, before it is calibrated."""
         return FeatureSpec(
             dataset_fingerprint=fingerprint_if_known(dataset),
             encoder=encoder,
@@ -382,6 +388,26 @@ class Recipe(Table):
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),
             local_maps=tuple(dict.fromkeys(connector.local_branch.fusion.maps)) if connector.local_branch is not None else (),
             precision=self.features.precision,
+            calibration_sha256=UnknownDigest("the calibration, which runs first") if self.features.precision == "int8" else None,
+        )
+
+    def calibration_spec(self, features: FeatureSpec) -> CalibrationSpec | None:
+        """How the maps of a cache are measured; None where its precision needs no measuring.
+
+        Args:
+            features: the cache.
+        """
+        if features.precision != "int8":
+            return None
+        return CalibrationSpec(
+            dataset_fingerprint=features.dataset_fingerprint,
+            encoder=features.encoder,
+            views=features.views,
+            global_maps=features.global_maps,
+            local_maps=features.local_maps,
+            num_images=self.features.calibration_images,
+            min_snr_db=self.features.min_snr_db,
+            resampling=features.resampling,
         )
 
     @property

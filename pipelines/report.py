@@ -148,7 +148,9 @@ def collect_page(experiment: "Experiment") -> ReportPage:
     stages = _stage_rows(experiment, export, runs)
     shown = _page_samples(experiment, samples[experiment.asked is not None], first)
     refusals: dict[str, dict[str, int]] = {
-        run.name: _record(experiment, run.stage, run.spec)["quarantined_by_reason"] for run in _data_runs(experiment)
+        run.name: _record(experiment, run.stage, run.spec)["quarantined_by_reason"]
+        for run in _data_runs(experiment)
+        if run.stage != "calibrate-features"
     }
     # Which conversations and questions are refused depends on no seed.
     refusals |= {"train-connector": runs[0].training.quarantined_by_reason, "evaluate": first.quarantined_by_reason}
@@ -351,10 +353,15 @@ def _dataset_rows(samples: Sequence[Sample], *, asked: bool) -> tuple[DatasetRow
 
 
 def _data_row(run: "StageRun", record: dict[str, Any]) -> StageRow:
+    size: int | None
     if run.stage == "build-dataset":
         size, note = record["image_bytes"], _dataset_note(record)
+    elif run.stage == "calibrate-features":
+        size, note = None, f"int8 for {len(record['maps']) - len(record['fp16_maps'])} of {len(record['maps'])} maps"
     else:
+        least = min(record["quality"].values(), key=lambda quality: quality["snr_db"])
         size, note = record["feature_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
+        note += f"; stored within {least['snr_db']:.0f} dB, cosine {least['worst_cosine']:.5f} or more" if least["snr_db"] < 999 else ""
     return StageRow(name=run.name, key=run.key, seconds=record["seconds"], num_bytes=size, note=note)
 
 

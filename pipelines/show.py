@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.errors import SpecError
-from model.specs import fingerprint
+from model.specs import UnknownDigest, fingerprint, fingerprint_if_known
 from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile, recipe_files
 from pipelines.stages import Experiment, shown_path, stage_runs
@@ -141,6 +141,9 @@ def _show_run(experiment: Experiment, console: Console) -> None:
     try:
         for stage_run in stage_runs(experiment):
             experiment.check_known(stage_run.spec)
+            if isinstance(fingerprint_if_known(stage_run.spec), UnknownDigest):
+                table.add_row(stage_run.name, "", "to do", "")  # behind a calibration that is to do
+                continue
             record = experiment.record(stage_run.stage, stage_run.spec)
             if record is not None:
                 seconds = record.get("seconds")

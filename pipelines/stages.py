@@ -7,7 +7,7 @@ starts; a stage whose record is committed is not run, and what it needs is not e
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from model.errors import ExportError, FoldingError, ModelError, SpecError, first_line
 from model.specs import (
+    CalibrationSpec,
     ChatTemplate,
     ConnectorSpec,
     EncoderSpec,
@@ -61,7 +62,7 @@ __all__ = [
     "stage_runs",
 ]
 
-STAGES: tuple[StageName, ...] = ("build-dataset", "cache-features", "train-connector", "evaluate", "export", "report")
+STAGES: tuple[StageName, ...] = ("build-dataset", "calibrate-features", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
 
 """By the precision of stored features."""
@@ -161,15 +162,44 @@ class Experiment:
     """Longest sequence that the language model allows."""
     connector: ConnectorSpec
     dataset: DatasetSpec
-    features: FeatureSpec
-    asked: tuple[DatasetSpec, FeatureSpec] | None = None
-    """The dataset that is asked instead of the held-out images, and its features."""
+    planned_features: FeatureSpec
+    """The cache, of int8 before it is calibrated."""
+    asked_dataset: DatasetSpec | None = None
+    """What is asked instead of the held-out images."""
     missing: tuple[MissingPart, ...] = ()
     """Only in plans: what holds an unknown digest in its place has no fingerprint, so no stage runs without it."""
     weights: "WeightsFile | None" = None
     """What training starts from; None for random weights."""
     merge_export: bool = False
     """Whether the standard export holds adapters merged into the language model."""
+    _calibrated: dict[str, FeatureSpec] = field(default_factory=dict, compare=False, repr=False)
+    """By root, the cache once its calibration was found done: its record is read once."""
+
+    @property
+    def calibration(self) -> CalibrationSpec | None:
+        """How maps are measured for int8, on the dataset that is trained on; None of another precision."""
+        return self.file.recipe.calibration_spec(self.planned_features)
+
+    @property
+    def features(self) -> FeatureSpec:
+        """The cache; of int8 its calibration is an UnknownDigest until that is done."""
+        calibration = self.calibration
+        if calibration is None:
+            return self.planned_features
+        root = self.store.root
+        if root not in self._calibrated:
+            record = self.record("calibrate-features", calibration)
+            if record is None:
+                return self.planned_features
+            self._calibrated[root] = replace(self.planned_features, calibration_sha256=record["sha256"], fp16_maps=tuple(record["fp16_maps"]))
+        return self._calibrated[root]
+
+    @property
+    def asked(self) -> tuple[DatasetSpec, FeatureSpec] | None:
+        """The dataset that is asked instead of the held-out images, and its features, stored as those that are trained on."""
+        if self.asked_dataset is None:
+            return None
+        return self.asked_dataset, replace(self.features, dataset_fingerprint=fingerprint_if_known(self.asked_dataset))
 
     @property
     def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
@@ -202,7 +232,7 @@ class Experiment:
             NothingThereError: names what is missing.
         """
         unknown = fingerprint_if_known(spec)
-        if isinstance(unknown, UnknownDigest):
+        if isinstance(unknown, UnknownDigest) and self.missing:
             raise NothingThereError(
                 f"recipe {self.file.path}: what it has left in {shown_path(self.store.root)} is found by keys that depend on {unknown}, and those "
                 "are not on this machine; look from a machine that has them, or put them here"
@@ -273,7 +303,7 @@ class Experiment:
         wanted = self.file.recipe.evaluation
         return EvaluationSpec(
             training_fingerprint=fingerprint_if_known(training),
-            dataset_fingerprint=fingerprint_if_known(self.dataset if self.asked is None else self.asked[0]),
+            dataset_fingerprint=fingerprint_if_known(self.dataset if self.asked_dataset is None else self.asked_dataset),
             modes=wanted.modes,
             max_questions=wanted.max_questions,
             max_new_tokens=wanted.max_new_tokens,
@@ -529,8 +559,8 @@ def open_experiment(
             context_tokens=models.context_tokens,
             connector=connector,
             dataset=dataset,
-            features=features,
-            asked=None if asked is None else (asked, recipe.feature_spec(asked, models.encoder, connector)),
+            planned_features=features,
+            asked_dataset=asked,
             missing=(*models.missing, *missing_sources, *missing_weights),
             weights=weights,
             merge_export=merge_export,
@@ -669,6 +699,8 @@ def stage_runs(experiment: Experiment, until: StageName = "report", form: Export
     if built is not None:
         _check_built(experiment, built, evaluates=last >= STAGES.index("evaluate") and experiment.asked is None)
 
+    if last >= STAGES.index("calibrate-features") and (calibration := experiment.calibration) is not None:
+        yield _calibrate_run(experiment, calibration)
     if last >= STAGES.index("cache-features"):
         for _, features, asked in experiment.data:
             yield _cache_run(experiment, features, asked=asked)
@@ -733,6 +765,15 @@ def _build_run(experiment: Experiment, dataset: DatasetSpec, *, asked: bool) -> 
         return build_dataset(dataset, experiment.store, experiment.execution, progress)
 
     return StageRun(stage="build-dataset", seed=None, spec=dataset, run=build, asked=asked)
+
+
+def _calibrate_run(experiment: Experiment, calibration: CalibrationSpec) -> StageRun:
+    def calibrate(progress: Progress) -> Any:
+        from workers.caching.calibrate import calibrate_features
+
+        return calibrate_features(calibration, experiment.store, experiment.execution, progress)
+
+    return StageRun(stage="calibrate-features", seed=None, spec=calibration, run=calibrate)
 
 
 def _cache_run(experiment: Experiment, features: FeatureSpec, *, asked: bool) -> StageRun:

@@ -99,6 +99,11 @@ def _figures(outcome: "StageOutcome") -> str:
     match outcome.stage:
         case "build-dataset":
             return f"{record['num_samples']} images, {record['num_turns']} questions"
+        case "calibrate-features":
+            number = len(record["maps"]) - len(record["fp16_maps"])
+            least = min(item["snr_db"] for item in record["maps"])
+            images = record["num_images"] + record["num_checked"]
+            return f"{images} images, int8 good enough for {number} of {len(record['maps'])} maps, {least:.0f} dB at least"
         case "cache-features":
             return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}"
         case "train-connector":

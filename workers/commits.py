@@ -24,7 +24,7 @@ from workers.storage import Store
 
 __all__ = ["Stage", "StageName", "StageTimer", "from_json", "to_json"]
 
-StageName = Literal["build-dataset", "cache-features", "train-connector", "evaluate", "export", "report"]
+StageName = Literal["build-dataset", "calibrate-features", "cache-features", "train-connector", "evaluate", "export", "report"]
 
 Decoded = TypeVar("Decoded")
 

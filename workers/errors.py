@@ -16,6 +16,7 @@ WorkerError
 |-- SourceError              a dataset source is missing, damaged or not what the recipe says
 |-- ErrorBudgetError         more inputs were quarantined than the budget allows
 |-- IncompleteError          expected != committed + quarantined
+|-- CalibrationError         maps cannot be measured, or what is stored of them is worse than was measured
 |-- DiskSpaceError           the planned work does not fit the free space
 |-- StaleCacheError          cached features are not what the encoder gives
 |-- MissingFeaturesError     the cache does not hold an image, or holds it damaged
@@ -32,6 +33,7 @@ from typing import ClassVar
 
 __all__ = [
     "AccessDeniedError",
+    "CalibrationError",
     "ClusterError",
     "CredentialsError",
     "DiskSpaceError",
@@ -142,6 +144,10 @@ class ErrorBudgetError(WorkerError):
 
 class IncompleteError(WorkerError):
     """A stage's books do not balance: expected is not committed plus quarantined."""
+
+
+class CalibrationError(WorkerError):
+    """Maps cannot be measured for int8, or what is stored of them is worse than what was measured; the message says what can be done."""
 
 
 class DiskSpaceError(WorkerError):

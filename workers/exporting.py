@@ -186,7 +186,8 @@ def export_config(training: TrainingSpec, trained: TrainingRecord, adapter: "Ada
         connector=training.connector,
         encoder=training.features.encoder,
         views=training.features.views,
-        feature_precision=training.features.precision,
+        # int8 is how a cache is kept small; an export computes its features, and needs neither rounding nor calibration.
+        feature_precision="fp32" if training.features.precision == "int8" else training.features.precision,
         precision=training.precision,
         language_model_precision="fp32" if tuned_whole else training.precision,
         adapter=adapter,

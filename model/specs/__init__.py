@@ -26,7 +26,7 @@ from model.specs._connectors import (
     TextGuidedSelectorSpec,
 )
 from model.specs._exports import ExportForm, StockForm
-from model.specs._features import EncoderFamily, EncoderSpec, FeatureSpec, MapSpec
+from model.specs._features import CalibrationSpec, EncoderFamily, EncoderSpec, FeatureSpec, MapSpec, Precision
 from model.specs._fingerprints import UnknownDigest, canonical_json, fingerprint, fingerprint_if_known, spec_differences
 from model.specs._fusions import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
 from model.specs._language_models import ChatTemplate, LanguageModelSpec, LoraSpec
@@ -38,6 +38,7 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "CalibrationSpec",
     "ChatTemplate",
     "CompressionSpec",
     "ConnectorSpec",
@@ -57,6 +58,7 @@ __all__ = [
     "MapSpec",
     "Merge",
     "PhaseSpec",
+    "Precision",
     "SCISpec",
     "STISpec",
     "ScheduleSpec",

@@ -7,7 +7,7 @@ from typing import Literal
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "check_map_pool"]
+__all__ = ["CalibrationSpec", "EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "Precision", "check_map_pool"]
 
 EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
 """Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
@@ -90,7 +90,38 @@ class EncoderSpec:
         return self.grid**2
 
 
-_BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2}
+Precision = Literal["fp32", "fp16", "int8"]
+"""How a map's numbers are stored. `int8`: per token, behind a centre and a scale per channel, see model.quantisation."""
+
+_BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
+_STEP_BYTES = 2
+"""Of int8: each token's step, in fp16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationSpec:
+    """Identity of a calibration: centres and scales of maps, measured on some images of a dataset, and which maps int8 is good enough for.
+
+    Raises:
+        SpecError: too few images.
+    """
+
+    dataset_fingerprint: str
+    encoder: EncoderSpec
+    views: ViewSpec
+    global_maps: tuple[MapSpec, ...]
+    local_maps: tuple[MapSpec, ...]
+    num_images: int
+    """Drawn evenly; three of four are measured, the fourth says how good the measure is on images that it has not seen."""
+    min_snr_db: float
+    """A map that int8 keeps less of, in decibels, is stored in fp16."""
+    seed: int = 0
+    resampling: Literal["bicubic"] = "bicubic"
+    format_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_images < 4:
+            raise SpecError(f"features.calibration_images: found {self.num_images}; allowed: at least 4, of which one checks what three measure")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +133,11 @@ class FeatureSpec:
     views: ViewSpec
     global_maps: tuple[MapSpec, ...]
     local_maps: tuple[MapSpec, ...]
-    precision: Literal["fp32", "fp16"] = "fp16"
+    precision: Precision = "fp16"
+    calibration_sha256: str | None = None
+    """Of int8: digest of the file of centres and scales."""
+    fp16_maps: tuple[str, ...] = ()
+    """Of int8: maps that it is not good enough for, as `local/layer_7`."""
     resampling: Literal["bicubic"] = "bicubic"
     format_version: int = 1
 
@@ -110,15 +145,28 @@ class FeatureSpec:
         """The maps stored for the views of a branch."""
         return self.global_maps if branch == "global" else self.local_maps
 
-    def map_bytes(self, item: MapSpec) -> int:
-        """Bytes of one map of one view: tokens x width x bytes per number."""
-        return item.num_tokens(self.encoder.num_patches) * self.encoder.width * _BYTES_PER_NUMBER[self.precision]
+    def stored_as(self, branch: Literal["global", "local"], item: MapSpec) -> Precision:
+        """How a map of a branch is stored."""
+        return "fp16" if f"{branch}/{item.name}" in self.fp16_maps else self.precision
+
+    def value_bytes(self, branch: Literal["global", "local"], item: MapSpec) -> int:
+        """Bytes of one map of one view, without steps: tokens x width x bytes per number."""
+        return item.num_tokens(self.encoder.num_patches) * self.encoder.width * _BYTES_PER_NUMBER[self.stored_as(branch, item)]
+
+    def step_bytes(self, branch: Literal["global", "local"], item: MapSpec) -> int:
+        """Bytes of the steps of one map of one view; 0 of a map that is not int8."""
+        return item.num_tokens(self.encoder.num_patches) * _STEP_BYTES if self.stored_as(branch, item) == "int8" else 0
 
     def view_bytes(self, branch: Literal["global", "local"]) -> int:
         """Bytes of all maps of one view of a branch."""
-        return sum(self.map_bytes(item) for item in self.maps(branch))
+        return sum(self.value_bytes(branch, item) + self.step_bytes(branch, item) for item in self.maps(branch))
 
     def __post_init__(self) -> None:
+        if (self.calibration_sha256 is None) == (self.precision == "int8") or (self.fp16_maps and self.precision != "int8"):
+            raise SpecError(
+                f"features of precision {self.precision} with calibration {self.calibration_sha256} and fp16 maps {list(self.fp16_maps)}: int8 needs "
+                "a calibration, and nothing else has one"
+            )
         for branch, maps in (("global", self.global_maps), ("local", self.local_maps)):
             for map_spec in maps:
                 if map_spec.layers[-1] > self.encoder.num_blocks:

@@ -247,7 +247,9 @@ def test_a_plan_takes_what_the_hubs_cache_holds_and_asks_no_network(tiny_encoder
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
-    with pytest.raises(EncoderError, match=r"a plan asks no network, and takes a folder with its config\.json\. Known are openai/clip-vit-base-patch32, "):
+    with pytest.raises(
+        EncoderError, match=r"a plan asks no network, and takes a folder with its config\.json\. Known are openai/clip-vit-base-patch32, "
+    ):
         plan_encoder("some/tower")
     snapshot = tmp_path / "models--some--tower" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

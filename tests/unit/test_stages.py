@@ -12,7 +12,7 @@ import pytest
 
 from model.errors import SpecError
 from model.specs import fingerprint
-from pipelines.errors import RecipeError, SettingError
+from pipelines.errors import NothingThereError, RecipeError, SettingError
 from pipelines.plan import plan_lines, print_plan
 from pipelines.recipe_files import load_recipe
 from pipelines.settings import execution_settings
@@ -83,10 +83,54 @@ def test_a_schedule_in_epochs_needs_the_language_model_before_its_dataset_is_the
 
 def test_stages_come_in_order_with_different_keys(experiment: Experiment) -> None:
     runs = list(stage_runs(experiment))
-    assert tuple(dict.fromkeys(run.stage for run in runs)) == STAGES
+    assert tuple(dict.fromkeys(run.stage for run in runs)) == tuple(stage for stage in STAGES if stage != "calibrate-features")
     assert len({run.key for run in runs}) == len(runs)
     assert [run.seed for run in runs if run.stage == "train-connector"] == list(experiment.file.recipe.seeds)
     assert [run.stage for run in stage_runs(experiment, "cache-features")] == ["build-dataset", "cache-features"]
+
+
+def test_int8_is_calibrated_first_and_what_follows_has_keys_then(experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "int8.toml"
+    path.write_text(experiment.file.text + '\n[features]\nprecision = "int8"\ncalibration_images = 4\n')
+    packed = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+    lines = {line.fact: line.value for line in plan_lines(packed) if line.topic == "stages"}
+    assert list(lines)[:4] == ["build-dataset", "calibrate-features", "cache-features", "train-connector seed 0"]
+    assert lines["calibrate-features"].endswith("  to do")
+    assert {lines[stage] for stage in list(lines)[2:]} == {"key unknown without the calibration, which runs first"}
+    with pytest.raises(NothingThereError, match="holds no cached features of recipe"):
+        show_recipe("cache", packed)
+    show_recipe("run", packed)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert shown[:3] == [
+        ["build-dataset", lines["build-dataset"].split()[0], "to", "do"],
+        ["calibrate-features", lines["calibrate-features"].split()[0], "to", "do"],
+        ["cache-features", "to", "do"],
+    ]
+    assert packed.calibration is not None
+    record = {"sha256": "ab" * 32, "maps": [], "fp16_maps": ["local/layer_5"], "seconds": 1}
+    packed.store.write_json(f"runs/calibrate-features/{fingerprint(packed.calibration)[:16]}/COMMITTED.json", record)
+    assert (packed.features.calibration_sha256, packed.features.fp16_maps) == ("ab" * 32, ("local/layer_5",))
+    assert packed.features == replace(packed.planned_features, calibration_sha256="ab" * 32, fp16_maps=("local/layer_5",))
+    keys = [run.key for run in stage_runs(packed)]
+    assert len(set(keys)) == len(keys)
+    assert packed.training(0).features == packed.features
+    other = Store(str(tmp_path / "other root"))
+    assert replace(packed, store=other).features == packed.planned_features  # a calibration is of one root
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('precision = "int4"', r"features\.precision: found 'int4'; did you mean 'int8'\? allowed: fp32, fp16, int8"),
+        ("calibration_images = 3", r"features\.calibration_images: found 3; allowed: "),
+        ("min_snr_db = 0", r"features\.min_snr_db: found 0; allowed: a finite number greater than 0"),
+    ],
+)
+def test_features_that_cannot_be_stored_so(experiment: Experiment, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "features.toml"
+    path.write_text(f"{experiment.file.text}\n[features]\n{text}\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(path))
 
 
 def test_forms_are_stages_of_their_own_in_the_export_s_place(experiment: Experiment) -> None:

@@ -8,14 +8,15 @@ no part in this.
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from model.quality import MapQuality, recorded_db
 from model.specs import FeatureSpec, fingerprint
 from workers.caching.units import BRANCHES, UnitJob, UnitOutcome, UnitPlan, feature_bytes, features_table, num_views, plan_units, prepare_unit
 from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample, read_samples
-from workers.errors import DiskSpaceError, IncompleteError
+from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table
 from workers.runtime import Cluster, ray_runtime
@@ -23,6 +24,9 @@ from workers.storage import Store
 from workers.tables import Table
 
 __all__ = ["CacheRecord", "cache_features"]
+
+LEAST_SNR_DB = 20.0
+"""Of int8, over the images that were read back: a tenth of the signal's amplitude. Calibrated maps have some 40 dB, uncalibrated ones 17."""
 
 _DISK_MARGIN = 1.05
 """File overhead, the Delta log and a file that is being replaced."""
@@ -48,6 +52,8 @@ class CacheRecord:
     num_units: int
     feature_bytes: int
     """Size of the table's files."""
+    quality: dict[str, dict[str, float]]
+    """By branch and map, as `local/layer_7`: `snr_db`, `cosine` and `worst_cosine` of what is stored, on the first image of every unit."""
     prepare_seconds: float
     """Summed over tasks; they run beside the encoding."""
     encode_seconds: float
@@ -77,6 +83,7 @@ def cache_features(
         DiskSpaceError: the features do not fit.
         EncoderError: the encoder is missing or has other weights than the spec.
         ErrorBudgetError: too many images of a source were refused.
+        CalibrationError: int8 keeps much less of these images than of those that were measured.
         IncompleteError: the books do not balance.
     """
     stage = Stage.open(store, "cache-features", spec)
@@ -158,6 +165,7 @@ def _encode(
                 quarantined.setdefault(row.source, []).append(row)
         # Before the outcome is on record: after a repair the unit that broke the budget runs again.
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
+        _check_quality(jobs[0].spec, _quality((*outcomes.values(), fresh)))
         path = _outcome_path(stage, fresh.number)
         outcome = fresh
         if not stage.store.create_json(path, to_json(fresh)):
@@ -165,6 +173,28 @@ def _encode(
         _commit_outcomes(stage, table, [outcome])
         outcomes[outcome.number] = outcome
         yield outcome
+
+
+def _quality(outcomes: Iterable[UnitOutcome]) -> dict[str, MapQuality]:
+    """How true the maps are so far, by branch and map."""
+    found: dict[str, MapQuality] = {}
+    for outcome in outcomes:
+        for place, quality in outcome.quality.items():
+            found[place] = found.get(place, MapQuality()) + quality
+    return found
+
+
+def _check_quality(spec: FeatureSpec, found: dict[str, MapQuality]) -> None:
+    """Stop a cache of int8 that becomes much worse than its calibration promised: then its images are others than those that were measured."""
+    for place, quality in found.items():
+        branch, _, name = place.partition("/")
+        item = next(item for item in spec.maps("global" if branch == "global" else "local") if item.name == name)
+        if spec.stored_as("global" if branch == "global" else "local", item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
+            raise CalibrationError(
+                f"cache-features: the map {place} is stored with {quality.snr_db:.1f} dB of signal over rounding, below {LEAST_SNR_DB:g} on "
+                f"{quality.num_tokens} tokens: these images are unlike those that the calibration measured. Raise features.calibration_images, so "
+                "that it sees more of them, or store with features.precision = 'fp16'."
+            )
 
 
 def _run(jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
@@ -230,6 +260,10 @@ def _balance(
         num_local_views=counts["local"],
         num_units=len(plan.units),
         feature_bytes=size,
+        quality={
+            place: {"snr_db": recorded_db(found), "cosine": found.cosine, "worst_cosine": found.worst_cosine}
+            for place, found in _quality(outcomes.values()).items()
+        },
         prepare_seconds=sum(outcome.prepare_seconds for outcome in outcomes.values()),
         encode_seconds=encode_seconds,
         write_seconds=sum(outcome.write_seconds for outcome in outcomes.values()),

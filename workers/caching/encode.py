@@ -16,14 +16,18 @@ import torch
 from jaxtyping import Float, UInt8
 
 from model.encoder import Encoder, load_encoder
+from model.quality import MapQuality
+from model.quantisation import map_quality
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch
+from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
 from workers.caching.units import (
     BRANCHES,
     PreparedUnit,
     UnitOutcome,
     features_table,
     file_schema,
+    map_fields,
     num_views,
     refuse,
     view_plan,
@@ -34,9 +38,7 @@ from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_ta
 from workers.storage import Store
 from workers.tables import TableFile
 
-__all__ = ["UnitEncoder", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder"]
-
-_NUMPY_DTYPE = {"fp32": np.float32, "fp16": np.float16}
+__all__ = ["EncodedViews", "UnitEncoder", "as_features", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder"]
 
 
 def choose_device(device: str) -> str:
@@ -51,33 +53,55 @@ def deepest_layer(spec: FeatureSpec) -> int:
     return max((layer for branch in BRANCHES for item in spec.maps(branch) for layer in item.layers), default=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodedViews:
+    """The maps of some views of a branch, as they are stored."""
+
+    maps: dict[str, StoredMap]
+    finite: np.ndarray
+    """Per view whether all that is stored of it is finite: bool [views]."""
+    quality: dict[str, MapQuality]
+    """Of the first views, by map."""
+
+
 def encode_views(
-    encoder: Encoder, views: UInt8[np.ndarray, "views 3 px px"], maps: Sequence[MapSpec], batch_views: int, precision: str
-) -> tuple[dict[str, np.ndarray], "np.ndarray[tuple[int], np.dtype[np.bool_]]"]:
-    """Encode views into maps at their stored precision.
+    encoder: Encoder,
+    views: UInt8[np.ndarray, "views 3 px px"],
+    branch: Branch,
+    maps: Sequence[MapSpec],
+    codec: FeatureCodec,
+    batch_views: int,
+    *,
+    num_compared: int = 0,
+) -> EncodedViews:
+    """Encode views of a branch into maps as they are stored.
 
     Args:
         encoder: loaded deep enough.
         views: uint8 [views, 3, view_px, view_px].
-        maps: which.
+        branch: which.
+        maps: which, of the branch.
+        codec: of the cache.
         batch_views: views in one forward pass.
-        precision: `fp32` or `fp16`.
+        num_compared: so many of the first views are read back, to tell how true they are.
 
     Returns:
-        [views, tokens, width] by map name, and per view whether all of its values are finite once stored.
+        The maps by name.
     """
-    patches, width = encoder.spec.num_patches, encoder.spec.width
-    stored = {item.name: np.empty((len(views), item.num_tokens(patches), width), dtype=_NUMPY_DTYPE[precision]) for item in maps}
+    stored = {item.name: codec.empty(branch, item, len(views)) for item in maps}
+    quality = {item.name: MapQuality() for item in maps}
     finite = np.ones(len(views), dtype=np.bool_)
     for start in range(0, len(views), batch_views):
         stop = min(start + batch_views, len(views))
         reduced = encoder(torch.from_numpy(views[start:stop]), list(maps))
-        for name, values in reduced.items():
-            # Rounded on the device, so that half the bytes leave it.
-            rounded = values.to(torch.float16) if precision == "fp16" else values
-            finite[start:stop] &= torch.isfinite(rounded).flatten(1).all(dim=1).cpu().numpy()
-            stored[name][start:stop] = rounded.cpu().numpy()
-    return stored, finite
+        for item in maps:
+            tokens = reduced[item.name]
+            finite[start:stop] &= codec.store(branch, item, tokens, stored[item.name][start:stop])
+            compared = [view for view in range(start, min(stop, num_compared)) if finite[view]]
+            if compared:
+                back = torch.cat([codec.load(branch, item, stored[item.name][view : view + 1]) for view in compared])
+                quality[item.name] += map_quality(tokens[[view - start for view in compared]], back)
+    return EncodedViews(maps=stored, finite=finite, quality=quality)
 
 
 class UnitEncoder:
@@ -94,13 +118,15 @@ class UnitEncoder:
         self._execution = execution
         self._threads = threads
         self._encoder: Encoder | None = None
+        self._codec: FeatureCodec
         self._forward = threading.Lock()
 
-    def _loaded(self) -> Encoder:
+    def _loaded(self, root: str) -> Encoder:
         # Loaded with the first unit and not in the constructor: an error in an actor's constructor reaches the driver without its type.
         if self._encoder is None:
             if self._threads is not None:
                 torch.set_num_threads(self._threads)
+            self._codec = FeatureCodec(self._spec, read_calibrations(Store(root), self._spec))
             self._encoder = load_encoder(self._spec.encoder, deepest_layer(self._spec), choose_device(self._execution.device))
         return self._encoder
 
@@ -119,22 +145,30 @@ class UnitEncoder:
         """
         spec = self._spec
         with self._forward:
-            encoder = self._loaded()
+            encoder = self._loaded(prepared.job.root)
             started = time.monotonic()
-            stored: dict[Branch, dict[str, np.ndarray]] = {}
-            finite: dict[Branch, np.ndarray] = {}
+            encoded: dict[Branch, EncodedViews] = {}
             for branch in BRANCHES:
-                views = prepared.views(branch)
-                stored[branch], finite[branch] = encode_views(encoder, views, spec.maps(branch), self._execution.encode_batch_views, spec.precision)
+                # The first image of every unit is read back: a sample of one in a unit's images, spread over the whole dataset.
+                compared = num_views(spec, prepared.samples[0], branch) if prepared.samples else 0
+                encoded[branch] = encode_views(
+                    encoder,
+                    prepared.views(branch),
+                    branch,
+                    spec.maps(branch),
+                    self._codec,
+                    self._execution.encode_batch_views,
+                    num_compared=compared,
+                )
             encode_seconds = time.monotonic() - started
         started = time.monotonic()
-        rows, kept = _image_rows(spec, prepared.samples, finite)
+        rows, kept = _image_rows(spec, prepared.samples, {branch: encoded[branch].finite for branch in BRANCHES})
         refused = [
             refuse(sample, "non_finite_features", f"a map of this image is not finite at {spec.precision}")
             for sample in prepared.samples
             if sample.image_sha256 not in kept
         ]
-        files = _write_features(Store(prepared.job.root), spec, prepared, rows, stored)
+        files = _write_features(Store(prepared.job.root), spec, prepared, rows, {branch: encoded[branch].maps for branch in BRANCHES})
         quarantined = (*prepared.quarantined, *refused)
         quarantine_files = _write_quarantine(Store(prepared.job.root), spec, prepared.job.number, quarantined)
         return UnitOutcome(
@@ -144,6 +178,7 @@ class UnitEncoder:
             files=files,
             quarantine_files=quarantine_files,
             quarantined=quarantined,
+            quality={f"{branch}/{name}": quality for branch in BRANCHES for name, quality in encoded[branch].quality.items()},
             prepare_seconds=prepared.seconds,
             encode_seconds=encode_seconds,
             write_seconds=time.monotonic() - started,
@@ -191,7 +226,7 @@ def unit_file_name(spec: FeatureSpec, number: int, images: Sequence[str]) -> str
 
 
 def _write_features(
-    store: Store, spec: FeatureSpec, prepared: PreparedUnit, rows: _Rows, stored: Mapping[Branch, Mapping[str, np.ndarray]]
+    store: Store, spec: FeatureSpec, prepared: PreparedUnit, rows: _Rows, stored: Mapping[Branch, Mapping[str, StoredMap]]
 ) -> tuple[TableFile, ...]:
     table = features_table(store, spec)
     files = []
@@ -205,13 +240,13 @@ def _write_features(
             "loupe.encoder_sha256": spec.encoder.weights_sha256,
             "loupe.format_version": str(spec.format_version),
         }
-        blobs = [item.name for item in spec.maps(branch)]
+        blobs = [field.name for item in spec.maps(branch) for field in map_fields(spec, branch, item)]
         groups = _row_groups(spec, branch, rows[branch], stored[branch])
         files.append(table.write_file({"branch": branch}, name, groups, blobs=blobs, metadata=metadata))
     return tuple(files)
 
 
-def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, StoredMap]) -> Iterator[pa.Table]:
     """One table per image, so that one image is one row group: random access costs nothing, and its views lie together."""
     schema = file_schema(spec, branch)
     if not rows:
@@ -233,8 +268,10 @@ def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, 
         }
         arrays = [pa.array(columns[field.name], field.type) for field in schema if field.name in columns]
         for item in spec.maps(branch):
-            values = stored[item.name][start:stop]
-            arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(spec.map_bytes(item)), len(values), [None, pa.py_buffer(values)]))
+            part = stored[item.name][start:stop]
+            for field, values in zip(map_fields(spec, branch, item), (part.values, part.steps), strict=False):
+                assert values is not None
+                arrays.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))]))
         yield pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -247,14 +284,18 @@ def _write_quarantine(store: Store, spec: FeatureSpec, number: int, rows: Sequen
     return (quarantine_table(store).write_file(partition, name, [quarantine_to_table(rows)]),)
 
 
-def as_features(stored: Mapping[str, np.ndarray], maps: Sequence[MapSpec]) -> Float[torch.Tensor, "views maps patches width"]:
+def as_features(
+    stored: Mapping[str, StoredMap], branch: Branch, maps: Sequence[MapSpec], codec: FeatureCodec
+) -> Float[torch.Tensor, "views maps tokens width"]:
     """Stored maps stacked in the order of `maps`, as fp32.
 
     Args:
-        stored: [views, patches, width] by map name.
-        maps: which, in order; at least one.
+        stored: by map name.
+        branch: of the maps.
+        maps: which, in order; at least one, all of as many tokens.
+        codec: of the cache.
 
     Returns:
-        fp32 [views, maps, patches, width].
+        fp32 [views, maps, tokens, width].
     """
-    return torch.from_numpy(np.stack([stored[item.name].astype(np.float32) for item in maps], axis=1))
+    return torch.stack([codec.load(branch, item, stored[item.name]) for item in maps], dim=1)

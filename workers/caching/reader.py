@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 from torch import Tensor
@@ -19,8 +20,9 @@ from model.encoder import Encoder, load_encoder
 from model.errors import MissingMapError, first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
+from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
 from workers.caching.encode import as_features, choose_device, encode_views
-from workers.caching.units import BRANCHES, features_table, load_views, num_views
+from workers.caching.units import BRANCHES, features_table, load_views, map_fields, num_views
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, ObjectNotFoundError, StaleCacheError, StorageError
 from workers.storage import Store, translated
@@ -126,6 +128,7 @@ class LiveFeatures:
         self._maps = _Maps.chosen(spec, global_maps, local_maps)
         self._batch_views = batch_views
         self._encoder: Encoder | None = None
+        self._codec = FeatureCodec(spec, read_calibrations(store, spec))
 
     def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
         """As FeatureSource.fetch.
@@ -150,10 +153,11 @@ class LiveFeatures:
             if not views:
                 continue
             maps = self._maps.by_branch[branch]
-            stored, finite = encode_views(self._loaded(), np.concatenate(views), maps, self._batch_views, self._spec.precision)
-            if not finite.all():
+            encoder = self._loaded()
+            encoded = encode_views(encoder, np.concatenate(views), branch, maps, self._codec, self._batch_views)
+            if not encoded.finite.all():
                 raise MissingFeaturesError(f"a {branch} map is not finite at {self._spec.precision}; a cache would have refused that image")
-            features = as_features(stored, maps)
+            features = as_features(encoded.maps, branch, maps, self._codec)
             for place, part in enumerate(features.split([len(item) for item in views])):
                 found[place][branch] = part
         return [_image_features(item) for item in found]
@@ -199,6 +203,7 @@ class CachedFeatures:
         self._maps = _Maps.chosen(spec, global_maps, local_maps)
         self._policy = policy
         self._live = LiveFeatures(store, spec, device, global_maps=global_maps, local_maps=local_maps)
+        self._codec = FeatureCodec(spec, read_calibrations(store, spec))
         self._table = features_table(store, spec)
         self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self.num_encoded_live = 0
@@ -303,7 +308,8 @@ class CachedFeatures:
         spec = self._spec
         try:
             with translated("read", self._table.file_url(file)):
-                rows = self._file(file).read_row_group(group, columns=["image_sha256", *(item.name for item in maps)], use_threads=False)
+                columns = [field.name for item in maps for field in map_fields(spec, branch, item)]
+                rows = self._file(file).read_row_group(group, columns=["image_sha256", *columns], use_threads=False)
         except StorageError as error:
             self._open.pop(file.path, None)
             if not _is_damage(error):
@@ -317,14 +323,12 @@ class CachedFeatures:
             raise MissingFeaturesError(
                 f"{file.path}, row group {group}: expected {expected} views of image {sample.image_sha256[:12]}; the file is damaged"
             )
-        dtype = np.dtype(np.float16 if spec.precision == "fp16" else np.float32)
         stored = {}
         for item in maps:
-            shape = (expected, item.num_tokens(spec.encoder.num_patches), spec.encoder.width)
-            blob = rows.column(item.name).combine_chunks()
-            start = blob.offset * spec.map_bytes(item)
-            stored[item.name] = np.frombuffer(blob.buffers()[1], dtype=dtype, offset=start, count=int(np.prod(shape))).reshape(shape)
-        return as_features(stored, maps)
+            room = self._codec.empty(branch, item, expected)
+            arrays = [_column(rows, field.name, like) for field, like in zip(map_fields(spec, branch, item), (room.values, room.steps), strict=False)]
+            stored[item.name] = StoredMap(values=arrays[0], steps=arrays[1] if len(arrays) > 1 else None)
+        return as_features(stored, branch, maps, self._codec)
 
     def _file(self, file: TableFile) -> pq.ParquetFile:
         if file.path in self._open:
@@ -334,3 +338,11 @@ class CachedFeatures:
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         return self._open[file.path]
+
+
+def _column(rows: pa.Table, name: str, like: np.ndarray | None) -> np.ndarray:
+    """A column of opaque bytes as an array of the shape and type of another; no copy."""
+    assert like is not None
+    blob = rows.column(name).combine_chunks()
+    width = blob.type.byte_width
+    return np.frombuffer(blob.buffers()[1], dtype=like.dtype, offset=blob.offset * width, count=like.size).reshape(like.shape)

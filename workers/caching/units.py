@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from model.errors import ImageError
 from model.images import cut_views, decode_image
+from model.quality import MapQuality
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch, ViewPlan, plan_views
 from workers.commits import Stage
@@ -35,6 +36,7 @@ __all__ = [
     "feature_bytes",
     "features_table",
     "load_views",
+    "map_fields",
     "plan_units",
     "prepare_unit",
     "view_plan",
@@ -42,7 +44,7 @@ __all__ = [
 
 BRANCHES: tuple[Branch, ...] = ("global", "local")
 
-_ARROW_DTYPE = {"fp32": "float32", "fp16": "float16"}
+_ARROW_DTYPE = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 
 def view_plan(spec: FeatureSpec, sample: Sample) -> ViewPlan:
@@ -65,7 +67,7 @@ def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
 
 def file_schema(spec: FeatureSpec, branch: Branch) -> pa.Schema:
     """Columns of a branch's files: what a view is, then one opaque column per map."""
-    return pa.schema([*_VIEW_FIELDS, *(_map_field(spec, item) for item in spec.maps(branch))])
+    return pa.schema([*_VIEW_FIELDS, *(field for item in spec.maps(branch) for field in map_fields(spec, branch, item))])
 
 
 _VIEW_FIELDS = [
@@ -81,22 +83,35 @@ _VIEW_FIELDS = [
 ]
 
 
-def _map_field(spec: FeatureSpec, item: MapSpec) -> pa.Field:
+def steps_column(item: MapSpec) -> str:
+    """The column that holds a map's steps."""
+    return f"{item.name}__steps"
+
+
+def map_fields(spec: FeatureSpec, branch: Branch, item: MapSpec) -> tuple[pa.Field, ...]:
+    """The columns of a map of a branch: its numbers, and of int8 its tokens' steps.
+
+    Opaque bytes of a fixed size: Arrow's list and tensor types are 13 to 40 times slower to read.
+    """
+    tokens, precision = item.num_tokens(spec.encoder.num_patches), spec.stored_as(branch, item)
     metadata = {
         "map": item.name,
         "layers": json.dumps(list(item.layers)),
-        "dtype": _ARROW_DTYPE[spec.precision],
+        "dtype": _ARROW_DTYPE[precision],
         "pool": str(item.pool),
-        "shape": json.dumps([item.num_tokens(spec.encoder.num_patches), spec.encoder.width]),
+        "shape": json.dumps([tokens, spec.encoder.width]),
     }
-    # Opaque bytes of a fixed size: Arrow's list and tensor types are 13 to 40 times slower to read.
-    return pa.field(item.name, pa.binary(spec.map_bytes(item)), metadata=metadata)
+    values = pa.field(item.name, pa.binary(spec.value_bytes(branch, item)), metadata=metadata)
+    if precision != "int8":
+        return (values,)
+    steps = {"steps_of": item.name, "dtype": "float16", "shape": json.dumps([tokens]), "calibration_sha256": str(spec.calibration_sha256)}
+    return values, pa.field(steps_column(item), pa.binary(spec.step_bytes(branch, item)), metadata=steps)
 
 
 def features_table(store: Store, spec: FeatureSpec) -> Table:
     """The cache's table: one row per view, a column per map, partitioned by branch. Maps that a branch does not have are null there."""
-    maps = {item.name: item for branch in BRANCHES for item in spec.maps(branch)}
-    schema = pa.schema([*_VIEW_FIELDS, *(_map_field(spec, item) for item in maps.values())])
+    fields = {field.name: field for branch in BRANCHES for item in spec.maps(branch) for field in map_fields(spec, branch, item)}
+    schema = pa.schema([*_VIEW_FIELDS, *fields.values()])
     return Table(store, f"features/{fingerprint(spec)[:16]}", schema, ("branch",))
 
 
@@ -203,6 +218,8 @@ class UnitOutcome:
     files: tuple[TableFile, ...]
     quarantine_files: tuple[TableFile, ...]
     quarantined: tuple[QuarantineRow, ...]
+    quality: dict[str, MapQuality]
+    """Of the unit's first image, by branch and map, as `local/layer_7`."""
     prepare_seconds: float
     encode_seconds: float
     write_seconds: float

@@ -1,0 +1,189 @@
+"""Caches in int8: half the bytes, calibrated first, as good as was measured, and as live features are."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.errors import SpecError
+from model.quantisation import map_quality
+from model.specs import CalibrationSpec, fingerprint
+from tests import small_data
+from workers.caching import codec
+from workers.caching.build import cache_features
+from workers.caching.calibrate import calibrate_features
+from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
+from workers.caching.reader import CachedFeatures, LiveFeatures
+from workers.caching.units import BRANCHES, feature_bytes, features_table
+from workers.dataset.samples import read_samples
+from workers.errors import CalibrationError, MissingFeaturesError
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
+
+SETTINGS = ExecutionSettings(feature_unit_bytes=20_000, encode_batch_views=5)
+
+
+def cache(store, spec, settings=SETTINGS):
+    return cache_features(spec, store, settings, SilentProgress(), cluster=InlineCluster())
+
+
+@pytest.fixture
+def built(root, tiny_encoder_folder):
+    """A built dataset without a cache: (store, fp16 spec, samples)."""
+    store = Store(root)
+    dataset = small_data.dataset_spec()
+    small_data.build(store, dataset)
+    return store, small_data.feature_spec(dataset, tiny_encoder_folder), read_samples(store, fingerprint(dataset))
+
+
+def calibration_of(spec, **changes):
+    values = {
+        "dataset_fingerprint": spec.dataset_fingerprint,
+        "encoder": spec.encoder,
+        "views": spec.views,
+        "global_maps": spec.global_maps,
+        "local_maps": spec.local_maps,
+        "num_images": 12,
+        "min_snr_db": 30.0,
+    }
+    return CalibrationSpec(**(values | changes))
+
+
+def calibrated(store, spec, cluster=None, **changes):
+    """The spec in int8, behind a calibration of its own."""
+    calibration = calibration_of(spec, **changes)
+    record = calibrate_features(calibration, store, SETTINGS, SilentProgress(), cluster=cluster or InlineCluster())
+    return dataclasses.replace(spec, precision="int8", calibration_sha256=record.sha256, fp16_maps=record.fp16_maps), record
+
+
+def rows_of(images, branch, place):
+    """All tokens of a map."""
+    return torch.cat([getattr(image, f"{branch}_maps").select(int(branch == "local"), place).reshape(-1, 32) for image in images])
+
+
+def test_int8_is_half_of_fp16_and_reads_back_as_live_features_do(built):
+    store, spec, samples = built
+    packed, calibration = calibrated(store, spec)
+    assert (calibration.num_images, calibration.num_checked, calibration.fp16_maps) == (9, 3, ())
+    assert [(found.branch, found.name) for found in calibration.maps] == [(branch, item.name) for branch in BRANCHES for item in spec.maps(branch)]
+    record = cache(store, packed)
+    assert feature_bytes(packed, samples) == 16 * (3 + 2 * 2) * 16 * (32 + 2)
+    found = CachedFeatures(store, packed).fetch(samples, want_global=True, want_local=True)
+    live = LiveFeatures(store, packed, batch_views=7).fetch(samples, want_global=True, want_local=True)
+    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples, want_global=True, want_local=True)
+    for branch in BRANCHES:
+        for place, item in enumerate(spec.maps(branch)):
+            ours, theirs, computed = (rows_of(images, branch, place) for images in (found, live, exact))
+            # Another batch may move a number across the middle between two codes.
+            assert ((ours - theirs).abs() > 1e-4).float().mean() < 0.01
+            quality = map_quality(computed, ours)
+            assert quality.snr_db > 38
+            told = record.quality[f"{branch}/{item.name}"]
+            assert told["snr_db"] == pytest.approx(quality.snr_db, abs=3)  # of the first image of every unit
+            assert told["worst_cosine"] >= quality.worst_cosine > 0.999
+    CachedFeatures(store, packed).verify(samples)
+
+
+def test_maps_that_int8_is_not_good_enough_for_stay_fp16(built):
+    store, spec, samples = built
+    _, first = calibrated(store, spec)
+    between = sorted(found.snr_db for found in first.maps)[1] + 1e-6  # the two worst fall short of it
+    mixed, second = calibrated(store, spec, min_snr_db=between)
+    assert len(second.fp16_maps) == 2
+    assert second.sha256 == first.sha256  # what was measured is the same; what follows from it is not
+    record = cache(store, mixed)
+    table = features_table(store, mixed)
+    for branch in BRANCHES:
+        schema = table.open_file(table.files({"branch": branch})[0]).schema_arrow
+        for item in spec.maps(branch):
+            fp16 = f"{branch}/{item.name}" in second.fp16_maps
+            assert schema.field(item.name).metadata[b"dtype"] == (b"float16" if fp16 else b"int8")
+            assert (f"{item.name}__steps" in schema.names) == (not fp16)
+            assert (record.quality[f"{branch}/{item.name}"]["snr_db"] > 60) == fp16
+    found = CachedFeatures(store, mixed).fetch(samples, want_global=True, want_local=True)
+    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples, want_global=True, want_local=True)
+    for branch in BRANCHES:
+        for place, item in enumerate(spec.maps(branch)):
+            quality = map_quality(rows_of(exact, branch, place), rows_of(found, branch, place))
+            assert quality.snr_db > (60 if f"{branch}/{item.name}" in second.fp16_maps else 38)
+
+
+def test_a_calibration_is_the_same_however_its_units_arrive(built):
+    store, spec, _ = built
+
+    class Backwards(InlineCluster):
+        def pipeline(self, prepare, finisher, jobs, *, finishers, in_flight):
+            yield from reversed(list(super().pipeline(prepare, finisher, jobs, finishers=finishers, in_flight=in_flight)))
+
+    _, forwards = calibrated(store, spec)
+    _, backwards = calibrated(store, spec, cluster=Backwards(), min_snr_db=29.0)
+    assert backwards.sha256 == forwards.sha256
+    assert calibrated(store, spec, seed=1)[1].sha256 != forwards.sha256
+
+
+def test_a_calibration_is_found_done(built, monkeypatch):
+    store, spec, _ = built
+    packed, record = calibrated(store, spec)
+    monkeypatch.setattr("workers.caching.calibrate.prepare_unit", lambda _: pytest.fail("measured again"))
+    assert calibrated(store, spec) == (packed, record)
+
+
+def test_a_calibration_that_is_gone_or_another_is_told(built):
+    store, spec, _ = built
+    packed, record = calibrated(store, spec)
+    cache(store, packed)
+    whole = store.read_bytes(record.path)
+    store.write_bytes(record.path, whole[:-4] + b"1234")
+    with pytest.raises(MissingFeaturesError, match="does not have the digest that it is named by"):
+        CachedFeatures(store, packed)
+    store.delete(record.path)
+    with pytest.raises(MissingFeaturesError, match="is gone: without its centres and scales"):
+        LiveFeatures(store, packed)
+
+
+def test_too_few_images_cannot_be_measured(built):
+    store, spec, samples = built
+    for sample in samples:
+        store.write_bytes(sample.image_path, b"no image")
+    with pytest.raises(CalibrationError, match=r"0 of 12 images can be read and encoded .* raise features\.calibration_images"):
+        calibrated(store, spec)
+    with pytest.raises(SpecError, match=r"calibration_images: found 3; allowed: at least 4"):
+        calibration_of(spec, num_images=3)
+
+
+def test_images_unlike_those_that_were_measured_stop_the_cache(built):
+    """Centres that fit nothing, which is the worst that a calibration on other pictures can give."""
+    store, spec, _ = built
+    packed, _ = calibrated(store, spec)
+    found = read_calibrations(store, packed)
+    shifted = {place: dataclasses.replace(one, centre=one.centre + 1000 * torch.arange(32.0)) for place, one in found.items()}
+    data, sha256 = calibrations_to_bytes(shifted)
+    store.write_bytes(calibration_path(sha256), data)
+    with pytest.raises(CalibrationError, match=r"the map (global|local)/\w+ is stored with -?\d+\.\d dB of signal over rounding, below 20"):
+        cache(store, dataclasses.replace(packed, calibration_sha256=sha256))
+
+
+def test_values_that_are_not_finite_are_refused(built, monkeypatch):
+    store, spec, samples = built
+    packed, _ = calibrated(store, spec)
+    real, seen = FeatureCodec.store, []
+
+    def spoilt(self, branch, item, tokens, place):
+        if not seen:
+            tokens = tokens.clone()
+            tokens[0, 3, 5] = float("nan")
+        seen.append(branch)
+        return real(self, branch, item, tokens, place)
+
+    monkeypatch.setattr(codec.FeatureCodec, "store", spoilt)
+    record = cache(store, packed, dataclasses.replace(SETTINGS, max_quarantined_fraction=0.5))
+    assert (record.num_cached, record.quarantined_by_reason) == (15, {"non_finite_features": 1})
+    assert not CachedFeatures(store, packed).holds(samples[0])
+
+
+def test_int8_and_its_calibration_go_together(built):
+    _, spec, _ = built
+    for changes in ({"precision": "int8"}, {"calibration_sha256": "0" * 64}, {"fp16_maps": ("local/layer_5",)}):
+        with pytest.raises(SpecError, match="int8 needs a calibration, and nothing else has one"):
+            dataclasses.replace(spec, **changes)
