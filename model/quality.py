@@ -6,9 +6,10 @@ Needs the standard library alone: records are read where torch is not loaded. `m
 import math
 from dataclasses import dataclass
 
-__all__ = ["MapQuality", "recorded_db"]
+__all__ = ["EXACT_DB", "MapQuality", "recorded_db"]
 
-_MOST_DB = 999.0
+EXACT_DB = 999.0
+"""In records, of what is exact: JSON has no infinity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,4 +51,4 @@ class MapQuality:
 
 def recorded_db(quality: MapQuality) -> float:
     """The signal to noise ratio as a record holds it: JSON has no infinity, so what is exact has 999 dB."""
-    return max(-_MOST_DB, min(_MOST_DB, quality.snr_db))
+    return max(-EXACT_DB, min(EXACT_DB, quality.snr_db))

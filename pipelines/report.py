@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.metrics import METRICS, is_zero_or_one
+from model.quality import EXACT_DB
 from model.specs import PhaseSpec, fingerprint
 from model.views import Box, View, ViewPlan, plan_views
 from pipelines.errors import NothingThereError
@@ -359,9 +360,10 @@ def _data_row(run: "StageRun", record: dict[str, Any]) -> StageRow:
     elif run.stage == "calibrate-features":
         size, note = None, f"int8 for {len(record['maps']) - len(record['fp16_maps'])} of {len(record['maps'])} maps"
     else:
-        least = min(record["quality"].values(), key=lambda quality: quality["snr_db"])
+        # Of text alone nothing is cached, and nothing compared.
+        least = min(record["quality"].values(), key=lambda quality: quality["snr_db"], default={"snr_db": EXACT_DB})
         size, note = record["feature_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
-        note += f"; stored within {least['snr_db']:.0f} dB, cosine {least['worst_cosine']:.5f} or more" if least["snr_db"] < 999 else ""
+        note += f"; stored within {least['snr_db']:.0f} dB, cosine {least['worst_cosine']:.5f} or more" if least["snr_db"] < EXACT_DB else ""
     return StageRow(name=run.name, key=run.key, seconds=record["seconds"], num_bytes=size, note=note)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.errors import SpecError
+from model.quality import EXACT_DB
 from model.specs import UnknownDigest, fingerprint, fingerprint_if_known
 from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile, recipe_files
@@ -46,6 +47,8 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
                     raise _missing(experiment, root, "cached features", "cache-features")
                 key = fingerprint(features)[:16]
                 _print_facts(f"features {key}{_ASKED if asked else ''}", record, console)
+                if record.get("quality"):
+                    _print_quality(record)
                 console.print(f"table: {_place(experiment, f'features/{key}')}", soft_wrap=True)
         case "run":
             _show_run(experiment, console)
@@ -99,6 +102,18 @@ def _record_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
             case _:
                 pass  # a list or a table of figures; the report shows those
     return facts
+
+
+def _print_quality(record: dict[str, Any]) -> None:
+    """How true the stored maps are to what was computed."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("map", overflow="fold")
+    for heading in ("signal over rounding", "cosine", "worst token's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, found in record["quality"].items():
+        exact = found["snr_db"] >= EXACT_DB
+        table.add_row(place, "exact" if exact else f"{found['snr_db']:.1f} dB", f"{found['cosine']:.6f}", f"{found['worst_cosine']:.6f}")
+    print_table(table)
 
 
 def _show_dataset(experiment: Experiment, dataset: DatasetSpec, root: str | None, console: Console, *, asked: bool) -> None:

@@ -63,6 +63,21 @@ def test_figures_are_for_people(experiment: Experiment, capsys: pytest.CaptureFi
     ]
 
 
+def test_how_true_the_maps_are_stands_below_the_facts(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    quality = {
+        "global/layer_5": {"snr_db": 43.21, "cosine": 0.9999911, "worst_cosine": 0.99993},
+        "local/layer_5": {"snr_db": 999.0, "cosine": 1.0, "worst_cosine": 1.0},
+    }
+    commit(experiment, "cache-features", experiment.features, {"quality": quality})
+    show_recipe("cache", experiment)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[-4:-1]] == [
+        ["map", "signal", "over", "rounding", "cosine", "worst", "token's"],
+        ["global/layer_5", "43.2", "dB", "0.999991", "0.999930"],
+        ["local/layer_5", "exact", "1.000000", "1.000000"],
+    ]
+
+
 def test_a_long_error_stands_below_the_table(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     commit(
         experiment,
