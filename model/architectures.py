@@ -15,6 +15,7 @@ from model.specs import EncoderFamily, EncoderSpec, UnknownDigest
 
 __all__ = [
     "LanguageModelArchitecture",
+    "encoder_flops",
     "family_mean_std",
     "known_encoder",
     "known_encoders",
@@ -233,6 +234,22 @@ def num_encoder_parameters(spec: EncoderSpec, num_blocks: int) -> int:
         case _:
             assert_never(spec.family)
     return embeddings + num_blocks * block
+
+
+def encoder_flops(spec: EncoderSpec, num_blocks: int) -> int:
+    """Floating-point operations of one view's way through an encoder's first blocks: two for every multiplication of a matrix product.
+
+    Args:
+        spec: its shape.
+        num_blocks: how many blocks run.
+
+    Returns:
+        Their number; norms, activations and softmax are not counted. CLIP-L/14-336's 24 blocks take 382e9.
+    """
+    tokens, width = spec.num_patches + spec.prefix_tokens, spec.width
+    matrices = 3 if spec.activation == "swiglu" else 2
+    block = tokens * (4 * width**2 + matrices * width * spec.mlp_width) + 2 * tokens**2 * width
+    return 2 * (spec.num_patches * 3 * spec.patch_px**2 * width + num_blocks * block)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

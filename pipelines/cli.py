@@ -21,7 +21,7 @@ from model.metrics import MetricName
 from model.specs import ExportForm
 from pipelines.errors import FlowServerError, PipelineError
 from pipelines.recipe_files import RECIPES_FOLDER, RecipeFile, load_recipe, recipe_files
-from pipelines.settings import execution_settings, settings_from_words
+from pipelines.settings import execution_settings, settings_from_words, size_from_word
 from pipelines.wording import data_console, print_table
 from workers.commits import StageName
 from workers.errors import RecordError, WorkerError
@@ -276,6 +276,28 @@ def convert_weights(
     from pipelines.importing import convert
 
     convert(source, target)
+
+
+@app.command
+def plan(
+    recipe: RecipeWord,
+    /,
+    *,
+    root: Root = DEFAULT_ROOT,
+    settings: Settings = (),
+    images: Annotated[int | None, Parameter(name="--images", help="Plan for so many images, in place of the dataset's.")] = None,
+    size: Annotated[str | None, Parameter(name="--size", help="With --images, their width and height, such as 1024x768.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.", negative=())] = False,
+) -> None:
+    """What a recipe's feature cache takes before it is made: bytes, hours, dollars, and from which training pass on it pays."""
+    from pipelines.cache_plan import make_cache_plan, print_cache_plan
+    from pipelines.stages import open_experiment
+    from workers.storage import Store
+
+    file = load_recipe(recipe)
+    execution = execution_settings(settings_from_words(settings), file.recipe)
+    experiment = open_experiment(file, Store(root), execution, planning=True)
+    print_cache_plan(make_cache_plan(experiment, images=images, size_px=None if size is None else size_from_word(size)), as_json=as_json)
 
 
 @app.command

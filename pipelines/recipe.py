@@ -32,6 +32,7 @@ from model.specs import (
 )
 from model.views import ViewSpec
 from pipelines.connector_tables import Connector
+from pipelines.plan_tables import Plan
 from pipelines.recipe_fields import Count, Fraction, Mode, Part, Positive, Seed, Share, Switch, Table, Text, Word, allowed
 from pipelines.schedule_tables import Phase, Schedule
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec, material_versions, source_label
@@ -249,6 +250,8 @@ class Recipe(Table):
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
     """Settings that suit this experiment; no part of its identity."""
+    plan: Plan = Plan()
+    """Prices and hardware that `loupe plan` counts with; no part of its identity."""
 
     @field_validator("execution")
     @classmethod

@@ -16,7 +16,7 @@ from pipelines.recipe import Execution, Recipe
 from pipelines.recipe_fields import Table
 from workers.execution import ExecutionSettings
 
-__all__ = ["execution_settings", "settings_from_words"]
+__all__ = ["execution_settings", "settings_from_words", "size_from_word"]
 
 
 def settings_from_words(words: Iterable[str]) -> dict[str, str]:
@@ -122,3 +122,21 @@ def _allowed(options: tuple[Any, ...]) -> str:
         else:
             words.append({int: "a whole number", float: "a number", bool: "true or false"}.get(option, str(option)))
     return ", ".join(words)
+
+
+def size_from_word(word: str) -> tuple[int, int]:
+    """A picture's size, as `--size` takes it.
+
+    Args:
+        word: such as `1024x768`.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        SettingError: it is none.
+    """
+    width, x, height = word.partition("x")
+    if not (x and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise SettingError(f"--size: found {word!r}; allowed: width and height in pixels, such as 1024x768")
+    return int(width), int(height)

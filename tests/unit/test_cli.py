@@ -28,6 +28,7 @@ FROZEN = {
     "report": ["RECIPE", "--root", "--set", "--dry-run"],
     "ask": ["EXPORT", "IMAGE", "QUESTION", "--mode", "--frames", "--layout", "--pool"],
     "show": ["WHAT", "RECIPE", "--root"],
+    "plan": ["RECIPE", "--root", "--set", "--images", "--size", "--json"],
     "compare": ["RUN", "--root", "--metric", "--json"],
     "import-weights": ["SOURCES", "--recipe", "--root", "--connector-only", "--dry-run"],
     "convert-weights": ["SOURCE", "TARGET"],

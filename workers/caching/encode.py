@@ -26,6 +26,7 @@ from workers.caching.units import (
     PreparedUnit,
     UnitOutcome,
     features_table,
+    file_metadata,
     file_schema,
     map_fields,
     num_views,
@@ -38,7 +39,7 @@ from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_ta
 from workers.storage import Store
 from workers.tables import TableFile
 
-__all__ = ["EncodedViews", "UnitEncoder", "as_features", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder"]
+__all__ = ["EncodedViews", "UnitEncoder", "as_features", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder", "row_groups"]
 
 
 def choose_device(device: str) -> str:
@@ -234,20 +235,24 @@ def _write_features(
         if not spec.maps(branch):
             continue
         name = unit_file_name(spec, prepared.job.number, [sample.image_sha256 for sample, _, _ in rows[branch]])
-        metadata = {
-            "loupe.features": fingerprint(spec),
-            "loupe.dataset": spec.dataset_fingerprint,
-            "loupe.encoder_sha256": spec.encoder.weights_sha256,
-            "loupe.format_version": str(spec.format_version),
-        }
         blobs = [field.name for item in spec.maps(branch) for field in map_fields(spec, branch, item)]
-        groups = _row_groups(spec, branch, rows[branch], stored[branch])
-        files.append(table.write_file({"branch": branch}, name, groups, blobs=blobs, metadata=metadata))
+        groups = row_groups(spec, branch, rows[branch], stored[branch])
+        files.append(table.write_file({"branch": branch}, name, groups, blobs=blobs, metadata=file_metadata(spec, fingerprint(spec))))
     return tuple(files)
 
 
-def _row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, StoredMap]) -> Iterator[pa.Table]:
-    """One table per image, so that one image is one row group: random access costs nothing, and its views lie together."""
+def row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, StoredMap]) -> Iterator[pa.Table]:
+    """One table per image, so that one image is one row group: random access costs nothing, and its views lie together.
+
+    Args:
+        spec: of the cache.
+        branch: of the file.
+        rows: each image with where its views lie in the maps.
+        stored: the maps by name.
+
+    Yields:
+        Tables of the branch's file columns; an empty one where there are no images.
+    """
     schema = file_schema(spec, branch)
     if not rows:
         yield schema.empty_table()

@@ -35,6 +35,7 @@ __all__ = [
     "UnitPlan",
     "feature_bytes",
     "features_table",
+    "file_metadata",
     "load_views",
     "map_fields",
     "plan_units",
@@ -83,6 +84,21 @@ _VIEW_FIELDS = [
 ]
 
 
+def file_metadata(spec: FeatureSpec, digest: str) -> dict[str, str]:
+    """What every file of a cache says of itself.
+
+    Args:
+        spec: of the cache.
+        digest: its fingerprint.
+    """
+    return {
+        "loupe.features": digest,
+        "loupe.dataset": spec.dataset_fingerprint,
+        "loupe.encoder_sha256": spec.encoder.weights_sha256,
+        "loupe.format_version": str(spec.format_version),
+    }
+
+
 def steps_column(item: MapSpec) -> str:
     """The column that holds a map's steps."""
     return f"{item.name}__steps"
@@ -108,11 +124,17 @@ def map_fields(spec: FeatureSpec, branch: Branch, item: MapSpec) -> tuple[pa.Fie
     return values, pa.field(steps_column(item), pa.binary(spec.step_bytes(branch, item)), metadata=steps)
 
 
-def features_table(store: Store, spec: FeatureSpec) -> Table:
-    """The cache's table: one row per view, a column per map, partitioned by branch. Maps that a branch does not have are null there."""
+def features_table(store: Store, spec: FeatureSpec, key: str | None = None) -> Table:
+    """The cache's table: one row per view, a column per map, partitioned by branch. Maps that a branch does not have are null there.
+
+    Args:
+        store: where it lies.
+        spec: of the cache.
+        key: its folder's name; None is the spec's own.
+    """
     fields = {field.name: field for branch in BRANCHES for item in spec.maps(branch) for field in map_fields(spec, branch, item)}
     schema = pa.schema([*_VIEW_FIELDS, *fields.values()])
-    return Table(store, f"features/{fingerprint(spec)[:16]}", schema, ("branch",))
+    return Table(store, f"features/{fingerprint(spec)[:16] if key is None else key}", schema, ("branch",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

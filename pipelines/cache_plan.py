@@ -1,0 +1,292 @@
+"""`loupe plan`: what a recipe's cache will take, before anything is spent on it.
+
+Sizes come from the built dataset, from the headers of its sources' images, or from the command line; rates from a short probe of this machine, or
+from the hardware that the recipe states; bytes beside the maps from a file written as the cache writes its own. `pipelines.costs` does the
+arithmetic.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import inf, isfinite
+from typing import Any
+
+from rich.table import Table
+
+from model.architectures import encoder_flops
+from model.specs import FeatureSpec, Precision, UnknownDigest
+from model.views import plan_views
+from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_costs, recommend
+from pipelines.errors import NothingThereError
+from pipelines.stages import Experiment
+from pipelines.wording import bytes_text, data_console, duration_text, print_table
+
+__all__ = ["CachePlan", "ImageSizes", "cache_options", "make_cache_plan", "print_cache_plan"]
+
+_SCANNED = 2000
+_PROBED_IMAGES = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSizes:
+    """Images to be cached, by their sizes."""
+
+    num_images: int
+    sizes_px: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
+    """How many images each size stands for."""
+    source: str
+    """For people: where they come from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachePlan:
+    """What a cache will take."""
+
+    recipe: str
+    encoder: str
+    num_images: int
+    images_from: str
+    local_views: dict[int, float]
+    """How many images have so many local views."""
+    num_views: int
+    view_gflop: float
+    passes: float
+    passes_from: str
+    months: float
+    hardware: str
+    prepare_core_s: float
+    """Seconds of one core for one image."""
+    views_per_s: float
+    options: tuple[CacheCosts, ...]
+    """The first is what the recipe says."""
+    verdict: Verdict
+
+
+def cache_options(features: FeatureSpec) -> tuple[CacheOption, ...]:
+    """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views.
+
+    Args:
+        features: the recipe's cache.
+
+    Returns:
+        The recipe's own first.
+    """
+    known: tuple[Precision, ...] = ("int8", "fp16")
+    wanted: list[Precision] = [features.precision, *(precision for precision in known if precision != features.precision)]
+    options = []
+    for precision in wanted:
+        digest = UnknownDigest("none") if precision == "int8" else None
+        stored = replace(features, precision=precision, calibration_sha256=digest, fp16_maps=features.fp16_maps if precision == "int8" else ())
+        options.append(
+            CacheOption(
+                name=precision, precision=precision, global_view_bytes=stored.view_bytes("global"), local_view_bytes=stored.view_bytes("local")
+            )
+        )
+    if features.global_maps and features.local_maps:
+        packed = next(option for option in options if option.precision == "int8")
+        options.append(replace(packed, name="int8, global view only", local_view_bytes=0, holds_local=False))
+    return tuple(options)
+
+
+def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_px: tuple[int, int] | None = None) -> CachePlan:
+    """Plan a recipe's cache.
+
+    Args:
+        experiment: opened for a plan.
+        images: so many, in place of the dataset's.
+        size_px: their width and height.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NothingThereError: there are no images to count, and none were given.
+    """
+    from workers.caching.sizing import file_overhead
+    from workers.probing import probe_machine
+
+    features, recipe = experiment.features, experiment.file.recipe
+    sizes = _sizes(experiment, images, size_px)
+    histogram: defaultdict[int, float] = defaultdict(float)
+    for (width_px, height_px), weight in zip(sizes.sizes_px, sizes.weights, strict=True):
+        grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
+        histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
+    num_local = round(sum(count * weight for count, weight in histogram.items()))
+    typical = sizes.sizes_px[max(range(len(sizes.weights)), key=sizes.weights.__getitem__)]
+    machine = probe_machine(
+        features,
+        _image_files(experiment) if images is None else (),
+        typical,
+        device=experiment.execution.device,
+        batch_views=experiment.execution.encode_batch_views,
+    )
+    deepest = max(layer for item in (*features.global_maps, *features.local_maps) for layer in item.layers)
+    view_flops = encoder_flops(features.encoder, deepest)
+    stated = recipe.plan.cluster
+    here = Cluster(
+        devices=1,
+        views_per_s=machine.views_per_s,
+        cores=experiment.execution.num_cpus or machine.cores,
+        network_bytes_per_s=None,
+        shares_cores=machine.device == "cpu",
+    )
+    cluster = here if stated is None else stated.cluster(view_flops)
+    overhead = file_overhead(features, *typical)
+    per_image = sum(part.image_bytes for part in overhead.values())
+    unit_bytes = experiment.execution.feature_unit_bytes
+    prices = recipe.plan.prices.prices()
+    if stated is None and experiment.store.local_path() is not None:  # this machine's disk and CPU are paid by the hour at most
+        prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
+    costs = tuple(
+        cache_costs(
+            option,
+            num_images=sizes.num_images,
+            num_local_views=num_local,
+            prepare_core_s=machine.prepare_core_s,
+            overhead_bytes=per_image if option.holds_local else overhead["global"].image_bytes,
+            unit_bytes=unit_bytes,
+            months=recipe.plan.months,
+            cluster=cluster,
+            prices=prices,
+        )
+        for option in cache_options(features)
+    )
+    passes, passes_from = _passes(experiment, sizes.num_images)
+    kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
+    hardware = f"this machine, {machine.device} with {here.cores} core{'s' if here.cores > 1 else ''}, probed with {kind}"
+    if stated is not None:
+        hardware = (
+            f"{stated.devices} devices of {stated.device_tflops:g} TFLOP/s at {stated.device_share:.0%}, {stated.cores} cores, "
+            f"{stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
+        )
+    return CachePlan(
+        recipe=recipe.name,
+        encoder=features.encoder.model,
+        num_images=sizes.num_images,
+        images_from=sizes.source,
+        local_views={count: histogram[count] for count in sorted(histogram)},
+        num_views=sizes.num_images + num_local,
+        view_gflop=view_flops / 1e9,
+        passes=passes,
+        passes_from=passes_from,
+        months=recipe.plan.months,
+        hardware=hardware,
+        prepare_core_s=machine.prepare_core_s,
+        views_per_s=cluster.views_per_s,
+        options=costs,
+        verdict=recommend(costs, passes),
+    )
+
+
+def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
+    if (images is None) != (size_px is None):
+        raise NothingThereError("plan: --images and --size go together, such as --images 1200000 --size 1024x768; give both or neither")
+    if images is not None and size_px is not None:
+        return ImageSizes(num_images=images, sizes_px=(size_px,), weights=(float(images),), source="as given")
+    if experiment.record("build-dataset", experiment.dataset) is not None:
+        from model.specs import fingerprint
+        from workers.dataset.samples import read_samples
+
+        samples = read_samples(experiment.store, fingerprint(experiment.dataset))
+        found = Counter((sample.width_px, sample.height_px) for sample in samples if not sample.text_only)
+        return ImageSizes(
+            num_images=found.total(), sizes_px=tuple(found), weights=tuple(float(number) for number in found.values()), source="the built dataset"
+        )
+    if unreadable := [part.what for part in experiment.missing if part.records is not None]:
+        raise NothingThereError(
+            f"plan: {', '.join(unreadable)} cannot be read, so there are no images to count; give --images N --size WxH, or put them there"
+        )
+    from workers.dataset.scanning import scan_images
+
+    scanned = scan_images(experiment.dataset, _SCANNED)
+    if not scanned.num_images:
+        raise NothingThereError("plan: none of the dataset's images can be read; give --images N --size WxH, or put them there")
+    looked = f"headers of {scanned.num_looked_at} images" if scanned.num_looked_at else "pictures to be drawn"
+    return ImageSizes(
+        num_images=scanned.num_images,
+        sizes_px=scanned.sizes_px,
+        weights=scanned.weights,
+        source=f"{looked}{f', {scanned.num_unreadable} of them unreadable' if scanned.num_unreadable else ''}",
+    )
+
+
+def _image_files(experiment: Experiment) -> Sequence[bytes]:
+    """A few of the dataset's own, where it is built."""
+    if experiment.record("build-dataset", experiment.dataset) is None:
+        return ()
+    from model.specs import fingerprint
+    from workers.dataset.samples import read_samples
+
+    samples = [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
+    chosen = samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]
+    return [experiment.store.read_reference(sample.image_path) for sample in chosen]
+
+
+def _passes(experiment: Experiment, num_images: int) -> tuple[float, str]:
+    """Training passes over all images, and where the number comes from."""
+    recipe = experiment.file.recipe
+    if recipe.plan.passes is not None:
+        return recipe.plan.passes, "plan.passes"
+    train = num_images * (1 - experiment.dataset.held_out_fraction)
+    each = sum(phase.epochs if phase.epochs is not None else (phase.steps or 0) * phase.batch_size / train for phase in recipe.schedule.phases)
+    seeds = len(recipe.seeds)
+    return max(each * seeds, 1e-9), f"the schedule's {each:.3g}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
+
+
+def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:
+    """Print a plan.
+
+    Args:
+        plan: what to print.
+        as_json: JSON in place of tables.
+    """
+    if as_json:
+        data_console().print(json.dumps(_plain(asdict(plan)), indent=2), soft_wrap=True)
+        return
+    console = data_console()
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column("fact", no_wrap=True)
+    facts.add_column("value", overflow="fold")
+    grids = ", ".join(f"{count} local: {weight:,.0f}" for count, weight in plan.local_views.items())
+    facts.add_row("images", f"{plan.num_images:,} ({plan.images_from})")
+    facts.add_row("views", f"{plan.num_views:,}: 1 global each, and {grids}")
+    facts.add_row("encoder", f"{plan.encoder}: {plan.view_gflop:,.3g} GFLOP a view")
+    facts.add_row("hardware", plan.hardware)
+    facts.add_row("rates", f"{plan.prepare_core_s * 1000:,.3g} ms of a core to decode and cut an image, {plan.views_per_s:,.4g} views/s encoded")
+    facts.add_row("passes", f"{plan.passes:.3g} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}")
+    console.print(f"{plan.recipe}: what its cache takes", style="italic")
+    print_table(facts)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stored as", overflow="fold")
+    for heading in ("an image", "in all", "objects", "decoding", "encoding", "network", "time", "to make", "a month", "pays from pass"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in plan.options:
+        spent = [duration_text(hours * 3600) for hours in (cost.hours.prepare, cost.hours.encode, cost.hours.network, cost.hours.total)]
+        even = f"{cost.break_even_passes:,.3g}" if isfinite(cost.break_even_passes) else "never"
+        table.add_row(
+            cost.option.name,
+            bytes_text(round(cost.image_bytes)),
+            bytes_text(cost.total_bytes),
+            f"{cost.num_objects:,}",
+            *spent,
+            f"${cost.compute_usd:,.2f}",
+            f"${cost.storage_usd_month:,.2f}",
+            even,
+        )
+    print_table(table)
+    console.print(f"Recommended: {plan.verdict.choice}. {plan.verdict.reason[0].upper()}{plan.verdict.reason[1:]}.", soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: what is infinite is null."""
+    match value:
+        case float():
+            return value if abs(value) != inf else None
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value

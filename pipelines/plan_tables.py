@@ -1,0 +1,68 @@
+"""A recipe's `[plan]`: prices and hardware that `loupe plan` counts with. No part of any identity.
+
+Source of the defaults: a large cloud's list prices of 2026 (standard object storage in one region, one H100 by the hour), an H100's dense bf16 peak.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipelines.costs import Cluster, Prices
+from pipelines.recipe_fields import Count, KeptShare, NotNegative, Positive, Table, allowed
+
+__all__ = ["Plan"]
+
+_PRICES = Prices()
+
+
+class PlanPrices(Table):
+    """US dollars."""
+
+    storage_gb_month: NotNegative = _PRICES.storage_gb_month
+    put_thousand: NotNegative = _PRICES.put_thousand
+    get_thousand: NotNegative = _PRICES.get_thousand
+    device_hour: NotNegative = _PRICES.device_hour
+    core_hour: NotNegative = _PRICES.core_hour
+
+    def prices(self) -> Prices:
+        """As the arithmetic takes them."""
+        return Prices(**self.model_dump())
+
+
+class PlanCluster(Table):
+    """Hardware that is to make the cache, in place of the machine at hand."""
+
+    devices: Count = 8
+    device_tflops: Positive = 989.0
+    """Peak of matrix products in the encoder's type, of one device."""
+    device_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.4
+    """Of that peak, what the forward pass reaches."""
+    cores: Count = 96
+    network_gbit_s: Positive = 100.0
+    network_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.8
+
+    def cluster(self, view_flops: int) -> Cluster:
+        """As the arithmetic takes it.
+
+        Args:
+            view_flops: operations of one view's forward pass.
+        """
+        return Cluster(
+            devices=self.devices,
+            views_per_s=self.devices * self.device_tflops * 1e12 * self.device_share / view_flops,
+            cores=self.cores,
+            network_bytes_per_s=self.network_gbit_s * 1e9 / 8 * self.network_share,
+            shares_cores=False,
+        )
+
+
+class Plan(Table):
+    """What `loupe plan` counts with."""
+
+    months: Positive = 1.0
+    """For which the cache is kept."""
+    passes: Annotated[float, Field(gt=0, allow_inf_nan=False), allowed("a finite number greater than 0")] | None = None
+    """Training passes over it; those of the schedule and the seeds when absent."""
+    prices: PlanPrices = PlanPrices()
+    cluster: PlanCluster | None = None
+    """The machine at hand, as it is probed, when absent."""

@@ -1,0 +1,271 @@
+"""Plans of caches: the arithmetic by hand, bytes against files that were written, sizes against images that are there."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.architectures import encoder_flops, known_encoder
+from model.specs import MapSpec, UnknownDigest, fingerprint
+from model.views import ViewSpec
+from pipelines import cli
+from pipelines.cache_plan import cache_options, make_cache_plan
+from pipelines.costs import CacheOption, Cluster, Prices, cache_costs, recommend
+from pipelines.errors import NothingThereError, SettingError
+from pipelines.recipe_files import load_recipe
+from pipelines.settings import size_from_word
+from pipelines.stages import Experiment, open_experiment
+from tests import small_data
+from tests.tiny import tiny_recipe
+from workers.caching.build import cache_features
+from workers.caching.calibrate import calibrate_features
+from workers.caching.sizing import file_overhead
+from workers.dataset.samples import read_samples
+from workers.dataset.scanning import scan_images
+from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
+
+FP16 = CacheOption(name="fp16", precision="fp16", global_view_bytes=3_000_000, local_view_bytes=1_000_000)
+EIGHT = Cluster(devices=8, views_per_s=8000.0, cores=100, network_bytes_per_s=10e9, shares_cores=False)
+PRICES = Prices(storage_gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, device_hour=3.0, core_hour=0.04)
+
+
+def costs(option=FP16, **changes):
+    values = {
+        "num_images": 1_000_000,
+        "num_local_views": 6_000_000,
+        "prepare_core_s": 0.05,
+        "overhead_bytes": 4000.0,
+        "unit_bytes": 90_000_000,
+        "months": 2.0,
+        "cluster": EIGHT,
+        "prices": PRICES,
+    }
+    return cache_costs(option, **(values | changes))
+
+
+def test_a_plan_by_hand():
+    found = costs()
+    assert found.total_bytes == 1_000_000 * 3_004_000 + 6_000_000 * 1_000_000
+    assert found.image_bytes == 9_004_000
+    assert found.num_objects == 2 * 100_000  # 10 images of 9 MB in a unit, an object for each branch
+    assert found.num_puts == 2 * 100_000 * 3  # 45 MB in parts of 16 MiB
+    assert found.hours.prepare == pytest.approx(1_000_000 * 0.05 / 100 / 3600)
+    assert found.hours.encode == pytest.approx(7_000_000 / 8000 / 3600)
+    assert found.hours.network == pytest.approx(9.004e12 / 10e9 / 3600)
+    assert (found.hours.total, found.hours.bottleneck) == (found.hours.network, "network")
+    compute = 50_000 / 3600 * 0.04 + 875 / 3600 * 8 * 3
+    assert found.compute_usd == pytest.approx(compute)
+    assert found.storage_usd_month == pytest.approx(9004 * 0.02)
+    once = compute + 600 * 0.005 + 2 * 9004 * 0.02
+    gets = 2000 * 0.0004
+    assert found.break_even_passes == pytest.approx(once / (compute - gets))
+    assert found.break_even_passes > 50  # what the module says: keeping is dear, computing is cheap
+
+
+def test_devices_that_are_cores_take_turns_with_decoding():
+    here = Cluster(devices=1, views_per_s=100.0, cores=2, network_bytes_per_s=None, shares_cores=True)
+    found = costs(cluster=here)
+    assert found.hours.total == pytest.approx(found.hours.prepare + found.hours.encode)
+    assert (found.hours.network, found.hours.bottleneck) == (0, "encoding")
+    assert found.compute_usd == pytest.approx((50_000 + 70_000 * 2) / 3600 * 0.04)
+
+
+def test_a_cache_without_local_views_leaves_them_to_every_pass():
+    alone = costs(replace(FP16, name="global", local_view_bytes=0, holds_local=False))
+    assert alone.total_bytes == 1_000_000 * 3_004_000
+    assert alone.num_objects == 33_334  # 30 images in each
+    left_out = 50_000 / 3600 * 0.04 + 750 / 3600 * 8 * 3
+    assert alone.pass_usd == pytest.approx(1000 * 0.0004 + left_out)
+    assert alone.live_pass_usd == pytest.approx(costs().live_pass_usd)
+
+
+def test_nothing_pays_where_a_request_costs_more_than_the_work():
+    found = costs(prices=replace(PRICES, get_thousand=1000.0))
+    assert found.break_even_passes == math.inf
+
+
+@pytest.mark.parametrize(("passes", "choice"), [(1, "do not cache"), (10, "do not cache"), (40, "cache int8"), (10_000, "cache int8")])
+def test_the_cheapest_is_recommended_with_its_reason(passes, choice):
+    half = replace(FP16, name="int8", precision="int8", global_view_bytes=1_500_000, local_view_bytes=500_000)
+    options = (costs(), costs(half))
+    found = recommend(options, passes)
+    assert found.choice == choice
+    live, packed = passes * options[0].live_pass_usd, options[1].once_usd + passes * options[1].pass_usd
+    assert f"{live:,.2f}" in found.reason
+    assert f"{packed:,.2f}" in found.reason
+
+
+def test_what_costs_the_same_stays_as_the_recipe_says():
+    free = replace(PRICES, storage_gb_month=0.0, put_thousand=0.0)
+    half = replace(FP16, name="int8", precision="int8", global_view_bytes=1_500_000, local_view_bytes=500_000)
+    assert recommend((costs(prices=free), costs(half, prices=free)), 3).choice == "cache fp16"
+
+
+def test_operations_of_a_view_are_those_of_the_published_arithmetic():
+    clip = known_encoder("openai/clip-vit-large-patch14-336")
+    blocks = 2 * 24 * (577 * 12 * 1024**2 + 2 * 577**2 * 1024)
+    assert encoder_flops(clip, 24) == blocks + 2 * 576 * 3 * 14**2 * 1024
+    assert encoder_flops(clip, 24) / 1e9 == pytest.approx(382, abs=1)
+    assert encoder_flops(clip, 12) < encoder_flops(clip, 24) / 1.9
+
+
+def test_options_are_those_of_the_maps():
+    encoder = known_encoder("openai/clip-vit-large-patch14-336")
+    from model.specs import FeatureSpec
+
+    maps = (MapSpec(layers=(23,)), MapSpec(layers=(7,)), MapSpec(layers=(15,)))
+    features = FeatureSpec(
+        dataset_fingerprint="0" * 64,
+        encoder=encoder,
+        views=ViewSpec.slime(),
+        global_maps=maps,
+        local_maps=tuple(replace(item, pool=2) for item in maps),
+    )
+    found = {option.name: (option.global_view_bytes, option.local_view_bytes) for option in cache_options(features)}
+    view = 3 * 576 * 1024
+    assert found == {
+        "fp16": (2 * view, view // 2),
+        "int8": (view + 3 * 576 * 2, view // 4 + 3 * 144 * 2),
+        "int8, global view only": (view + 3 * 576 * 2, 0),
+    }
+    packed = replace(features, precision="int8", calibration_sha256=UnknownDigest("it"), local_maps=())
+    assert [option.name for option in cache_options(packed)] == ["int8", "fp16"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_bytes_are_planned_as_they_are_written(root, tiny_encoder_folder, precision):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    settings = ExecutionSettings(feature_unit_bytes=40_000)
+    samples = read_samples(store, fingerprint(dataset))
+    overhead = file_overhead(spec if precision == "fp16" else replace(spec, precision="int8", calibration_sha256=UnknownDigest("it")), 112, 56)
+    if precision == "int8":
+        from tests.unit.test_int8_caching import calibration_of
+
+        record = calibrate_features(calibration_of(spec), store, settings, SilentProgress(), cluster=InlineCluster())
+        spec = replace(spec, precision="int8", calibration_sha256=record.sha256)
+    made = cache_features(spec, store, settings, SilentProgress(), cluster=InlineCluster())
+    maps = sum(spec.view_bytes(branch) * (made.num_global_views if branch == "global" else made.num_local_views) for branch in ("global", "local"))
+    planned = maps + sum(part.image_bytes * len(samples) + part.file_bytes * made.num_units for part in overhead.values())
+    assert planned == pytest.approx(made.feature_bytes, rel=0.002)
+
+
+def write_images(folder: Path, sizes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number, (width, height, orientation) in enumerate(sizes):
+        image = Image.fromarray(generator.integers(0, 256, size=(height, width, 3), dtype=np.uint8))
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(folder / f"{number}.jpg", exif=exif)
+
+
+def test_headers_tell_sizes_as_they_are_seen(tmp_path):
+    write_images(tmp_path / "images", [(60, 40, 1), (60, 40, 6), (30, 90, 3)])
+    (tmp_path / "images" / "3.jpg").write_bytes(b"no image")
+    records = [{"id": str(number), "image": f"{number}.jpg", "conversations": []} for number in range(5)]
+    records += [{"id": "again", "image": "0.jpg", "conversations": []}, {"id": "text", "conversations": []}, "nothing"]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    from hashlib import sha256
+
+    source = LlavaJsonSourceSpec(
+        records=str(tmp_path / "records.json"),
+        images=str(tmp_path / "images"),
+        records_sha256=sha256((tmp_path / "records.json").read_bytes()).hexdigest(),
+    )
+    dataset = DatasetSpec(
+        sources=(RenderedSourceSpec(family="charts", num_images=7), source),
+        seed=0,
+        held_out_fraction=0.1,
+        view_px=56,
+        views=ViewSpec.slime(),
+        legibility=LegibilitySpec(local_min_px=6.5, global_max_px=6.0),
+    )
+    found = scan_images(dataset, 100)
+    assert (found.num_images, found.num_looked_at, found.num_unreadable) == (7 + 3, 5, 2)  # one is gone, one is no image
+    assert sorted(zip(found.sizes_px, found.weights, strict=True)) == [((30, 90), 1), ((40, 60), 1), ((60, 40), 1), ((672, 448), 7)]
+    some = scan_images(dataset, 2)
+    assert some == scan_images(dataset, 2)
+    assert sum(some.weights) == pytest.approx(some.num_images, abs=1)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.setattr("workers.probing._ENOUGH_S", 0.01)
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_recipe(tiny_encoder_folder, tiny_language_model_folder))
+    return open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings(device="cpu"), planning=True)
+
+
+def test_a_recipe_is_planned_from_what_it_will_draw(experiment: Experiment) -> None:
+    plan = make_cache_plan(experiment)
+    drawn = sum(source.num_images for source in experiment.dataset.sources)
+    assert (plan.num_images, plan.images_from) == (drawn, "pictures to be drawn")
+    assert sum(plan.local_views.values()) == drawn
+    assert plan.num_views == drawn + sum(count * number for count, number in plan.local_views.items())
+    assert plan.prepare_core_s > 0
+    assert plan.views_per_s > 0
+    assert "probed with this encoder" in plan.hardware
+    assert [cost.option.name for cost in plan.options] == ["fp16", "int8", "int8, global view only"]
+    assert plan.options[0].total_bytes > plan.options[1].total_bytes > 0
+    assert plan.options[0].storage_usd_month == 0  # a disk of this machine
+    assert experiment.store.list() == []
+
+
+def test_images_may_be_given(experiment: Experiment) -> None:
+    plan = make_cache_plan(experiment, images=5000, size_px=(200, 50))
+    assert (plan.num_images, plan.images_from, sum(plan.local_views.values())) == (5000, "as given", 5000)
+    with pytest.raises(NothingThereError, match="--images and --size go together"):
+        make_cache_plan(experiment, images=5000)
+
+
+def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardware(
+    tmp_path: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workers.probing._ENOUGH_S", 0.01)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    text = tiny_recipe(Path("openai/clip-vit-base-patch32"), tiny_language_model_folder).replace("queries = 4", "queries = 49")
+    path = tmp_path / "clip.toml"
+    path.write_text(text + "\n[plan]\npasses = 3\nmonths = 6\n[plan.cluster]\ndevices = 2\ndevice_tflops = 100\ndevice_share = 0.5\ncores = 10\n")
+    cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    encoder = known_encoder("openai/clip-vit-base-patch32")
+    deepest = 11
+    assert plan["views_per_s"] == pytest.approx(2 * 100e12 * 0.5 / encoder_flops(encoder, deepest))
+    assert plan["hardware"].startswith("2 devices of 100 TFLOP/s at 50%, 10 cores, 100 Gbit/s at 80%")
+    assert (plan["passes"], plan["months"], plan["num_images"]) == (3, 6, 1000)
+    assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
+    cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])
+    out = capsys.readouterr().out
+    assert "stored as" in out
+    assert "Recommended: " in out
+    assert not (tmp_path / "root").exists()
+
+
+def test_records_that_are_not_here_need_a_number(experiment: Experiment, tmp_path: Path) -> None:
+    text = experiment.file.text
+    start = text.index("sources = [")
+    path = tmp_path / "far.toml"
+    far = "sources = [{ kind = 'llava_json', records = 'far.json', images = 'far' }]"
+    path.write_text(text[:start] + far + text[text.index("]", start) + 1 :])
+    planned = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"), planning=True)
+    with pytest.raises(NothingThereError, match=r"plan: records far\.json cannot be read, so .*; give --images N --size WxH"):
+        make_cache_plan(planned)
+
+
+@pytest.mark.parametrize("word", ["1024", "1024x", "x768", "0x5", "-1x5", "1024 x 768", "axb"])
+def test_sizes_that_are_none(word: str) -> None:
+    with pytest.raises(SettingError, match="allowed: width and height in pixels, such as 1024x768"):
+        size_from_word(word)
+
+
+def test_a_size_is_width_and_height() -> None:
+    assert size_from_word("1024x768") == (1024, 768)

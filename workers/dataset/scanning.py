@@ -1,0 +1,94 @@
+"""Sizes of a dataset's images, from their headers, before anything is built: what a plan of the cache counts with.
+
+Input: a dataset's spec. Output: sizes of some of its images, and how many there are. Invariant: which images are looked at is a function of their
+names and the seed, so a plan can be repeated.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import ImageOps
+
+from model.errors import ImageError
+from model.images import open_image
+from workers.dataset.sources import is_text_only, read_records
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.errors import StorageError
+from workers.quarantine import store_reason
+from workers.storage import Store
+
+__all__ = ["ScannedImages", "scan_images"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScannedImages:
+    """Images of a dataset, by their sizes."""
+
+    num_images: int
+    """In all."""
+    sizes_px: tuple[tuple[int, int], ...]
+    """Width and height of those that were looked at; of drawn pictures one stands for all of a source."""
+    weights: tuple[float, ...]
+    """How many images each of those stands for."""
+    num_looked_at: int
+    num_unreadable: int
+    """Of those that were looked at: they will be in the quarantine, and are not counted."""
+
+
+def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
+    """Look at the headers of a dataset's images.
+
+    Args:
+        dataset: its spec; its records must be readable.
+        most: images of a source that are looked at; where it has more, those stand for all.
+
+    Returns:
+        Their sizes.
+
+    Raises:
+        SourceError: records that cannot be read.
+        StorageError: the store failed in a way that says nothing about one image.
+    """
+    sizes: list[tuple[int, int]] = []
+    weights: list[float] = []
+    total = looked = unreadable = 0
+    for source in dataset.sources:
+        if isinstance(source, RenderedSourceSpec):
+            total += source.num_images
+            sizes.append((RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX))
+            weights.append(float(source.num_images))
+            continue
+        names = _image_names(source)
+        chosen = sorted(names, key=lambda name: hashlib.sha256(f"{dataset.seed}:{name}".encode()).hexdigest())[:most]
+        found = [size for size in _sizes(source, chosen) if size is not None]
+        looked += len(chosen)
+        unreadable += len(chosen) - len(found)
+        share = len(found) / max(1, len(chosen))
+        total += round(len(names) * share)
+        sizes += found
+        weights += [len(names) * share / len(found)] * len(found)
+    return ScannedImages(num_images=total, sizes_px=tuple(sizes), weights=tuple(weights), num_looked_at=looked, num_unreadable=unreadable)
+
+
+def _image_names(source: LlavaJsonSourceSpec) -> list[str]:
+    """Of its records, each once."""
+    records = [record for record in read_records(source) if isinstance(record, dict) and not is_text_only(record)]
+    return list(dict.fromkeys(str(record["image"]) for record in records))
+
+
+def _sizes(source: LlavaJsonSourceSpec, names: Sequence[str]) -> list[tuple[int, int] | None]:
+    store = Store(source.images)
+    found: list[tuple[int, int] | None] = []
+    for name in names:
+        try:
+            with open_image(store.read_bytes(name)) as image:
+                upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) > 4 else image  # five to eight lie on their side
+                found.append(upright.size)
+        except ImageError:
+            found.append(None)
+        except StorageError as error:
+            if store_reason(error) is None:
+                raise
+            found.append(None)
+    return found

@@ -1,0 +1,156 @@
+"""A short probe of the machine at hand: how fast it prepares images and encodes views. What a plan of a cache counts hours with.
+
+Input: a cache's spec, a typical size. Output: rates. Invariant: nothing is written, nothing is fetched. Where the encoder's weights are not here a
+block of the same shape stands in for its blocks, since what a matrix product costs does not depend on its numbers.
+"""
+
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from model.encoder import load_encoder
+from model.images import cut_views, decode_image
+from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
+from model.views import plan_views
+from workers.caching.codec import FeatureCodec
+from workers.caching.encode import choose_device, deepest_layer, encode_views
+from workers.caching.units import BRANCHES
+
+__all__ = ["ProbedMachine", "probe_machine"]
+
+_ENOUGH_S = 3.0
+"""Seconds of measuring, for each of the two rates."""
+_MOST_IMAGES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbedMachine:
+    """What a probe found."""
+
+    device: str
+    cores: int
+    prepare_core_s: float
+    """Seconds of one core to decode and cut one image of the typical size; reading it is not among them."""
+    views_per_s: float
+    """Encoded, reduced to maps and rounded, on the whole device; on a CPU with all of its cores."""
+    real_weights: bool
+    """Whether the encoder itself ran, and not a stand-in of its shape."""
+
+
+def probe_machine(spec: FeatureSpec, images: Sequence[bytes], size_px: tuple[int, int], *, device: str, batch_views: int) -> ProbedMachine:
+    """Measure this machine.
+
+    Args:
+        spec: of the cache.
+        images: files to decode, a few of the dataset's own; none, then one of that size is made up.
+        size_px: width and height of the one that is made up.
+        device: `auto`, `cpu` or `cuda`.
+        batch_views: views in one forward pass.
+
+    Returns:
+        What was found. Decoding is measured in one thread, as a preparing task runs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    files = list(images)[:_MOST_IMAGES] or [_made_up(*size_px)]
+    place = choose_device(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        rate, real = _encode_rate(spec, place, batch_views)
+        return ProbedMachine(device=place, cores=cores, prepare_core_s=_prepare_s(spec, files), views_per_s=rate, real_weights=real)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _made_up(width_px: int, height_px: int) -> bytes:
+    """A JPEG that takes about as long to decode as a photograph: smooth shades under noise."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, size=(max(1, height_px // 32), max(1, width_px // 32), 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width_px, height_px), Image.Resampling.BICUBIC), dtype=np.int16)
+    pixels = (smooth + generator.integers(-12, 13, size=smooth.shape)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _prepare_s(spec: FeatureSpec, files: Sequence[bytes]) -> float:
+    def prepare(data: bytes) -> None:
+        image = decode_image(data)
+        cut_views(image, plan_views(image.width, image.height, spec.encoder.view_px, spec.views), mean_colour=spec.encoder.mean_colour)
+
+    prepare(files[0])  # loads what is loaded once
+    done, started = 0, time.thread_time()
+    while time.thread_time() - started < _ENOUGH_S and done < max(_MOST_IMAGES, len(files)):
+        prepare(files[done % len(files)])
+        done += 1
+    return (time.thread_time() - started) / done
+
+
+def _encode_rate(spec: FeatureSpec, device: str, batch_views: int) -> tuple[float, bool]:
+    """Views a second, and whether the encoder itself ran."""
+    side = spec.encoder.view_px
+    if isinstance(spec.encoder.weights_sha256, UnknownDigest):
+        return _stand_in_rate(spec.encoder, deepest_layer(spec), device, batch_views), False
+    encoder = load_encoder(spec.encoder, deepest_layer(spec), device)
+    codec = FeatureCodec(_uncalibrated(spec), {})
+    views = np.random.default_rng(0).integers(0, 256, size=(batch_views, 3, side, side), dtype=np.uint8)
+    branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
+
+    def encode() -> None:
+        encode_views(encoder, views, branch, spec.maps(branch), codec, batch_views)
+
+    return batch_views / _seconds(encode, device), True
+
+
+def _uncalibrated(spec: FeatureSpec) -> FeatureSpec:
+    """In fp16 where the calibration is still to come: the forward pass is nearly all of it."""
+    return replace(spec, precision="fp16", calibration_sha256=None, fp16_maps=()) if spec.precision == "int8" else spec
+
+
+def _seconds(work: Callable[[], None], device: str) -> float:
+    """Of one call, the median of a few."""
+    work()
+    times: list[float] = []
+    began = time.monotonic()
+    while len(times) < 2 or (time.monotonic() - began < _ENOUGH_S and len(times) < 20):
+        started = time.monotonic()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+    return float(np.median(times))
+
+
+def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, batch_views: int) -> float:
+    """Of an encoder whose weights are not here: one block of its shape, as often as it has blocks."""
+    tokens, width, mlp = encoder.num_patches + encoder.prefix_tokens, encoder.width, encoder.mlp_width
+    batch = max(1, min(batch_views, 2**22 // (tokens * width)))  # a batch of CLIP-L's 64 views would take minutes on a CPU
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        numbers: torch.Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+        return numbers.to(device)
+
+    qkv, out = matrix(3 * width, width), matrix(width, width)
+    up, down = matrix(mlp, width), matrix(width, mlp)
+    gate = matrix(mlp, width) if encoder.activation == "swiglu" else None
+    state = torch.randn(batch, tokens, width, generator=generator).to(device)
+
+    @torch.inference_mode()
+    def block() -> None:
+        normed = F.layer_norm(state, (width,))
+        queries, keys, values = F.linear(normed, qkv).unflatten(2, (3, encoder.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        middle = state + F.linear(mixed, out)
+        normed = F.layer_norm(middle, (width,))
+        inner = F.gelu(F.linear(normed, up)) if gate is None else F.silu(F.linear(normed, gate)) * F.linear(normed, up)
+        middle.add_(F.linear(inner, down))
+
+    return batch / (_seconds(block, device) * max(1, num_blocks))
