@@ -60,7 +60,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images))
+    live = "none: every view is encoded whenever it is seen"
+    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images) if experiment.caches else live)
     yield from _connector_lines(experiment)
     if experiment.weights is not None:
         known = not isinstance(experiment.weights.sha256, UnknownDigest)
@@ -81,7 +82,8 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     following: StageName = STAGES[0]
     try:
         for stage_run in stage_runs(experiment, until, form):
-            later = [stage for stage in STAGES[STAGES.index(stage_run.stage) + 1 :] if stage != "calibrate-features" or experiment.calibration]
+            later = STAGES[STAGES.index(stage_run.stage) + 1 :]
+            later = tuple(stage for stage in later if stage not in experiment.left_out)
             following = later[0] if later else following
             yield PlanLine(topic="stages", fact=stage_run.name, value=_stage_text(experiment, stage_run))
     except (SpecError, RecipeError) as error:
@@ -246,7 +248,8 @@ def _evaluation_lines(experiment: Experiment) -> Iterator[PlanLine]:
     yield PlanLine(topic="evaluation", fact="images", value=f"{images.words}, of a dataset of its own")
     if images.question_words:
         yield PlanLine(topic="evaluation", fact="questions", value=images.question_words)
-    yield PlanLine(topic="evaluation", fact="cache", value=_cache_text(features, images))
+    if experiment.caches:
+        yield PlanLine(topic="evaluation", fact="cache", value=_cache_text(features, images))
 
 
 def _cache_text(features: FeatureSpec, images: _SourceImages) -> str:

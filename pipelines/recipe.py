@@ -157,6 +157,15 @@ class Features(Table):
     """Of int8: images that its centres and scales are measured on, one of four to check them."""
     min_snr_db: Positive = 30.0
     """Of int8: a map that keeps less signal over rounding is stored in fp16."""
+    source: Literal["cached", "live"] = "cached"
+    """`live`: nothing is stored; the encoder runs in training and evaluation, on every view whenever it is seen."""
+
+    @model_validator(mode="after")
+    def _store_what_is_packed(self) -> "Features":
+        if self.source == "live" and self.precision == "int8":
+            text = "found source = 'live' beside precision = 'int8', which is a way to store; use precision fp16 or fp32, or leave source out"
+            raise PydanticCustomError("told", text)
+        return self
 
 
 class Lora(Table):

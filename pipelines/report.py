@@ -323,7 +323,7 @@ def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[st
         ("Training", f"{training.steps} steps, {training.samples} samples seen, {training.samples_per_second:.1f} samples/s on {training.device}"),
         ("Asked", _asked_words(runs[0].evaluation)),
         ("Seeds", ", ".join(str(run.seed) for run in runs)),
-        ("Features", f"stored as {features.precision}"),
+        ("Features", f"stored as {features.precision}" if experiment.caches else "encoded whenever a view is seen, nothing stored"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
         ("Root", experiment.store.root),
     )

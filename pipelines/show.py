@@ -40,6 +40,8 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
             for dataset, _, asked in experiment.data:
                 _show_dataset(experiment, dataset, root, console, asked=asked)
         case "cache":
+            if not experiment.caches:
+                raise NothingThereError(f"recipe {experiment.file.path}: features.source is live, so there is no cache to show")
             for _, features, asked in experiment.data:
                 record = experiment.record("cache-features", features)
                 if record is None:

@@ -176,6 +176,16 @@ class Experiment:
     """By root, the cache once its calibration was found done: its record is read once."""
 
     @property
+    def caches(self) -> bool:
+        """Whether features are stored before anything is trained."""
+        return self.file.recipe.features.source == "cached"
+
+    @property
+    def left_out(self) -> frozenset[StageName]:
+        """Stages that it does not have."""
+        return frozenset(("calibrate-features", "cache-features") if not self.caches else ("calibrate-features",) if self.calibration is None else ())
+
+    @property
     def calibration(self) -> CalibrationSpec | None:
         """How maps are measured for int8, on the dataset that is trained on; None of another precision."""
         return self.file.recipe.calibration_spec(self.planned_features)
@@ -285,6 +295,7 @@ class Experiment:
         return TrainingSpec(
             dataset_fingerprint=fingerprint_if_known(self.dataset),
             features=self.features,
+            feature_source=self.file.recipe.features.source,
             connector=self.connector,
             schedule=self.file.recipe.schedule_spec(self.connector, seed, num_train_images, num_train_text_only),
             language_model=self.language_model,
@@ -701,7 +712,7 @@ def stage_runs(experiment: Experiment, until: StageName = "report", form: Export
 
     if last >= STAGES.index("calibrate-features") and (calibration := experiment.calibration) is not None:
         yield _calibrate_run(experiment, calibration)
-    if last >= STAGES.index("cache-features"):
+    if last >= STAGES.index("cache-features") and experiment.caches:
         for _, features, asked in experiment.data:
             yield _cache_run(experiment, features, asked=asked)
     if last >= STAGES.index("train-connector"):
@@ -877,7 +888,10 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.
     if free is None or experiment.record("build-dataset", experiment.dataset) is not None:
         return
-    needed = sum(feature_bytes(dataset, features) + num_drawn(dataset) * _IMAGE_BYTES_GUESS for dataset, features, _ in experiment.data)
+    needed = sum(
+        (feature_bytes(dataset, features) if experiment.caches else 0) + num_drawn(dataset) * _IMAGE_BYTES_GUESS
+        for dataset, features, _ in experiment.data
+    )
     if needed > free:
         raise DiskSpaceError(
             f"{experiment.store.root}: this recipe needs up to {needed / 1e9:.1f} GB for images and features, and {free / 1e9:.1f} GB are free. "

@@ -118,9 +118,26 @@ def test_int8_is_calibrated_first_and_what_follows_has_keys_then(experiment: Exp
     assert replace(packed, store=other).features == packed.planned_features  # a calibration is of one root
 
 
+def test_live_features_are_not_stored(experiment: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "live.toml"
+    path.write_text(experiment.file.text + '\n[features]\nsource = "live"\n')
+    live = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+    stages = [run.stage for run in stage_runs(live)]
+    assert stages[:2] == ["build-dataset", "train-connector"]
+    assert "cache-features" not in stages
+    assert [run.stage for run in stage_runs(live, "cache-features")] == ["build-dataset"]
+    assert live.training(0) == replace(experiment.training(0), feature_source="live")
+    assert {(line.topic, line.fact): line.value for line in plan_lines(live)}[
+        "features", "cache"
+    ] == "none: every view is encoded whenever it is seen"
+    with pytest.raises(NothingThereError, match=r"features\.source is live, so there is no cache to show"):
+        show_recipe("cache", live)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('source = "live"\nprecision = "int8"', r"features: found source = 'live' beside precision = 'int8', which is a way to store"),
         ('precision = "int4"', r"features\.precision: found 'int4'; did you mean 'int8'\? allowed: fp32, fp16, int8"),
         ("calibration_images = 3", r"features\.calibration_images: found 3; allowed: "),
         ("min_snr_db = 0", r"features\.min_snr_db: found 0; allowed: a finite number greater than 0"),
