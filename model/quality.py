@@ -18,7 +18,8 @@ class MapQuality:
 
     num_tokens: int = 0
     signal: float = 0.0
-    """Squared distances of the tokens from their channels' means, summed within each part: what is constant carries no information."""
+    """How much tokens vary, times their number: as it was calibrated, or else their squared distances from the part's own mean. What is constant
+    carries no information."""
     error: float = 0.0
     """Squared differences between what was computed and what a reader gets."""
     cosines: float = 0.0

@@ -96,10 +96,11 @@ class ChannelMoments:
         return (self.squares / max(1, self.num_tokens)).sqrt()
 
     def calibration(self) -> ChannelCalibration:
-        """Centre and scale for what was seen: mean and deviation; channels that do not vary keep a scale of 1."""
+        """Centre and scale for what was seen: mean and deviation; a channel that does not vary has the mean deviation, or 1 where none varies."""
         deviation = self.deviation
-        varies = deviation > _FLAT * deviation.mean()
-        return ChannelCalibration(centre=self.mean.float(), scale=torch.where(varies, deviation, torch.ones_like(deviation)).float())
+        usual = deviation.mean()
+        usual = usual if usual > 0 else torch.ones_like(usual)
+        return ChannelCalibration(centre=self.mean.float(), scale=torch.where(deviation > _FLAT * usual, deviation, usual).float())
 
 
 def quantise(
@@ -140,12 +141,16 @@ def dequantise(
     return torch.addcmul(calibration.centre, codes.float() * steps.float().unsqueeze(-1), calibration.scale)
 
 
-def map_quality(computed: Float[Tensor, "*batch width"], stored: Float[Tensor, "*batch width"]) -> MapQuality:
+def map_quality(
+    computed: Float[Tensor, "*batch width"], stored: Float[Tensor, "*batch width"], calibration: ChannelCalibration | None = None
+) -> MapQuality:
     """Compare stored tokens with computed ones.
 
     Args:
         computed: before they were rounded.
         stored: what a reader gets of them.
+        calibration: of the map, over many images. With it one image is judged by how much tokens vary over all of those: a blank picture, whose
+            tokens are all alike, has no signal of its own. None takes the variance of these tokens.
 
     Returns:
         Their quality; add it up over parts.
@@ -154,9 +159,10 @@ def map_quality(computed: Float[Tensor, "*batch width"], stored: Float[Tensor, "
     if not len(before):
         return MapQuality()
     cosines = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+    own = (before - before.mean(dim=0)).square().sum()
     return MapQuality(
         num_tokens=len(before),
-        signal=float((before - before.mean(dim=0)).square().sum()),
+        signal=float(own if calibration is None else len(before) * calibration.scale.double().square().sum()),
         error=float((before - after).square().sum()),
         cosines=float(cosines.sum()),
         worst_cosine=float(cosines.min()),

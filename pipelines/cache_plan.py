@@ -15,12 +15,14 @@ from typing import Any
 from rich.table import Table
 
 from model.architectures import encoder_flops
+from model.images import DEFAULT_LIMITS
 from model.specs import FeatureSpec, Precision, UnknownDigest
 from model.views import plan_views
 from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_costs, recommend
-from pipelines.errors import NothingThereError
+from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import bytes_text, data_console, duration_text, print_table
+from workers.dataset.spec import LlavaJsonSourceSpec
 
 __all__ = ["CachePlan", "ImageSizes", "cache_options", "make_cache_plan", "print_cache_plan"]
 
@@ -36,6 +38,8 @@ class ImageSizes:
     sizes_px: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
     """How many images each size stands for."""
+    by_source: dict[str, float]
+    """Images of each of the dataset's sources; empty where that is not known."""
     source: str
     """For people: where they come from."""
 
@@ -64,14 +68,14 @@ class CachePlan:
     verdict: Verdict
 
 
-def cache_options(features: FeatureSpec) -> tuple[CacheOption, ...]:
+def cache_options(features: FeatureSpec) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
     """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views.
 
     Args:
         features: the recipe's cache.
 
     Returns:
-        The recipe's own first.
+        Each with the cache that it would be; the recipe's own first.
     """
     known: tuple[Precision, ...] = ("int8", "fp16")
     wanted: list[Precision] = [features.precision, *(precision for precision in known if precision != features.precision)]
@@ -79,19 +83,18 @@ def cache_options(features: FeatureSpec) -> tuple[CacheOption, ...]:
     for precision in wanted:
         digest = UnknownDigest("none") if precision == "int8" else None
         stored = replace(features, precision=precision, calibration_sha256=digest, fp16_maps=features.fp16_maps if precision == "int8" else ())
-        options.append(
-            CacheOption(
-                name=precision, precision=precision, global_view_bytes=stored.view_bytes("global"), local_view_bytes=stored.view_bytes("local")
-            )
+        option = CacheOption(
+            name=precision, precision=precision, global_view_bytes=stored.view_bytes("global"), local_view_bytes=stored.view_bytes("local")
         )
+        options.append((option, stored))
     if features.global_maps and features.local_maps:
-        packed = next(option for option in options if option.precision == "int8")
-        options.append(replace(packed, name="int8, global view only", local_view_bytes=0, holds_local=False))
+        packed, stored = next(pair for pair in options if pair[0].precision == "int8")
+        options.append((replace(packed, name="int8, global view only", local_view_bytes=0, holds_local=False), stored))
     return tuple(options)
 
 
 def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_px: tuple[int, int] | None = None) -> CachePlan:
-    """Plan a recipe's cache.
+    """Plan a recipe's cache. That of an `[evaluation.dataset]` is not counted.
 
     Args:
         experiment: opened for a plan.
@@ -103,6 +106,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
 
     Raises:
         NothingThereError: there are no images to count, and none were given.
+        SettingError: a number of images without a size, or one that cannot be.
     """
     from workers.caching.sizing import file_overhead
     from workers.probing import probe_machine
@@ -114,53 +118,53 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
         histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
     num_local = round(sum(count * weight for count, weight in histogram.items()))
-    typical = sizes.sizes_px[max(range(len(sizes.weights)), key=sizes.weights.__getitem__)]
+    typical = _typical(sizes)
+    stated = recipe.plan.cluster
     machine = probe_machine(
         features,
         _image_files(experiment) if images is None else (),
         typical,
         device=experiment.execution.device,
+        cores=experiment.execution.num_cpus,
         batch_views=experiment.execution.encode_batch_views,
+        encodes=stated is None,
     )
     deepest = max(layer for item in (*features.global_maps, *features.local_maps) for layer in item.layers)
     view_flops = encoder_flops(features.encoder, deepest)
-    stated = recipe.plan.cluster
-    here = Cluster(
-        devices=1,
-        views_per_s=machine.views_per_s,
-        cores=experiment.execution.num_cpus or machine.cores,
-        network_bytes_per_s=None,
-        shares_cores=machine.device == "cpu",
-    )
-    cluster = here if stated is None else stated.cluster(view_flops)
-    overhead = file_overhead(features, *typical)
-    per_image = sum(part.image_bytes for part in overhead.values())
-    unit_bytes = experiment.execution.feature_unit_bytes
     prices = recipe.plan.prices.prices()
-    if stated is None and experiment.store.local_path() is not None:  # this machine's disk and CPU are paid by the hour at most
-        prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
-    costs = tuple(
-        cache_costs(
-            option,
-            num_images=sizes.num_images,
-            num_local_views=num_local,
-            prepare_core_s=machine.prepare_core_s,
-            overhead_bytes=per_image if option.holds_local else overhead["global"].image_bytes,
-            unit_bytes=unit_bytes,
-            months=recipe.plan.months,
-            cluster=cluster,
-            prices=prices,
-        )
-        for option in cache_options(features)
-    )
-    passes, passes_from = _passes(experiment, sizes.num_images)
-    kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
-    hardware = f"this machine, {machine.device} with {here.cores} core{'s' if here.cores > 1 else ''}, probed with {kind}"
+    local = experiment.store.local_path() is not None
     if stated is not None:
+        cluster = stated.cluster(view_flops)
         hardware = (
             f"{stated.devices} devices of {stated.device_tflops:g} TFLOP/s at {stated.device_share:.0%}, {stated.cores} cores, "
             f"{stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
         )
+    else:
+        assert machine.views_per_s is not None
+        on_cpu = machine.device == "cpu"
+        cluster = Cluster(devices=1, views_per_s=machine.views_per_s, cores=machine.cores, network_bytes_per_s=None, shares_cores=on_cpu)
+        kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
+        far = "" if local else "; its network is not known and not counted, [plan.cluster] states one"
+        hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
+        if local:  # this machine's disk is paid for already
+            prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
+    costs = []
+    for option, stored in cache_options(features):
+        overhead = file_overhead(stored, *typical)
+        costs.append(
+            cache_costs(
+                option,
+                num_images=sizes.num_images,
+                num_local_views=num_local,
+                prepare_core_s=machine.prepare_core_s,
+                overhead_bytes=sum(part.image_bytes for branch, part in overhead.items() if option.holds_local or branch == "global"),
+                unit_bytes=experiment.execution.feature_unit_bytes,
+                months=recipe.plan.months,
+                cluster=cluster,
+                prices=prices,
+            )
+        )
+    passes, passes_from = _passes(experiment, sizes, num_local / sizes.num_images)
     return CachePlan(
         recipe=recipe.name,
         encoder=features.encoder.model,
@@ -175,26 +179,49 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         hardware=hardware,
         prepare_core_s=machine.prepare_core_s,
         views_per_s=cluster.views_per_s,
-        options=costs,
-        verdict=recommend(costs, passes),
+        options=tuple(costs),
+        # What leaves local views out is shown for comparison: a recipe cannot choose it.
+        verdict=recommend([cost for cost in costs if cost.option.holds_local], passes),
     )
+
+
+def _typical(sizes: ImageSizes) -> tuple[int, int]:
+    """The size in the middle, by pixels: half of the images have fewer."""
+    ordered = sorted(zip(sizes.sizes_px, sizes.weights, strict=True), key=lambda pair: pair[0][0] * pair[0][1])
+    left = sum(sizes.weights) / 2
+    for size_px, weight in ordered:
+        left -= weight
+        if left <= 0:
+            return size_px
+    return ordered[-1][0]
 
 
 def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
     if (images is None) != (size_px is None):
-        raise NothingThereError("plan: --images and --size go together, such as --images 1200000 --size 1024x768; give both or neither")
+        raise SettingError("plan: --images and --size go together, such as --images 1200000 --size 1024x768; give both or neither")
     if images is not None and size_px is not None:
-        return ImageSizes(num_images=images, sizes_px=(size_px,), weights=(float(images),), source="as given")
+        if images < 1:
+            raise SettingError(f"plan --images: found {images}; allowed: at least 1")
+        if size_px[0] * size_px[1] > DEFAULT_LIMITS.max_pixels:
+            raise SettingError(f"plan --size: found {size_px[0]}x{size_px[1]}; images of more than {DEFAULT_LIMITS.max_pixels:,} pixels are refused")
+        return ImageSizes(num_images=images, sizes_px=(size_px,), weights=(float(images),), by_source={}, source="as given")
     if experiment.record("build-dataset", experiment.dataset) is not None:
         from model.specs import fingerprint
         from workers.dataset.samples import read_samples
 
-        samples = read_samples(experiment.store, fingerprint(experiment.dataset))
-        found = Counter((sample.width_px, sample.height_px) for sample in samples if not sample.text_only)
+        samples = [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
+        if not samples:
+            raise NothingThereError("plan: the built dataset is text alone, of which nothing is cached")
+        found = Counter((sample.width_px, sample.height_px) for sample in samples)
         return ImageSizes(
-            num_images=found.total(), sizes_px=tuple(found), weights=tuple(float(number) for number in found.values()), source="the built dataset"
+            num_images=len(samples),
+            sizes_px=tuple(found),
+            weights=tuple(float(number) for number in found.values()),
+            by_source={label: float(number) for label, number in Counter(sample.source for sample in samples).items()},
+            source="the built dataset",
         )
-    if unreadable := [part.what for part in experiment.missing if part.records is not None]:
+    trained = {source.records for source in experiment.dataset.sources if isinstance(source, LlavaJsonSourceSpec)}
+    if unreadable := [part.what for part in experiment.missing if part.records in trained]:
         raise NothingThereError(
             f"plan: {', '.join(unreadable)} cannot be read, so there are no images to count; give --images N --size WxH, or put them there"
         )
@@ -208,6 +235,7 @@ def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] 
         num_images=scanned.num_images,
         sizes_px=scanned.sizes_px,
         weights=scanned.weights,
+        by_source=scanned.by_source,
         source=f"{looked}{f', {scanned.num_unreadable} of them unreadable' if scanned.num_unreadable else ''}",
     )
 
@@ -224,15 +252,25 @@ def _image_files(experiment: Experiment) -> Sequence[bytes]:
     return [experiment.store.read_reference(sample.image_path) for sample in chosen]
 
 
-def _passes(experiment: Experiment, num_images: int) -> tuple[float, str]:
-    """Training passes over all images, and where the number comes from."""
+def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str]:
+    """Training passes over the cache, and where the number comes from: a phase that sees global views alone of half the images is no whole pass."""
     recipe = experiment.file.recipe
     if recipe.plan.passes is not None:
         return recipe.plan.passes, "plan.passes"
-    train = num_images * (1 - experiment.dataset.held_out_fraction)
-    each = sum(phase.epochs if phase.epochs is not None else (phase.steps or 0) * phase.batch_size / train for phase in recipe.schedule.phases)
-    seeds = len(recipe.seeds)
-    return max(each * seeds, 1e-9), f"the schedule's {each:.3g}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
+    labels = recipe.source_labels
+    train = sizes.num_images * (1 - experiment.dataset.held_out_fraction)
+    seen_views = 0.0
+    for phase in recipe.schedule.phases:
+        named = phase.source_labels(labels) or labels
+        # Of images that were given by their number alone, every source has as many.
+        share = sum(sizes.by_source.get(label, 0.0) for label in named) / sizes.num_images if sizes.by_source else len(named) / len(labels)
+        images = phase.epochs * train * share if phase.epochs is not None else (phase.steps or 0) * phase.batch_size
+        mix = phase.mix()
+        shows_global, shows_local = mix.both + mix.global_only, mix.both + mix.local_only
+        seen_views += images * (shows_global + shows_local * local_views)
+    each, seeds = seen_views / (sizes.num_images * (1 + local_views)), len(recipe.seeds)
+    shown = f"views that the schedule sees over those of the cache, {each:.3g}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
+    return each * seeds, shown
 
 
 def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:

@@ -4,8 +4,8 @@ Input: how many views there are, how many bytes each takes, prices and hardware;
 recommendation with its reason. Invariant: nothing here measures or reads; the same numbers give the same plan, so every figure can be recomputed by
 hand.
 
-Storing wide features costs far more than computing them: a view of CLIP-L/14-336 takes 8e-7 dollars to encode, and its three fp16 maps 8e-5 dollars a
-month to keep on object storage. A cache pays by small maps, by a short life, and by many passes over it.
+Storing wide features costs more than computing them: a view of CLIP-L/14-336 takes 8e-6 dollars to encode in fp32, and its three fp16 maps 8e-5
+dollars a month to keep on object storage. A cache pays by small maps, by a short life, and by many passes over it.
 """
 
 import math
@@ -41,7 +41,7 @@ class Cluster:
     """Of all devices, in the forward pass alone."""
     cores: int
     network_bytes_per_s: float | None
-    """To the store; None where the store is this machine's disk."""
+    """To the store; None where nobody says, or the store is this machine's disk."""
     shares_cores: bool
     """Whether devices are those same cores: then preparing and encoding take turns, and do not overlap."""
 
@@ -140,9 +140,10 @@ def cache_costs(
     compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, cluster, prices)
     live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, cluster, prices)
     left_out = 0.0 if option.holds_local or not num_local_views else _compute_usd(num_images, num_local_views, prepare_core_s, cluster, prices)
-    gets = num_images * branches
+    gets = 2 * num_images * branches  # a row group of each image for its rows, and once more to know where it lies
     per_pass = gets / 1000 * prices.get_thousand + left_out
-    puts = objects * max(1, math.ceil(total / objects / _PART_BYTES))
+    each = total / objects
+    puts = objects * (1 if each < _WHOLE_BYTES else math.ceil(each / _PART_BYTES) + 2)
     storage = total / _GB * prices.storage_gb_month
     once = compute + puts / 1000 * prices.put_thousand + storage * months
     saved = live - per_pass
@@ -162,8 +163,8 @@ def cache_costs(
     )
 
 
-_PART_BYTES = 16 * 2**20
-"""Of a multipart upload."""
+_WHOLE_BYTES, _PART_BYTES = 100 * 2**20, 50 * 2**20
+"""An object up to the first is put at once, a larger one in parts of the second, begun and completed by a request each: as s3fs does."""
 
 
 def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster) -> Hours:
@@ -177,18 +178,21 @@ def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: 
 
 
 def _compute_usd(num_images: int, num_views: int, prepare_core_s: float, cluster: Cluster, prices: Prices) -> float:
-    """Of preparing images and encoding views once. Devices that are cores are paid as cores."""
-    prepare = num_images * prepare_core_s / _HOUR_S * prices.core_hour
-    encode_h = num_views / cluster.views_per_s / _HOUR_S
-    rate = cluster.cores * prices.core_hour if cluster.shares_cores else cluster.devices * prices.device_hour
-    return prepare + encode_h * rate
+    """Of preparing images and encoding views once.
+
+    Devices are paid for as long as it takes, also where they wait for decoding; devices that are cores, as cores.
+    """
+    hours = _hours(num_images, num_views, prepare_core_s, 0, cluster)
+    if cluster.shares_cores:
+        return hours.total * cluster.cores * prices.core_hour
+    return hours.total * cluster.devices * prices.device_hour + hours.prepare * cluster.cores * prices.core_hour
 
 
 def recommend(costs: Sequence[CacheCosts], passes: float) -> Verdict:
     """What is cheapest for so many training passes.
 
     Args:
-        costs: of the options, at least one; the first is what the recipe says.
+        costs: of the options that a recipe can choose, at least one; the first is what this one says.
         passes: training passes that are planned.
 
     Returns:

@@ -1,6 +1,7 @@
 """A recipe's `[plan]`: prices and hardware that `loupe plan` counts with. No part of any identity.
 
-Source of the defaults: a large cloud's list prices of 2026 (standard object storage in one region, one H100 by the hour), an H100's dense bf16 peak.
+Source of the defaults: a large cloud's list prices of 2026 (standard object storage in one region, one H100 by the hour), and an H100's peak in fp32,
+in which the encoder runs.
 """
 
 from typing import Annotated
@@ -33,9 +34,9 @@ class PlanCluster(Table):
     """Hardware that is to make the cache, in place of the machine at hand."""
 
     devices: Count = 8
-    device_tflops: Positive = 989.0
-    """Peak of matrix products in the encoder's type, of one device."""
-    device_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.4
+    device_tflops: Positive = 67.0
+    """Peak of matrix products in fp32, of one device."""
+    device_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.6
     """Of that peak, what the forward pass reaches."""
     cores: Count = 96
     network_gbit_s: Positive = 100.0
@@ -62,7 +63,7 @@ class Plan(Table):
     months: Positive = 1.0
     """For which the cache is kept."""
     passes: Annotated[float, Field(gt=0, allow_inf_nan=False), allowed("a finite number greater than 0")] | None = None
-    """Training passes over it; those of the schedule and the seeds when absent."""
+    """Training passes over it; the views that the schedule sees with all seeds, over those of the cache, when absent."""
     prices: PlanPrices = PlanPrices()
     cluster: PlanCluster | None = None
     """The machine at hand, as it is probed, when absent."""

@@ -149,13 +149,17 @@ class Views(Table):
                 assert_never(self.rule)
 
 
+UNCALIBRATED = UnknownDigest("the calibration, which runs first")
+"""In the place of a calibration's digest until there is one."""
+
+
 class Features(Table):
     """How features are stored."""
 
     precision: Literal["fp32", "fp16", "int8"] = "fp16"
     calibration_images: Annotated[int, Field(ge=4)] = 256
     """Of int8: images that its centres and scales are measured on, one of four to check them."""
-    min_snr_db: Positive = 30.0
+    min_snr_db: Annotated[float, Field(ge=20, allow_inf_nan=False), allowed("a finite number from 20 up, below which no cache goes on")] = 30.0
     """Of int8: a map that keeps less signal over rounding is stored in fp16."""
     source: Literal["cached", "live"] = "cached"
     """`live`: nothing is stored; the encoder runs in training and evaluation, on every view whenever it is seen."""
@@ -400,7 +404,7 @@ class Recipe(Table):
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),
             local_maps=tuple(dict.fromkeys(connector.local_branch.fusion.maps)) if connector.local_branch is not None else (),
             precision=self.features.precision,
-            calibration_sha256=UnknownDigest("the calibration, which runs first") if self.features.precision == "int8" else None,
+            calibration_sha256=UNCALIBRATED if self.features.precision == "int8" else None,
         )
 
     def calibration_spec(self, features: FeatureSpec) -> CalibrationSpec | None:

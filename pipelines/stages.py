@@ -28,7 +28,7 @@ from model.specs import (
 )
 from model.views import plan_views
 from pipelines.errors import NothingThereError, RecipeError, SettingError
-from pipelines.recipe import LlavaJsonSource
+from pipelines.recipe import UNCALIBRATED, LlavaJsonSource
 from pipelines.recipe_files import RecipeFile
 from workers.commits import StageName, to_json
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, RenderedSourceSpec, source_label
@@ -64,8 +64,6 @@ __all__ = [
 
 STAGES: tuple[StageName, ...] = ("build-dataset", "calibrate-features", "cache-features", "train-connector", "evaluate", "export", "report")
 """In the order in which they run."""
-
-"""By the precision of stored features."""
 
 _PLANNED_WITH = ("num_samples", "num_train_by_source", "num_held_out")
 """Fields of a dataset's record that later stages need."""
@@ -242,7 +240,7 @@ class Experiment:
             NothingThereError: names what is missing.
         """
         unknown = fingerprint_if_known(spec)
-        if isinstance(unknown, UnknownDigest) and self.missing:
+        if isinstance(unknown, UnknownDigest) and unknown != UNCALIBRATED:
             raise NothingThereError(
                 f"recipe {self.file.path}: what it has left in {shown_path(self.store.root)} is found by keys that depend on {unknown}, and those "
                 "are not on this machine; look from a machine that has them, or put them here"

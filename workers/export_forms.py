@@ -180,7 +180,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
             num_redecoded=sum(prompt.redecoded for prompt in expected),
             max_abs_logit_error=error,
             tolerance=tolerance,
-            compared=_compared(spec.form, run, products, merged=training.lora is not None),
+            compared=_compared(spec.form, run, products, merged=training.lora is not None, packed=training.features.precision == "int8"),
             max_abs_logit_rounding=max(_distance(ours.logits, exact.logits) for ours, exact in zip(as_evaluated, expected, strict=True)),
             same_answers_as_evaluated=sum(ours.answer == exact.answer for ours, exact in zip(as_evaluated, expected, strict=True)),
             check_image=first.sample.image_path,
@@ -392,12 +392,16 @@ def _distance(some: "Tensor", others: "Tensor") -> float:
     return float((some[:, :common] - others[:, :common]).abs().max())
 
 
-def _compared(form: ExportForm, run: "ExportedModel", products: str, *, merged: bool) -> str:
-    """What the written form was compared with; `products`: in which type the run multiplied as it was evaluated here."""
+def _compared(form: ExportForm, run: "ExportedModel", products: str, *, merged: bool, packed: bool) -> str:
+    """What the written form was compared with.
+
+    `products`: in which type the run multiplied as it was evaluated here; `packed`: whether it was evaluated on int8 features.
+    """
     adapters = ", adapters merged" if merged else ""
     if form == "loupe":
         other = "" if run.model.products == products else f", of which files are made (evaluated: {products})"
-        return f"as evaluated{adapters}: features rounded to {run.config.feature_precision}, matrix products in {run.model.products}{other}"
+        rounded = "features not rounded (evaluated: int8)" if packed else f"features rounded to {run.config.feature_precision}"
+        return f"as evaluated{adapters}: {rounded}, matrix products in {run.model.products}{other}"
     held = " (its weights are bf16 numbers)" if run.config.language_model_precision == "bf16" else ""
     return f"in fp32 throughout{adapters}: the same weights in Loupe's own code, language model included{held}, on features that are not rounded"
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from model.architectures import encoder_flops
 from model.encoder import load_encoder
 from model.images import cut_views, decode_image
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
@@ -28,6 +29,8 @@ __all__ = ["ProbedMachine", "probe_machine"]
 _ENOUGH_S = 3.0
 """Seconds of measuring, for each of the two rates."""
 _MOST_IMAGES = 12
+_CPU_CALL_FLOPS = 2 * 10**11
+"""Of one call of the encoder on a CPU: a few seconds on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +41,15 @@ class ProbedMachine:
     cores: int
     prepare_core_s: float
     """Seconds of one core to decode and cut one image of the typical size; reading it is not among them."""
-    views_per_s: float
-    """Encoded, reduced to maps and rounded, on the whole device; on a CPU with all of its cores."""
+    views_per_s: float | None
+    """Encoded, reduced to maps and rounded, on the whole device; on a CPU with as many cores as are counted. None where it was not asked for."""
     real_weights: bool
     """Whether the encoder itself ran, and not a stand-in of its shape."""
 
 
-def probe_machine(spec: FeatureSpec, images: Sequence[bytes], size_px: tuple[int, int], *, device: str, batch_views: int) -> ProbedMachine:
+def probe_machine(
+    spec: FeatureSpec, images: Sequence[bytes], size_px: tuple[int, int], *, device: str, cores: int | None, batch_views: int, encodes: bool = True
+) -> ProbedMachine:
     """Measure this machine.
 
     Args:
@@ -52,18 +57,21 @@ def probe_machine(spec: FeatureSpec, images: Sequence[bytes], size_px: tuple[int
         images: files to decode, a few of the dataset's own; none, then one of that size is made up.
         size_px: width and height of the one that is made up.
         device: `auto`, `cpu` or `cuda`.
+        cores: that may be used; None is all.
         batch_views: views in one forward pass.
+        encodes: False leaves the encoder out.
 
     Returns:
         What was found. Decoding is measured in one thread, as a preparing task runs.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = there if cores is None else cores
     files = list(images)[:_MOST_IMAGES] or [_made_up(*size_px)]
     place = choose_device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        rate, real = _encode_rate(spec, place, batch_views)
+        rate, real = _encode_rate(spec, place, batch_views) if encodes else (None, False)
         return ProbedMachine(device=place, cores=cores, prepare_core_s=_prepare_s(spec, files), views_per_s=rate, real_weights=real)
     finally:
         torch.set_num_threads(threads)
@@ -95,10 +103,12 @@ def _prepare_s(spec: FeatureSpec, files: Sequence[bytes]) -> float:
 
 def _encode_rate(spec: FeatureSpec, device: str, batch_views: int) -> tuple[float, bool]:
     """Views a second, and whether the encoder itself ran."""
-    side = spec.encoder.view_px
+    side, deepest = spec.encoder.view_px, deepest_layer(spec)
+    if device == "cpu":  # a batch of CLIP-L's 64 views would take minutes
+        batch_views = max(1, min(batch_views, _CPU_CALL_FLOPS // max(1, encoder_flops(spec.encoder, deepest))))
     if isinstance(spec.encoder.weights_sha256, UnknownDigest):
-        return _stand_in_rate(spec.encoder, deepest_layer(spec), device, batch_views), False
-    encoder = load_encoder(spec.encoder, deepest_layer(spec), device)
+        return _stand_in_rate(spec.encoder, deepest, device, batch_views), False
+    encoder = load_encoder(spec.encoder, deepest, device)
     codec = FeatureCodec(_uncalibrated(spec), {})
     views = np.random.default_rng(0).integers(0, 256, size=(batch_views, 3, side, side), dtype=np.uint8)
     branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
@@ -131,7 +141,6 @@ def _seconds(work: Callable[[], None], device: str) -> float:
 def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, batch_views: int) -> float:
     """Of an encoder whose weights are not here: one block of its shape, as often as it has blocks."""
     tokens, width, mlp = encoder.num_patches + encoder.prefix_tokens, encoder.width, encoder.mlp_width
-    batch = max(1, min(batch_views, 2**22 // (tokens * width)))  # a batch of CLIP-L's 64 views would take minutes on a CPU
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -141,7 +150,7 @@ def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, batch_vie
     qkv, out = matrix(3 * width, width), matrix(width, width)
     up, down = matrix(mlp, width), matrix(width, mlp)
     gate = matrix(mlp, width) if encoder.activation == "swiglu" else None
-    state = torch.randn(batch, tokens, width, generator=generator).to(device)
+    state = torch.randn(batch_views, tokens, width, generator=generator).to(device)
 
     @torch.inference_mode()
     def block() -> None:
@@ -153,4 +162,4 @@ def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, batch_vie
         inner = F.gelu(F.linear(normed, up)) if gate is None else F.silu(F.linear(normed, gate)) * F.linear(normed, up)
         middle.add_(F.linear(inner, down))
 
-    return batch / (_seconds(block, device) * max(1, num_blocks))
+    return batch_views / (_seconds(block, device) * max(1, num_blocks))

@@ -41,9 +41,10 @@ def test_tables_are_merged_and_all_else_replaces(tmp_path: Path) -> None:
 def test_another_kind_takes_nothing_from_the_old_one(tmp_path: Path) -> None:
     text = 'extends = "demo"\nname = "sti"\n[connector.global]\nfusion = { kind = "sti", layers = [2], pool = 4 }\nadapters = { kind = "mlp" }\n'
     branch = load_recipe(write(tmp_path, "sti.toml", text)).recipe.connector.global_branch
-    assert branch.fusion.model_dump() == {"kind": "sti", "base": None, "layers": (2,), "pool": 4}
+    assert branch.fusion.model_dump() == {"map_pool": 1, "kind": "sti", "base": None, "layers": (2,), "pool": 4}
     same = 'extends = "demo"\nname = "three"\n[connector.global.fusion]\ngroups = 4\n'
     assert load_recipe(write(tmp_path, "three.toml", same)).recipe.connector.global_branch.fusion.model_dump() == {
+        "map_pool": 1,
         "kind": "dci",
         "base": None,
         "groups": 4,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from model.encoder import load_encoder
 from model.errors import SpecError
 from model.quantisation import map_quality
 from model.specs import CalibrationSpec, fingerprint
@@ -13,6 +14,7 @@ from workers.caching import codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
+from workers.caching.encode import encode_views
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.caching.units import BRANCHES, feature_bytes, features_table
 from workers.dataset.samples import read_samples
@@ -65,7 +67,7 @@ def rows_of(images, branch, place):
 def test_int8_is_half_of_fp16_and_reads_back_as_live_features_do(built):
     store, spec, samples = built
     packed, calibration = calibrated(store, spec)
-    assert (calibration.num_images, calibration.num_checked, calibration.fp16_maps) == (9, 3, ())
+    assert (calibration.num_images, calibration.num_checked, calibration.fp16_maps) == (9, 2, ())  # of the 11 that are trained on
     assert [(found.branch, found.name) for found in calibration.maps] == [(branch, item.name) for branch in BRANCHES for item in spec.maps(branch)]
     record = cache(store, packed)
     assert feature_bytes(packed, samples) == 16 * (3 + 2 * 2) * 16 * (32 + 2)
@@ -146,7 +148,7 @@ def test_too_few_images_cannot_be_measured(built):
     store, spec, samples = built
     for sample in samples:
         store.write_bytes(sample.image_path, b"no image")
-    with pytest.raises(CalibrationError, match=r"0 of 12 images can be read and encoded .* raise features\.calibration_images"):
+    with pytest.raises(CalibrationError, match=r"0 of 11 images can be read and encoded .* raise features\.calibration_images"):
         calibrated(store, spec)
     with pytest.raises(SpecError, match=r"calibration_images: found 3; allowed: at least 4"):
         calibration_of(spec, num_images=3)
@@ -162,6 +164,28 @@ def test_images_unlike_those_that_were_measured_stop_the_cache(built):
     store.write_bytes(calibration_path(sha256), data)
     with pytest.raises(CalibrationError, match=r"the map (global|local)/\w+ is stored with -?\d+\.\d dB of signal over rounding, below 20"):
         cache(store, dataclasses.replace(packed, calibration_sha256=sha256))
+
+
+def test_a_picture_without_anything_in_it_is_no_bad_cache(built, tiny_encoder_folder):
+    """All of its tokens are alike, so around their own mean there would be no signal at all."""
+    store, spec, _ = built
+    packed, _ = calibrated(store, spec)
+    encoder = load_encoder(spec.encoder, 5)
+    blank = torch.full((1, 3, spec.encoder.view_px, spec.encoder.view_px), 255, dtype=torch.uint8)
+    feature_codec = FeatureCodec(packed, read_calibrations(store, packed))
+    for branch in BRANCHES:
+        found = encode_views(encoder, blank.numpy(), branch, spec.maps(branch), feature_codec, 4, num_compared=1).quality
+        assert all(quality.snr_db > 25 for quality in found.values()), found
+
+
+def test_one_token_of_a_view_can_be_cached(built):
+    """A pool as large as the grid leaves one token of a global view, and one token has no mean to stand away from."""
+    store, spec, samples = built
+    pooled = dataclasses.replace(spec, global_maps=tuple(dataclasses.replace(item, pool=4) for item in spec.global_maps))
+    packed, _ = calibrated(store, pooled)
+    record = cache(store, packed)
+    assert record.num_cached == len(samples)
+    assert all(told["snr_db"] > 30 for told in record.quality.values())
 
 
 def test_values_that_are_not_finite_are_refused(built, monkeypatch):

@@ -109,7 +109,7 @@ def test_channels_that_do_not_vary_cost_nothing():
     tokens = with_outliers(64, 8)
     tokens[:, 3], tokens[:, 5] = 7.25, 0.0
     calibration = calibrated(tokens)
-    assert (calibration.scale[3].item(), calibration.scale[5].item()) == (1, 1)
+    assert calibration.scale[3].item() == calibration.scale[5].item() == pytest.approx(tokens.std(dim=0, correction=0).mean().item(), rel=1e-5)
     back = dequantise(*quantise(tokens, calibration), calibration)
     assert (back[:, 3] == 7.25).all()
     assert (back[:, 5] == 0).all()
@@ -155,6 +155,13 @@ def test_quality_is_what_it_says():
     assert both.num_tokens == 6
     assert both.snr_db == pytest.approx(found.snr_db)
     assert both.cosine == pytest.approx(found.cosine)
+
+
+def test_quality_by_a_calibration_is_by_how_much_its_tokens_varied():
+    calibration = ChannelCalibration(centre=torch.tensor([5.0, 5.0]), scale=torch.tensor([2.0, 1.0]))
+    alike = torch.full((10, 2), 3.0)
+    found = map_quality(alike, alike + 0.1, calibration)
+    assert found.snr_db == pytest.approx(10 * math.log10((4 + 1) / (2 * 0.1**2)), rel=1e-4)
 
 
 def test_quality_of_what_was_not_rounded_and_of_nothing():

@@ -1,4 +1,4 @@
-"""Stage calibrate-features: some images of a dataset -> centres and scales of their maps' channels, and which maps int8 is good enough for.
+"""Stage calibrate-features: some training images of a dataset -> centres and scales of their maps' channels, and which maps int8 is good enough for.
 
 Runs before cache-features where the precision is int8. Three of four images are measured; the fourth is stored behind what was measured, read back
 and compared, since quality on the images that were measured would flatter. A map that loses more than the recipe allows is stored in fp16 instead:
@@ -91,7 +91,7 @@ def calibrate_features(
     if done is not None:
         return done
     store.check_writable()
-    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint) if not sample.text_only]
+    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint, "train") if not sample.text_only]
     chosen = _chosen(samples, spec)
     with stage.attempt() as timer:
         progress.start("measuring maps on images", len(chosen), 0)

@@ -162,6 +162,10 @@ class FeatureCodec:
         codes, steps = torch.from_numpy(np.ascontiguousarray(stored.values)), torch.from_numpy(np.ascontiguousarray(stored.steps))
         return dequantise(codes, steps, self._calibration(branch, item, "cpu"))
 
+    def calibration(self, branch: Branch, item: MapSpec) -> ChannelCalibration | None:
+        """Of a map, on the CPU; None where it is not int8, and nothing was measured."""
+        return self._calibration(branch, item, "cpu") if self._spec.stored_as(branch, item) == "int8" else None
+
     def _calibration(self, branch: Branch, item: MapSpec, device: torch.device | str) -> ChannelCalibration:
         place = f"{branch}/{item.name}"
         if place not in self._calibrations:

@@ -101,7 +101,7 @@ def encode_views(
             compared = [view for view in range(start, min(stop, num_compared)) if finite[view]]
             if compared:
                 back = torch.cat([codec.load(branch, item, stored[item.name][view : view + 1]) for view in compared])
-                quality[item.name] += map_quality(tokens[[view - start for view in compared]], back)
+                quality[item.name] += map_quality(tokens[[view - start for view in compared]], back, codec.calibration(branch, item))
     return EncodedViews(maps=stored, finite=finite, quality=quality)
 
 

@@ -2,7 +2,8 @@
 
 `CachedFeatures` reads only the maps that are asked for, one row group per image and branch, with page checksums verified. `LiveFeatures` encodes
 on the spot and rounds to the cache's precision. Tolerance between the two, for the same device type: at fp32 2e-5 of a map's largest value
-(batch shapes change the order of sums), at fp16 one rounding step more, 2**-10 of each value.
+(batch shapes change the order of sums), at fp16 one rounding step more, 2**-10 of each value, at int8 one code more for the few numbers that lie
+between two.
 """
 
 from collections import OrderedDict

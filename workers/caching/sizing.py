@@ -19,7 +19,10 @@ from workers.storage import Store
 __all__ = ["FileOverhead", "file_overhead"]
 
 _FEW, _MORE = 4, 12
-"""Images of the two files whose difference tells what one image adds. Their maps are small: an overhead does not depend on a map's size."""
+"""Images of the two files whose difference tells what one image adds."""
+
+_WIDTH = 4
+"""Channels of the maps in those files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,7 @@ def file_overhead(spec: FeatureSpec, width_px: int, height_px: int) -> dict[Bran
         By branch; branches without maps are left out.
     """
     unknown = "0" * 64  # digests that are not known yet are as long as those that are
-    encoder = replace(spec.encoder, weights_sha256=unknown)
+    encoder = replace(spec.encoder, weights_sha256=unknown, width=_WIDTH)  # what is not in a map does not depend on how large the map is
     spec = replace(spec, dataset_fingerprint=unknown, encoder=encoder, calibration_sha256=unknown if spec.precision == "int8" else None)
     found: dict[Branch, FileOverhead] = {}
     with tempfile.TemporaryDirectory(prefix="loupe-sizing-") as folder:

@@ -1,4 +1,4 @@
-"""Sizes of a dataset's images, from their headers, before anything is built: what a plan of the cache counts with.
+"""Sizes of a dataset's images before anything is built, from files that are read and not decoded: what a plan of the cache counts with.
 
 Input: a dataset's spec. Output: sizes of some of its images, and how many there are. Invariant: which images are looked at is a function of their
 names and the seed, so a plan can be repeated.
@@ -8,17 +8,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import ImageOps
-
 from model.errors import ImageError
 from model.images import open_image
-from workers.dataset.sources import is_text_only, read_records
-from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.dataset.sources import image_name, read_records
+from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
 from workers.errors import StorageError
 from workers.quarantine import store_reason
 from workers.storage import Store
 
 __all__ = ["ScannedImages", "scan_images"]
+
+_ORIENTATION = 0x0112
+"""EXIF's tag."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,13 +32,15 @@ class ScannedImages:
     """Width and height of those that were looked at; of drawn pictures one stands for all of a source."""
     weights: tuple[float, ...]
     """How many images each of those stands for."""
+    by_source: dict[str, float]
+    """Images of each source, by its label."""
     num_looked_at: int
     num_unreadable: int
     """Of those that were looked at: they will be in the quarantine, and are not counted."""
 
 
 def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
-    """Look at the headers of a dataset's images.
+    """Look at the sizes of a dataset's images, by their headers.
 
     Args:
         dataset: its spec; its records must be readable.
@@ -52,10 +55,12 @@ def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
     """
     sizes: list[tuple[int, int]] = []
     weights: list[float] = []
+    by_source: dict[str, float] = {}
     total = looked = unreadable = 0
     for source in dataset.sources:
         if isinstance(source, RenderedSourceSpec):
             total += source.num_images
+            by_source[source_label(source)] = float(source.num_images)
             sizes.append((RENDERED_WIDTH_PX, RENDERED_HEIGHT_PX))
             weights.append(float(source.num_images))
             continue
@@ -66,15 +71,22 @@ def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
         unreadable += len(chosen) - len(found)
         share = len(found) / max(1, len(chosen))
         total += round(len(names) * share)
+        by_source[source_label(source)] = len(names) * share
         sizes += found
-        weights += [len(names) * share / len(found)] * len(found)
-    return ScannedImages(num_images=total, sizes_px=tuple(sizes), weights=tuple(weights), num_looked_at=looked, num_unreadable=unreadable)
+        weights += [len(names) * share / max(1, len(found))] * len(found)
+    return ScannedImages(
+        num_images=total,
+        sizes_px=tuple(sizes),
+        weights=tuple(weights),
+        by_source=by_source,
+        num_looked_at=looked,
+        num_unreadable=unreadable,
+    )
 
 
 def _image_names(source: LlavaJsonSourceSpec) -> list[str]:
-    """Of its records, each once."""
-    records = [record for record in read_records(source) if isinstance(record, dict) and not is_text_only(record)]
-    return list(dict.fromkeys(str(record["image"]) for record in records))
+    """Of its records that can be images of it, each once; the others will be in the quarantine."""
+    return list(dict.fromkeys(name for name in map(image_name, read_records(source)) if name is not None))
 
 
 def _sizes(source: LlavaJsonSourceSpec, names: Sequence[str]) -> list[tuple[int, int] | None]:
@@ -83,8 +95,9 @@ def _sizes(source: LlavaJsonSourceSpec, names: Sequence[str]) -> list[tuple[int,
     for name in names:
         try:
             with open_image(store.read_bytes(name)) as image:
-                upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) > 4 else image  # five to eight lie on their side
-                found.append(upright.size)
+                width_px, height_px = image.size
+                lies = image.getexif().get(_ORIENTATION, 1) > 4  # five to eight lie on their side
+                found.append((height_px, width_px) if lies else (width_px, height_px))
         except ImageError:
             found.append(None)
         except StorageError as error:

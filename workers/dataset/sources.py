@@ -26,6 +26,7 @@ __all__ = [
     "PlannedSource",
     "Renderer",
     "describe_llava_json",
+    "image_name",
     "image_path",
     "is_text_only",
     "load_item",
@@ -283,6 +284,22 @@ def _text_only_sample(item: Item, source: LlavaJsonSourceSpec, spec: DatasetSpec
 def is_text_only(record: Any) -> bool:
     """Whether a record of a LLaVA source is about no image: it has no `image`, or null there."""
     return isinstance(record, dict) and record.get("image") is None
+
+
+def image_name(record: Any) -> str | None:
+    """The image that a record names, as far as it can be one.
+
+    Args:
+        record: of a LLaVA source, unchecked.
+
+    Returns:
+        Its path below the image folder; None of text alone, and of a record that will be refused.
+    """
+    try:
+        checked = _checked_record(record)
+    except _RefusedError:
+        return None
+    return None if is_text_only(checked) else str(checked["image"])
 
 
 def _checked_record(record: Any) -> dict[str, Any]:
