@@ -7,10 +7,9 @@ arithmetic.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -23,6 +22,9 @@ from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import bytes_text, data_console, duration_text, print_table
 from workers.dataset.spec import LlavaJsonSourceSpec
+
+if TYPE_CHECKING:
+    from workers.dataset.samples import Sample
 
 __all__ = ["CachePlan", "ImageSizes", "cache_options", "make_cache_plan", "print_cache_plan"]
 
@@ -112,7 +114,9 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     from workers.probing import probe_machine
 
     features, recipe = experiment.features, experiment.file.recipe
-    sizes = _sizes(experiment, images, size_px)
+    samples = None if images is not None else _built_samples(experiment)
+    sizes = _sizes(experiment, samples, images, size_px)
+    probed = [] if samples is None else samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]
     histogram: defaultdict[int, float] = defaultdict(float)
     for (width_px, height_px), weight in zip(sizes.sizes_px, sizes.weights, strict=True):
         grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
@@ -122,7 +126,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     stated = recipe.plan.cluster
     machine = probe_machine(
         features,
-        _image_files(experiment) if images is None else (),
+        [experiment.store.read_reference(sample.image_path) for sample in probed],
         typical,
         device=experiment.execution.device,
         cores=experiment.execution.num_cpus,
@@ -148,9 +152,11 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
+    options = cache_options(features)
+    overheads = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
     costs = []
-    for option, stored in cache_options(features):
-        overhead = file_overhead(stored, *typical)
+    for option, stored in options:
+        overhead = overheads[stored.precision]
         costs.append(
             cache_costs(
                 option,
@@ -196,7 +202,7 @@ def _typical(sizes: ImageSizes) -> tuple[int, int]:
     return ordered[-1][0]
 
 
-def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
+def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
     if (images is None) != (size_px is None):
         raise SettingError("plan: --images and --size go together, such as --images 1200000 --size 1024x768; give both or neither")
     if images is not None and size_px is not None:
@@ -205,11 +211,7 @@ def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] 
         if size_px[0] * size_px[1] > DEFAULT_LIMITS.max_pixels:
             raise SettingError(f"plan --size: found {size_px[0]}x{size_px[1]}; images of more than {DEFAULT_LIMITS.max_pixels:,} pixels are refused")
         return ImageSizes(num_images=images, sizes_px=(size_px,), weights=(float(images),), by_source={}, source="as given")
-    if experiment.record("build-dataset", experiment.dataset) is not None:
-        from model.specs import fingerprint
-        from workers.dataset.samples import read_samples
-
-        samples = [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
+    if samples is not None:
         if not samples:
             raise NothingThereError("plan: the built dataset is text alone, of which nothing is cached")
         found = Counter((sample.width_px, sample.height_px) for sample in samples)
@@ -240,16 +242,14 @@ def _sizes(experiment: Experiment, images: int | None, size_px: tuple[int, int] 
     )
 
 
-def _image_files(experiment: Experiment) -> Sequence[bytes]:
-    """A few of the dataset's own, where it is built."""
+def _built_samples(experiment: Experiment) -> "list[Sample] | None":
+    """Those with an image, where the dataset is built."""
     if experiment.record("build-dataset", experiment.dataset) is None:
-        return ()
+        return None
     from model.specs import fingerprint
     from workers.dataset.samples import read_samples
 
-    samples = [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
-    chosen = samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]
-    return [experiment.store.read_reference(sample.image_path) for sample in chosen]
+    return [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
 
 
 def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str]:

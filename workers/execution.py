@@ -62,6 +62,11 @@ class ExecutionSettings:
     ray_temp_dir: str | None = None
     """Folder for Ray's sockets and logs; short, since socket paths are limited to 107 bytes. None is the system's."""
 
+    @property
+    def encoded_units_in_flight(self) -> int:
+        """Units under way over all encoders: one more than they compute, so that the next is prepared and the last one written meanwhile."""
+        return self.encoder_actors * (self.images_in_flight_units + 1)
+
     def __post_init__(self) -> None:
         counts = {
             "num_cpus": self.num_cpus,

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -24,7 +25,7 @@ from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings
 
-__all__ = ["Cluster", "InlineCluster", "RayCluster", "ray_runtime", "translate_ray_error"]
+__all__ = ["Cluster", "InlineCluster", "RayCluster", "encoding_cluster", "ray_runtime", "translate_ray_error"]
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -266,6 +267,28 @@ def ray_runtime(execution: ExecutionSettings) -> Iterator[RayCluster]:
 
             ray.shutdown()
         raise
+
+
+@contextlib.contextmanager
+def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[tuple[Cluster, ExecutionSettings, int | None]]:
+    """What units are encoded on: the cluster that is given, or Ray.
+
+    Args:
+        execution: of the run.
+        cluster: where units run; None starts Ray.
+
+    Yields:
+        The cluster, the settings with their device made concrete where Ray knows it, and torch threads of each encoder.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    if cluster is not None:
+        yield cluster, execution, execution.encoder_threads
+        return
+    with ray_runtime(execution) as ray_cluster:
+        execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
+        yield ray_cluster, execution, execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
 
 
 def _start_ray(execution: ExecutionSettings) -> None:

@@ -19,7 +19,7 @@ from workers.dataset.samples import Sample, read_samples
 from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table
-from workers.runtime import Cluster, ray_runtime
+from workers.runtime import Cluster, encoding_cluster
 from workers.storage import Store
 from workers.tables import Table
 
@@ -186,10 +186,10 @@ def _quality(outcomes: Iterable[UnitOutcome]) -> dict[str, MapQuality]:
 
 def _check_quality(spec: FeatureSpec, found: dict[str, MapQuality]) -> None:
     """Stop a cache of int8 that becomes much worse than its calibration promised: then its images are others than those that were measured."""
-    for place, quality in found.items():
-        branch, _, name = place.partition("/")
-        item = next(item for item in spec.maps("global" if branch == "global" else "local") if item.name == name)
-        if spec.stored_as("global" if branch == "global" else "local", item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
+    for branch, item in [(one, item) for one in BRANCHES for item in spec.maps(one)]:
+        place = f"{branch}/{item.name}"
+        quality = found.get(place, MapQuality())
+        if spec.stored_as(branch, item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
             raise CalibrationError(
                 f"cache-features: the map {place} is stored with {quality.snr_db:.1f} dB of signal over rounding, below {LEAST_SNR_DB:g} on "
                 f"{quality.num_tokens} tokens: these images are unlike those that the calibration measured. Raise features.calibration_images, so "
@@ -198,25 +198,16 @@ def _check_quality(spec: FeatureSpec, found: dict[str, MapQuality]) -> None:
 
 
 def _run(jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
-    # One more than the encoders compute: while one unit is computed, the next is prepared and the last one written.
-    in_flight = execution.encoder_actors * (execution.images_in_flight_units + 1)
-    if cluster is not None:
-        from workers.caching.encode import make_unit_encoder
-
-        factory = make_unit_encoder(spec=jobs[0].spec, execution=execution, threads=execution.encoder_threads)
-        yield from cluster.pipeline(prepare_unit, factory, jobs, finishers=execution.encoder_actors, in_flight=in_flight)
-        return
     # torch takes seconds to import on a busy machine, Ray to start: side by side.
     importing = threading.Thread(target=__import__, args=("workers.caching.encode",))
     importing.start()
-    with ray_runtime(execution) as ray_cluster:
+    with encoding_cluster(execution, cluster) as (running, settled, threads):
         importing.join()
         from workers.caching.encode import make_unit_encoder
 
-        execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
-        threads = execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
-        factory = make_unit_encoder(spec=jobs[0].spec, execution=execution, threads=threads)
-        yield from ray_cluster.pipeline(prepare_unit, factory, jobs, finishers=execution.encoder_actors, in_flight=in_flight)
+        factory = make_unit_encoder(spec=jobs[0].spec, execution=settled, threads=threads)
+        in_flight = settled.encoded_units_in_flight
+        yield from running.pipeline(prepare_unit, factory, jobs, finishers=settled.encoder_actors, in_flight=in_flight)
 
 
 def _balance(

@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.encoder import Encoder, load_encoder
+from model.encoder import Encoder
 from model.quality import MapQuality, recorded_db
 from model.quantisation import ChannelMoments
 from model.specs import CalibrationSpec, FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes
-from workers.caching.encode import choose_device, deepest_layer, encode_views
+from workers.caching.encode import encode_views, load_unit_encoder
 from workers.caching.units import BRANCHES, PreparedUnit, UnitJob, prepare_unit
 from workers.commits import Stage
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import CalibrationError
 from workers.execution import ExecutionSettings, Progress
-from workers.runtime import Cluster, ray_runtime
+from workers.runtime import Cluster, encoding_cluster
 from workers.storage import Store
 
 __all__ = ["CalibratedMap", "CalibrationRecord", "calibrate_features"]
@@ -96,13 +96,8 @@ def calibrate_features(
     with stage.attempt() as timer:
         progress.start("measuring maps on images", len(chosen), 0)
         try:
-            if cluster is not None:
-                found = _measure(spec, store, chosen, execution, execution.encoder_threads, progress, cluster)
-            else:
-                with ray_runtime(execution) as ray_cluster:
-                    execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
-                    threads = execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
-                    found = _measure(spec, store, chosen, execution, threads, progress, ray_cluster)
+            with encoding_cluster(execution, cluster) as (running, settled, threads):
+                found = _measure(spec, store, chosen, settled, threads, progress, running)
         finally:
             progress.finish()
         return stage.commit(replace(found, seconds=timer.seconds))
@@ -139,7 +134,7 @@ def _measure(
     maps = [(branch, item) for branch in BRANCHES for item in plain.maps(branch)]
     measured = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF != _CHECKED_OF - 1]
     checked = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF == _CHECKED_OF - 1]
-    in_flight = execution.encoder_actors * (execution.images_in_flight_units + 1)
+    in_flight = execution.encoded_units_in_flight
 
     def run(samples: Sequence[Sample], calibrations: Calibrations | None) -> list[_Measured]:
         parts = [samples[start : start + _UNIT_IMAGES] for start in range(0, len(samples), _UNIT_IMAGES)]
@@ -219,9 +214,7 @@ class _Measurer:
     def __call__(self, prepared: PreparedUnit) -> _Measured:
         """Encode one unit."""
         if self._encoder is None:
-            if self._threads is not None:
-                torch.set_num_threads(self._threads)
-            self._encoder = load_encoder(self._spec.encoder, deepest_layer(self._spec), choose_device(self._execution.device))
+            self._encoder = load_unit_encoder(self._spec, self._execution, self._threads)
         moments: dict[str, ChannelMoments] = {}
         quality: dict[str, MapQuality] = {}
         batch = self._execution.encode_batch_views

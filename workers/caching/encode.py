@@ -39,7 +39,17 @@ from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_ta
 from workers.storage import Store
 from workers.tables import TableFile
 
-__all__ = ["EncodedViews", "UnitEncoder", "as_features", "choose_device", "deepest_layer", "encode_views", "make_unit_encoder", "row_groups"]
+__all__ = [
+    "EncodedViews",
+    "UnitEncoder",
+    "as_features",
+    "choose_device",
+    "deepest_layer",
+    "encode_views",
+    "load_unit_encoder",
+    "make_unit_encoder",
+    "row_groups",
+]
 
 
 def choose_device(device: str) -> str:
@@ -105,6 +115,22 @@ def encode_views(
     return EncodedViews(maps=stored, finite=finite, quality=quality)
 
 
+def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: int | None) -> Encoder:
+    """The encoder of a process that works on units, as deep as the cache needs it.
+
+    Args:
+        spec: of the cache.
+        execution: device counts.
+        threads: torch threads; None leaves torch's own choice.
+
+    Raises:
+        EncoderError: it cannot be loaded.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_encoder(spec.encoder, deepest_layer(spec), choose_device(execution.device))
+
+
 class UnitEncoder:
     """Encodes units and writes their files. May be called from two threads: one computes while the other writes.
 
@@ -125,10 +151,8 @@ class UnitEncoder:
     def _loaded(self, root: str) -> Encoder:
         # Loaded with the first unit and not in the constructor: an error in an actor's constructor reaches the driver without its type.
         if self._encoder is None:
-            if self._threads is not None:
-                torch.set_num_threads(self._threads)
             self._codec = FeatureCodec(self._spec, read_calibrations(Store(root), self._spec))
-            self._encoder = load_encoder(self._spec.encoder, deepest_layer(self._spec), choose_device(self._execution.device))
+            self._encoder = load_unit_encoder(self._spec, self._execution, self._threads)
         return self._encoder
 
     def __call__(self, prepared: PreparedUnit) -> UnitOutcome:
