@@ -8,6 +8,7 @@ set the step, and what varies in the others falls below it; behind a centre and 
 inference: here numbers are rounded once, outside of the network, so no error grows from block to block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from model.quality import MapQuality
 
-__all__ = ["ChannelCalibration", "ChannelMoments", "dequantise", "map_quality", "quantise"]
+__all__ = ["ChannelCalibration", "ChannelMoments", "PackedMap", "dequantise", "map_quality", "quantise"]
 
 LARGEST_CODE = 127
 """-128 is not used: codes are symmetric, as the step is."""
@@ -45,6 +46,43 @@ class ChannelCalibration:
     def to(self, device: torch.device | str) -> "ChannelCalibration":
         """The same on a device."""
         return ChannelCalibration(centre=self.centre.to(device), scale=self.scale.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedMap:
+    """A map of some views as it is stored: it travels to its device so, and becomes fp32 there. Of int8 that is a quarter of the bytes."""
+
+    values: Tensor
+    """[views, tokens, width], fp32 or fp16, or int8 codes."""
+    steps: Float16[Tensor, "views tokens"] | None = None
+    """Of codes alone."""
+    calibration: ChannelCalibration | None = None
+    """Of codes alone, on the device of the values."""
+
+    @staticmethod
+    def cat(parts: Sequence["PackedMap"]) -> "PackedMap":
+        """One map over the views of several.
+
+        Args:
+            parts: of one map, at least one.
+        """
+        steps = [part.steps for part in parts if part.steps is not None]
+        values = torch.cat([part.values for part in parts])
+        return PackedMap(values=values, steps=torch.cat(steps) if steps else None, calibration=parts[0].calibration)
+
+    def to(self, device: torch.device | str) -> "PackedMap":
+        """The same on a device, still packed."""
+        return PackedMap(
+            values=self.values.to(device, non_blocking=True),
+            steps=None if self.steps is None else self.steps.to(device, non_blocking=True),
+            calibration=None if self.calibration is None else self.calibration.to(device),
+        )
+
+    def dense(self) -> Float32[Tensor, "views tokens width"]:
+        """The numbers, where they are."""
+        if self.steps is None or self.calibration is None:
+            return self.values.float()
+        return dequantise(self.values, self.steps, self.calibration)
 
 
 class ChannelMoments:

@@ -32,6 +32,7 @@ from model.language_model import LanguageModel, decoder, embed, first_token, mul
 from model.lora import sequence_keys
 from model.losses import evidence_loss, supervised_loss
 from model.merging import NEWLINE
+from model.quantisation import PackedMap
 from model.selector import keep_probabilities, kept_tokens, straight_through, text_direction, token_scores
 from model.specs import SelectorSpec, TextGuidedSelectorSpec
 from model.views import ViewPlan
@@ -39,6 +40,7 @@ from model.views import ViewPlan
 __all__ = [
     "MODES",
     "Batch",
+    "Maps",
     "Mode",
     "VisionLanguageModel",
     "VisualLayout",
@@ -114,6 +116,19 @@ def room_for_text(max_tokens: int, connector: Connector, plan: ViewPlan) -> int:
     return max_tokens - connector.tokens_per_global_view - separator - len(connector.local_order(plan))
 
 
+Maps = Mapping[str, Float[Tensor, "_ _ _"] | PackedMap]
+"""By name, [views, tokens, width]."""
+
+
+def dense_maps(maps: Maps) -> dict[str, Float[Tensor, "_ _ _"]]:
+    """Maps in numbers, on the device where they are.
+
+    Args:
+        maps: dense or packed.
+    """
+    return {name: part.dense() if isinstance(part, PackedMap) else part for name, part in maps.items()}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Everything that a forward pass needs, as tensors on one device."""
@@ -129,8 +144,10 @@ class Batch:
     label_positions: Int[Tensor, "supervised"]
     """Flat positions (batch * length) whose hidden state predicts a supervised token."""
     label_ids: Int[Tensor, "supervised"]
-    global_maps: Mapping[str, Float[Tensor, "images global_tokens width"]] | None = None
-    local_maps: Mapping[str, Float[Tensor, "views local_tokens width"]] | None = None
+    global_maps: Maps | None = None
+    """By name, of the images that show their global view: [images, global_tokens, width], dense or packed."""
+    local_maps: Maps | None = None
+    """By name, of all local views that are shown: [views, local_tokens, width], dense or packed."""
     gate_noise: Float[Tensor, "images tokens experts"] | None = None
     """Of as many images as global_maps has; None where the phase has no noise."""
     selects: bool = False
@@ -154,8 +171,10 @@ class Batch:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        def move_all(maps: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-            return None if maps is None else {name: tensor.to(device, non_blocking=True) for name, tensor in maps.items()}
+        def move_all(maps: Maps | None) -> Maps | None:
+            if maps is None:
+                return None
+            return {name: part.to(device) if isinstance(part, PackedMap) else part.to(device, non_blocking=True) for name, part in maps.items()}
 
         return Batch(
             text_ids=self.text_ids.to(device),
@@ -377,14 +396,14 @@ class VisionLanguageModel(nn.Module):
         global_tokens = local_tokens = None
         with self.autocast():
             if batch.global_maps is not None:
-                global_tokens = connector.global_tokens(batch.global_maps, experts=batch.experts, noise=batch.gate_noise)
+                global_tokens = connector.global_tokens(dense_maps(batch.global_maps), experts=batch.experts, noise=batch.gate_noise)
             elif blank:
                 # The gate's noise matrix takes part where it does for ranks that show something.
                 noise = None if batch.gate_noise is None else torch.zeros(1, connector.num_global_patches, NUM_EXPERTS, device=self.device)
                 maps = connector.blank_maps(connector.spec.global_branch.fusion)
                 idle.append(connector.global_tokens(maps, experts=batch.experts, noise=noise))
             if batch.local_maps is not None:
-                local_tokens = connector.local_tokens(batch.local_maps)
+                local_tokens = connector.local_tokens(dense_maps(batch.local_maps))
             elif blank and local is not None:
                 idle.append(connector.local_tokens(connector.blank_maps(local.fusion)))
         return VisualTokens(global_tokens=global_tokens, local_tokens=local_tokens, idle=tuple(idle))

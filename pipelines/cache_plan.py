@@ -15,7 +15,7 @@ from rich.table import Table
 
 from model.architectures import encoder_flops
 from model.images import DEFAULT_LIMITS
-from model.specs import FeatureSpec, Precision, UnknownDigest
+from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest
 from model.views import plan_views
 from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
@@ -70,11 +70,12 @@ class CachePlan:
     verdict: Verdict
 
 
-def cache_options(features: FeatureSpec) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
+def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
     """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views.
 
     Args:
         features: the recipe's cache.
+        rule: how int8 would be calibrated.
 
     Returns:
         Each with the cache that it would be; the recipe's own first.
@@ -83,8 +84,9 @@ def cache_options(features: FeatureSpec) -> tuple[tuple[CacheOption, FeatureSpec
     wanted: list[Precision] = [features.precision, *(precision for precision in known if precision != features.precision)]
     options = []
     for precision in wanted:
-        digest = UnknownDigest("none") if precision == "int8" else None
-        stored = replace(features, precision=precision, calibration_sha256=digest, fp16_maps=features.fp16_maps if precision == "int8" else ())
+        packed_as = {"calibration": rule, "calibration_sha256": UnknownDigest("none"), "fp16_maps": features.fp16_maps}
+        plain_as = {"calibration": None, "calibration_sha256": None, "fp16_maps": ()}
+        stored = replace(features, precision=precision, **(packed_as if precision == "int8" else plain_as))
         option = CacheOption(
             name=precision, precision=precision, global_view_bytes=stored.view_bytes("global"), local_view_bytes=stored.view_bytes("local")
         )
@@ -152,7 +154,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
-    options = cache_options(features)
+    options = cache_options(features, recipe.calibration_rule())
     overheads = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
     costs = []
     for option, stored in options:

@@ -17,6 +17,7 @@ from model.errors import SpecError
 from model.metrics import MetricName
 from model.specs import (
     AdapterSpec,
+    CalibrationRule,
     CalibrationSpec,
     ChatTemplate,
     ConnectorSpec,
@@ -404,8 +405,13 @@ class Recipe(Table):
             global_maps=tuple(dict.fromkeys(connector.global_branch.fusion.maps)),
             local_maps=tuple(dict.fromkeys(connector.local_branch.fusion.maps)) if connector.local_branch is not None else (),
             precision=self.features.precision,
+            calibration=self.calibration_rule() if self.features.precision == "int8" else None,
             calibration_sha256=UNCALIBRATED if self.features.precision == "int8" else None,
         )
+
+    def calibration_rule(self) -> CalibrationRule:
+        """How maps would be measured for int8."""
+        return CalibrationRule(num_images=self.features.calibration_images, min_snr_db=self.features.min_snr_db)
 
     def calibration_spec(self, features: FeatureSpec) -> CalibrationSpec | None:
         """How the maps of a cache are measured; None where its precision needs no measuring.
@@ -417,13 +423,9 @@ class Recipe(Table):
             return None
         return CalibrationSpec(
             dataset_fingerprint=features.dataset_fingerprint,
-            encoder=features.encoder,
-            views=features.views,
+            encoding=features.encoding,
             global_maps=features.global_maps,
             local_maps=features.local_maps,
-            num_images=self.features.calibration_images,
-            min_snr_db=self.features.min_snr_db,
-            resampling=features.resampling,
         )
 
     @property

@@ -14,6 +14,7 @@ from pipelines.errors import NothingThereError, RecipeError
 from pipelines.recipe_files import RecipeFile, recipe_files
 from pipelines.stages import Experiment, shown_path, stage_runs
 from pipelines.wording import bytes_text, data_console, duration_text, print_table
+from workers.caching.layout import encoding_folder
 from workers.dataset.spec import DatasetSpec
 
 __all__ = ["show_recipe"]
@@ -47,11 +48,10 @@ def show_recipe(what: Literal["dataset", "cache", "run"], experiment: Experiment
                 if record is None:
                     experiment.check_known(features)
                     raise _missing(experiment, root, "cached features", "cache-features")
-                key = fingerprint(features)[:16]
-                _print_facts(f"features {key}{_ASKED if asked else ''}", record, console)
+                _print_facts(f"features {fingerprint(features)[:16]}{_ASKED if asked else ''}", record, console)
                 if record.get("quality"):
                     _print_quality(record)
-                console.print(f"table: {_place(experiment, f'features/{key}')}", soft_wrap=True)
+                console.print(f"table: {_place(experiment, encoding_folder(features.encoding))}", soft_wrap=True)
         case "run":
             _show_run(experiment, console)
 

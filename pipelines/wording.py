@@ -102,10 +102,11 @@ def _figures(outcome: "StageOutcome") -> str:
         case "calibrate-features":
             number = len(record["maps"]) - len(record["fp16_maps"])
             least = min(item["snr_db"] for item in record["maps"])
-            images = record["num_images"] + record["num_checked"]
+            images = max(item["num_images"] + item["num_checked"] for item in record["maps"])
             return f"{images} images, int8 good enough for {number} of {len(record['maps'])} maps, {least:.0f} dB at least"
         case "cache-features":
-            return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}"
+            there = f", {record['num_held']} of {record['num_images']} images were there" if record["num_held"] else ""
+            return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}{there}"
         case "train-connector":
             if not record["phases"]:
                 return "no phases, the weights as they are"

@@ -131,6 +131,7 @@ class FakeFeatures:
     def fetch(self, images: Any, *, want_global: bool, want_local: bool) -> list[Any]:
         import torch
 
+        from model.quantisation import PackedMap
         from model.views import plan_views
         from workers.caching.reader import ImageFeatures
 
@@ -142,7 +143,8 @@ class FakeFeatures:
             views = len(plan_views(sample.width_px, sample.height_px, encoder.view_px, self._spec.features.views).local_views)
             one = torch.randn(len(self._maps[0]), encoder.num_patches, encoder.width, generator=generator)
             more = torch.randn(views, len(self._maps[1]), encoder.num_patches, encoder.width, generator=generator)
-            found.append(ImageFeatures(global_maps=one if want_global else None, local_maps=more if want_local else None))
+            maps = {"global": [item[None] for item in one] if want_global else None, "local": more.unbind(1) if want_local else None}
+            found.append(ImageFeatures(maps={branch: tuple(PackedMap(values=item) for item in items) for branch, items in maps.items() if items}))
         return found
 
 

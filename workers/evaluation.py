@@ -455,10 +455,10 @@ def _answers(
         chosen = images[start : start + _IMAGES_AT_ONCE]
         place = {sample.sample_id: number for number, sample in enumerate(chosen)}
         found = data.source.fetch(chosen, want_global=want_global, want_local=want_local)
-        globals_ = [image.global_maps for image in found if image.global_maps is not None]
-        locals_ = [image.local_maps for image in found if image.local_maps is not None]
-        plans = [None if image.local_maps is None else view_plan(features, sample) for image, sample in zip(found, chosen, strict=True)]
-        layout = lay_out_images(model.connector, [image.global_maps is not None for image in found], plans)
+        globals_ = [image.maps["global"] for image in found if "global" in image.maps]
+        locals_ = [image.maps["local"] for image in found if "local" in image.maps]
+        plans = [None if "local" not in image.maps else view_plan(features, sample) for image, sample in zip(found, chosen, strict=True)]
+        layout = lay_out_images(model.connector, ["global" in image.maps for image in found], plans)
         maps = plan_sequences(
             [],
             [],

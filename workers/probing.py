@@ -21,8 +21,8 @@ from model.images import cut_views, decode_image
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
 from model.views import plan_views
 from workers.caching.codec import FeatureCodec
-from workers.caching.encode import choose_device, deepest_layer, encode_views
-from workers.caching.units import BRANCHES
+from workers.caching.encode import choose_device, encode_views
+from workers.caching.layout import BRANCHES
 
 __all__ = ["ProbedMachine", "probe_machine"]
 
@@ -103,7 +103,7 @@ def _prepare_s(spec: FeatureSpec, files: Sequence[bytes]) -> float:
 
 def _encode_rate(spec: FeatureSpec, device: str, batch_views: int) -> tuple[float, bool]:
     """Views a second, and whether the encoder itself ran."""
-    side, deepest = spec.encoder.view_px, deepest_layer(spec)
+    side, deepest = spec.encoder.view_px, spec.deepest_layer
     if device == "cpu":  # a batch of CLIP-L's 64 views would take minutes
         batch_views = max(1, min(batch_views, _CPU_CALL_FLOPS // max(1, encoder_flops(spec.encoder, deepest))))
     if isinstance(spec.encoder.weights_sha256, UnknownDigest):
@@ -121,7 +121,7 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int) -> tuple[floa
 
 def _uncalibrated(spec: FeatureSpec) -> FeatureSpec:
     """In fp16 where the calibration is still to come: the forward pass is nearly all of it."""
-    return replace(spec, precision="fp16", calibration_sha256=None, fp16_maps=()) if spec.precision == "int8" else spec
+    return replace(spec, precision="fp16", calibration=None, calibration_sha256=None, fp16_maps=()) if spec.precision == "int8" else spec
 
 
 def _seconds(work: Callable[[], None], device: str) -> float:

@@ -20,12 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
 from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
 
-__all__ = ["Store", "nearest_there", "open_url", "translate_storage_error", "translated"]
+__all__ = ["Store", "is_damage", "nearest_there", "open_url", "translate_storage_error", "translated"]
 
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
@@ -188,6 +189,14 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     return StorageError(f"cannot {doing} {url}: {type(error).__name__}: {text}")
 
 
+def is_damage(error: StorageError) -> bool:
+    """Whether an object is gone or holds something else, as far as can be told; a store that is away or refuses us says nothing of it.
+
+    Arrow reports damage without a number of the operating system; what has one (too many open files) is not the file's fault.
+    """
+    return isinstance(error, ObjectNotFoundError) or (type(error) is StorageError and getattr(error.__cause__, "errno", None) is None)
+
+
 def _is_exists_error(error: BaseException) -> bool:
     """Whether an exclusive create lost.
 
@@ -288,6 +297,35 @@ class Store:
                 return (self._local / _relative(path)).read_bytes()
             # One request. Asked to read in parallel, s3fs sends a HEAD before, whose refusals have no code to tell them apart.
             return bytes(self._s3.cat_file(self._key(path), max_concurrency=1))
+
+    def read_into(self, path: str, start: int, buffers: Sequence[np.ndarray]) -> None:
+        """Fill buffers, one behind the other, with an object's bytes from a place on. One read.
+
+        Args:
+            path: of the object.
+            start: of the first byte.
+            buffers: uint8, one-dimensional, contiguous.
+
+        Raises:
+            ObjectNotFoundError: nothing lies there.
+            StorageError: it cannot be read, or ends before the buffers do.
+        """
+        wanted = sum(len(buffer) for buffer in buffers)
+        with translated("read", self.url(path)):
+            if self._local is not None:
+                file = os.open(self._local / _relative(path), os.O_RDONLY)
+                try:
+                    got = os.preadv(file, [buffer.data for buffer in buffers], start)
+                finally:
+                    os.close(file)
+            else:
+                data = np.frombuffer(self._s3.cat_file(self._key(path), start=start, end=start + wanted), dtype=np.uint8)
+                got, place = len(data), 0
+                for buffer in buffers if got == wanted else ():
+                    buffer[:] = data[place : place + len(buffer)]
+                    place += len(buffer)
+        if got != wanted:
+            raise StorageError(f"cannot read {self.url(path)}: it ends {wanted - got} bytes before what was looked for; it was cut short")
 
     def read_reference(self, reference: str) -> bytes:
         """All bytes of an object below this root, or anywhere when `reference` is an absolute URL.

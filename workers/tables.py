@@ -20,6 +20,8 @@ from workers.storage import Store, translated
 __all__ = ["Table", "TableFile", "read_partition"]
 
 _COMMIT_TRIES = 8
+_LARGEST_PAGE_BYTES = 2**31 - 1
+_COMPACT_BYTES = 512 * 2**20
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -41,7 +43,8 @@ def _partition_folder(partition_by: Sequence[str], partition: Mapping[str, str])
     return "/".join(f"{key}={partition[key]}" for key in partition_by)
 
 
-def _column_text(name: str, *, nullable: bool) -> str:
+def _column_text(kind: Any, *, nullable: bool) -> str:
+    name = str(getattr(kind, "type", kind))
     return f"{name} or null" if nullable else name
 
 
@@ -60,6 +63,10 @@ class Table:
         self.path = path
         self.schema = schema
         self.partition_by = tuple(partition_by)
+        self._delta: Any = None
+        self._held: set[str] = set()
+        """Paths of the files that it holds at `_held_version`."""
+        self._held_version = -1
 
     @property
     def uri(self) -> str:
@@ -67,10 +74,10 @@ class Table:
         return f"{self.store.delta_root.rstrip('/')}/{self.path}"
 
     def ensure(self) -> None:
-        """Create the table unless it is there.
+        """Create the table unless it is there, and add the columns that it lacks.
 
         Raises:
-            TableError: it is there with other columns.
+            TableError: it is there with a column of another type, or other partitions.
         """
         import deltalake
 
@@ -90,13 +97,40 @@ class Table:
                         raise TableError(f"{self.store.url(self.path)} cannot be created: {error}") from error
             found = self._open()
         assert found is not None
-        columns = [_column_text(column.name, nullable=column.nullable) for column in found.schema().fields]
-        expected = [_column_text(column.name, nullable=column.nullable) for column in whole]
-        if columns != expected:
+        there = {column.name: _column_text(column.type, nullable=column.nullable) for column in found.schema().fields}
+        asked = {column.name: _column_text(column.type, nullable=column.nullable) for column in deltalake.Schema.from_arrow(whole).fields}
+        differing = {name: f"{there[name]} where {text} is expected" for name, text in asked.items() if there.get(name, text) != text}
+        strange = sorted(name for name in there.keys() - asked.keys() if "or null" not in there[name])
+        if differing or strange or found.metadata().partition_columns != list(self.partition_by):
             raise TableError(
-                f"{self.store.url(self.path)} has the columns {columns}, expected {expected}: it was made by another version of Loupe. "
+                f"{self.store.url(self.path)} has the columns {there}, expected {asked}: it was made by another version of Loupe. "
                 "Use another root, or remove the table."
             )
+        self._add_columns([column for column in deltalake.Schema.from_arrow(whole).fields if column.name not in there])
+
+    def _add_columns(self, columns: Sequence[Any]) -> None:
+        """Files that were written before have nulls there."""
+        import deltalake
+
+        last: Exception | None = None
+        for attempt in range(_COMMIT_TRIES):
+            found = self._open()
+            names = {column.name for column in found.schema().fields}
+            missing = [column for column in columns if column.name not in names]
+            if not missing:
+                return
+            if required := [column.name for column in missing if not column.nullable]:
+                raise TableError(
+                    f"{self.store.url(self.path)} has no column {required[0]}: it was made by another version of Loupe. Use another root, or remove "
+                    "the table."
+                )
+            try:
+                with translated("add columns to", self.store.url(self.path)):
+                    found.alter.add_columns(missing)
+            except deltalake.exceptions.DeltaError as error:  # another writer was faster
+                last = error
+                time.sleep(0.05 * 2**attempt)
+        raise TableError(f"{self.store.url(self.path)}: {_COMMIT_TRIES} tries to add columns failed, the last with: {last}. Run again.")
 
     def write_file(
         self,
@@ -122,6 +156,32 @@ class Table:
         Raises:
             StorageError: it cannot be written.
         """
+        return self.write_mapped_file(partition, name, row_groups, blobs=blobs, metadata=metadata)[0]
+
+    def write_mapped_file(
+        self,
+        partition: Mapping[str, str],
+        name: str,
+        row_groups: Iterable[pa.Table],
+        *,
+        blobs: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[TableFile, pq.FileMetaData]:
+        """Write a file as `write_file` does, and tell where its parts lie.
+
+        Args:
+            partition: value of every partition column.
+            name: file name, a function of what is in it.
+            row_groups: tables of the file's columns (a subset of the table's); each becomes one row group.
+            blobs: columns of large opaque values: stored plain, uncompressed, without dictionary and statistics, a chunk being one page.
+            metadata: key-value metadata of the file.
+
+        Returns:
+            What `commit` wants to know of it, and its footer.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         relative = "/".join(part for part in (_partition_folder(self.partition_by, partition), name) if part)
         num_rows = 0
         with self.store.publishing(f"{self.path}/{relative}") as local:
@@ -138,6 +198,7 @@ class Table:
                             use_dictionary=False,
                             write_statistics=small if blobs else True,
                             write_page_checksum=True,
+                            data_page_size=_LARGEST_PAGE_BYTES if blobs else None,
                             store_schema=True,
                         )
                     if group.num_rows:
@@ -149,7 +210,8 @@ class Table:
             if writer is None:
                 raise TableError(f"{self.store.url(self.path)}/{relative}: a file needs at least one (possibly empty) row group to know its columns")
             size_bytes = local.stat().st_size
-        return TableFile(path=relative, num_rows=num_rows, size_bytes=size_bytes, partition=dict(partition))
+            footer = pq.read_metadata(local)
+        return TableFile(path=relative, num_rows=num_rows, size_bytes=size_bytes, partition=dict(partition)), footer
 
     def files(self, partition: Mapping[str, str] | None = None) -> list[TableFile]:
         """The committed files, by path. Empty when the table does not exist.
@@ -193,21 +255,26 @@ class Table:
             if table is None:
                 self.ensure()
                 continue
-            known = {file.path for file in self.files()}
-            new = {file.path: file for file in files if file.path not in known}
+            held = self._held_paths(table)
+            new = {file.path: file for file in files if file.path not in held}
             if not new:
                 return 0
             actions = [
                 AddAction(file.path, file.size_bytes, dict(file.partition), int(time.time() * 1000), True, json.dumps({"numRecords": file.num_rows}))
                 for file in new.values()
             ]
+            before = table.version()
             try:
                 with translated("commit to", self.store.url(self.path)):
                     table.create_write_transaction(actions, mode="append", schema=table.schema(), partition_by=list(self.partition_by) or None)
             except deltalake.exceptions.DeltaError as error:
                 last = error
+                self._delta = None
                 time.sleep(0.05 * 2**attempt)
                 continue
+            if self._held_version == before and table.version() == before + 1:  # nobody else wrote between
+                self._held |= new.keys()
+                self._held_version = before + 1
             return len(new)
         raise TableError(
             f"{self.store.url(self.path)}: {_COMMIT_TRIES} tries to commit failed, the last with: {last}. Run again when fewer writers are at it."
@@ -245,16 +312,51 @@ class Table:
         with translated("read", self.file_url(file)):
             return pq.ParquetFile(location, filesystem=self.store.filesystem, page_checksum_verification=True)
 
+    def compact(self, partition: Mapping[str, str]) -> None:
+        """Put the small files of a partition together into large ones. The old ones stay until they are swept, for whoever is reading them.
+
+        Args:
+            partition: value of every partition column.
+
+        Raises:
+            StorageError: the store is away.
+        """
+        import deltalake
+
+        found = self._open()
+        if found is None:
+            return
+        filters = [(name, "=", value) for name, value in partition.items()]
+        try:
+            with translated("compact", self.store.url(self.path)):
+                found.optimize.compact(partition_filters=filters, target_size=_COMPACT_BYTES)
+        except deltalake.exceptions.CommitFailedError:
+            pass  # somebody else is compacting the same files; theirs or the next one's serves as well
+        self._delta = None
+
+    def _held_paths(self, table: Any) -> set[str]:
+        """Told anew only when somebody else wrote: listing all files at every commit would take time that grows with the square of their number."""
+        if table.version() != self._held_version:
+            rows = pa.table(table.get_add_actions(flatten=True))
+            self._held, self._held_version = set(rows.column("path").to_pylist()), table.version()
+        return self._held
+
     def _open(self) -> Any:
+        """The table as it is now; None when there is none."""
         import deltalake
 
         with translated("open the table", self.store.url(self.path)):
             try:
-                return deltalake.DeltaTable(self.uri, storage_options=self.store.delta_options or None)
+                if self._delta is not None:
+                    self._delta.update_incremental()
+                else:
+                    self._delta = deltalake.DeltaTable(self.uri, storage_options=self.store.delta_options or None)
             except deltalake.exceptions.TableNotFoundError:
-                return None
+                self._delta = None
             except deltalake.exceptions.DeltaError as error:
+                self._delta = None
                 raise TableError(f"{self.store.url(self.path)} should be a Delta table but cannot be read: {error}") from error
+            return self._delta
 
 
 def read_partition(store: Store, path: str, partition: Mapping[str, str]) -> pa.Table | None:

@@ -26,7 +26,7 @@ from model.specs._connectors import (
     TextGuidedSelectorSpec,
 )
 from model.specs._exports import ExportForm, StockForm
-from model.specs._features import CalibrationSpec, EncoderFamily, EncoderSpec, FeatureSpec, MapSpec, Precision
+from model.specs._features import CalibrationRule, CalibrationSpec, EncoderFamily, EncoderSpec, EncodingSpec, FeatureSpec, MapSpec, Precision
 from model.specs._fingerprints import UnknownDigest, canonical_json, fingerprint, fingerprint_if_known, spec_differences
 from model.specs._fusions import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
 from model.specs._language_models import ChatTemplate, LanguageModelSpec, LoraSpec
@@ -38,6 +38,7 @@ __all__ = [
     "AdapterSpec",
     "Block",
     "BranchMix",
+    "CalibrationRule",
     "CalibrationSpec",
     "ChatTemplate",
     "CompressionSpec",
@@ -45,6 +46,7 @@ __all__ = [
     "DCISpec",
     "EncoderFamily",
     "EncoderSpec",
+    "EncodingSpec",
     "ExportForm",
     "FeatureSpec",
     "FusionSpec",

@@ -7,7 +7,17 @@ from typing import Literal
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["CalibrationSpec", "EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "Precision", "check_map_pool"]
+__all__ = [
+    "CalibrationRule",
+    "CalibrationSpec",
+    "EncoderFamily",
+    "EncoderSpec",
+    "EncodingSpec",
+    "FeatureSpec",
+    "MapSpec",
+    "Precision",
+    "check_map_pool",
+]
 
 EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
 """Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
@@ -42,6 +52,10 @@ class MapSpec:
         if last - first + 1 == len(self.layers):
             return f"mean_{first}_{last}{pooled}"
         return f"mean_{'.'.join(str(layer) for layer in self.layers)}{pooled}"
+
+    def place(self, branch: Literal["global", "local"]) -> str:
+        """The map of a branch's views, as calibrations, quality and errors name it: `local/layer_7`."""
+        return f"{branch}/{self.name}"
 
     def num_tokens(self, num_patches: int) -> int:
         """Tokens of the map of one view.
@@ -99,29 +113,57 @@ _STEP_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationSpec:
-    """Identity of a calibration: centres and scales of maps, measured on some images of a dataset, and which maps int8 is good enough for.
+class CalibrationRule:
+    """How maps are measured for int8, and when it is not good enough for one.
 
     Raises:
         SpecError: too few images.
     """
 
-    dataset_fingerprint: str
-    encoder: EncoderSpec
-    views: ViewSpec
-    global_maps: tuple[MapSpec, ...]
-    local_maps: tuple[MapSpec, ...]
     num_images: int
     """Drawn evenly; three of four are measured, the fourth says how good the measure is on images that it has not seen."""
     min_snr_db: float
     """A map that int8 keeps less of, in decibels, is stored in fp16."""
     seed: int = 0
-    resampling: Literal["bicubic"] = "bicubic"
-    format_version: int = 1
 
     def __post_init__(self) -> None:
         if self.num_images < 4:
             raise SpecError(f"features.calibration_images: found {self.num_images}; allowed: at least 4, of which one checks what three measure")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodingSpec:
+    """What the numbers of a map depend on beside the image: caches of one encoding share a table, whatever dataset and maps each is of.
+
+    Raises:
+        SpecError: int8 without a rule, or a rule without int8.
+    """
+
+    encoder: EncoderSpec
+    views: ViewSpec
+    precision: Precision
+    calibration: CalibrationRule | None
+    """Of int8 alone."""
+    resampling: Literal["bicubic"] = "bicubic"
+    format_version: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.calibration is None) == (self.precision == "int8"):
+            raise SpecError(f"features of precision {self.precision} with the calibration {self.calibration}: int8 needs one, nothing else has one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationSpec:
+    """Identity of a calibration: centres and scales of maps, measured on some images of a dataset, and which maps int8 is good enough for."""
+
+    dataset_fingerprint: str
+    encoding: EncodingSpec
+    global_maps: tuple[MapSpec, ...]
+    local_maps: tuple[MapSpec, ...]
+
+    def maps(self, branch: Literal["global", "local"]) -> tuple[MapSpec, ...]:
+        """The maps that are measured on the views of a branch."""
+        return self.global_maps if branch == "global" else self.local_maps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,12 +176,26 @@ class FeatureSpec:
     global_maps: tuple[MapSpec, ...]
     local_maps: tuple[MapSpec, ...]
     precision: Precision = "fp16"
+    calibration: CalibrationRule | None = None
+    """Of int8: how its maps are measured."""
     calibration_sha256: str | None = None
     """Of int8: digest of the file of centres and scales."""
     fp16_maps: tuple[str, ...] = ()
     """Of int8: maps that it is not good enough for, as `local/layer_7`."""
     resampling: Literal["bicubic"] = "bicubic"
-    format_version: int = 1
+    format_version: int = 2
+
+    @property
+    def encoding(self) -> EncodingSpec:
+        """What decides which table the features lie in."""
+        return EncodingSpec(
+            encoder=self.encoder,
+            views=self.views,
+            precision=self.precision,
+            calibration=self.calibration,
+            resampling=self.resampling,
+            format_version=self.format_version,
+        )
 
     def maps(self, branch: Literal["global", "local"]) -> tuple[MapSpec, ...]:
         """The maps stored for the views of a branch."""
@@ -147,7 +203,12 @@ class FeatureSpec:
 
     def stored_as(self, branch: Literal["global", "local"], item: MapSpec) -> Precision:
         """How a map of a branch is stored."""
-        return "fp16" if f"{branch}/{item.name}" in self.fp16_maps else self.precision
+        return "fp16" if item.place(branch) in self.fp16_maps else self.precision
+
+    @property
+    def deepest_layer(self) -> int:
+        """The highest layer that any map needs; no block behind it runs."""
+        return max((item.layers[-1] for item in (*self.global_maps, *self.local_maps)), default=0)
 
     def value_bytes(self, branch: Literal["global", "local"], item: MapSpec) -> int:
         """Bytes of one map of one view, without steps: tokens x width x bytes per number."""
@@ -162,10 +223,11 @@ class FeatureSpec:
         return sum(self.value_bytes(branch, item) + self.step_bytes(branch, item) for item in self.maps(branch))
 
     def __post_init__(self) -> None:
-        if (self.calibration_sha256 is None) == (self.precision == "int8") or (self.fp16_maps and self.precision != "int8"):
+        is_int8 = self.precision == "int8"
+        if is_int8 in (self.calibration_sha256 is None, self.calibration is None) or (self.fp16_maps and not is_int8):
             raise SpecError(
-                f"features of precision {self.precision} with calibration {self.calibration_sha256} and fp16 maps {list(self.fp16_maps)}: int8 needs "
-                "a calibration, and nothing else has one"
+                f"features of precision {self.precision} with the calibration {self.calibration}, its digest {self.calibration_sha256} and fp16 maps "
+                f"{list(self.fp16_maps)}: int8 needs a calibration, and nothing else has one"
             )
         for branch, maps in (("global", self.global_maps), ("local", self.local_maps)):
             for map_spec in maps:

@@ -11,7 +11,7 @@ from model.errors import ImageError
 from model.specs import fingerprint
 from tests import small_data
 from workers.caching.build import cache_features
-from workers.caching.units import BRANCHES, features_table
+from workers.caching.layout import BRANCHES, features_table
 from workers.dataset.build import build_dataset
 from workers.dataset.samples import read_samples
 from workers.dataset.spec import LegibilitySpec, RenderedSourceSpec

@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_a_state_to_resume(story: Story) -> None:
 
 def test_so_does_kill_9(story: Story) -> None:
     """While features are written; every other stage and process: tests/fault/test_killed_runs.py."""
-    process, said = ended_at(story, signal.SIGKILL, "features/*/branch=global/*.parquet", "num_cpus=2", "feature_unit_bytes=16000")
+    process, said = ended_at(story, signal.SIGKILL, "features/*/branch=global/*/*/*.parquet", "num_cpus=2", "feature_unit_bytes=16000")
     assert process.returncode == -signal.SIGKILL, said
     for left in children(process.pid):  # Ray's agents notice after 40 to 70 s
         with contextlib.suppress(ProcessLookupError):

@@ -14,7 +14,7 @@ from model.specs import fingerprint
 from tests import small_data
 from tests.commands import REPOSITORY
 from workers.caching.build import CacheRecord, cache_features
-from workers.caching.units import BRANCHES, features_table
+from workers.caching.layout import BRANCHES, features_table
 from workers.commits import Stage
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster

@@ -25,7 +25,7 @@ SETTINGS = ("num_cpus=2", "images_per_build_unit=1", "feature_unit_bytes=16000",
 
 REACHED = {
     "build-dataset": "runs/build-dataset/*/staged/*.json",
-    "cache-features": "features/*/branch=global/*.parquet",
+    "cache-features": "features/*/branch=global/*/*/*.parquet",
     "train-connector": "checkpoints/*/*/step-*/MANIFEST.json",
     "evaluate": "runs/evaluate/*/spec.json",
     "export": "runs/export/*/spec.json",

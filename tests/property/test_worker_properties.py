@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from PIL import Image
 
+from model.architectures import known_encoder
 from model.images import cut_views
-from model.specs import canonical_json
+from model.specs import FeatureSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
-from workers.caching.units import UnitPlan
+from workers.caching.layout import BRANCHES
+from workers.caching.units import UnitPlan, plan_groups
 from workers.commits import from_json, to_json
+from workers.dataset.samples import ImageRef, Sample
 from workers.dataset.sources import split_of
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
 from workers.storage import Store
@@ -32,12 +35,34 @@ def test_local_views_hold_every_pixel_of_the_scaled_image_once(width, height, vi
 
 
 @settings(max_examples=50, deadline=None)
-@given(num_images=st.integers(0, 500), images_per_unit=st.integers(1, 60))
-def test_units_tile_the_samples_exactly(num_images, images_per_unit):
-    plan = UnitPlan(num_images=num_images, images_per_unit=images_per_unit, samples_sha256="", planned_bytes=0)
-    covered = [place for unit in plan.units for place in range(unit.start, unit.stop)]
-    assert covered == list(range(num_images))
+@given(data=st.data(), num_images=st.integers(0, 40), unit_bytes=st.integers(1, 40_000))
+def test_units_compute_exactly_what_is_missing(data, num_images, unit_bytes):
+    encoder = known_encoder("openai/clip-vit-base-patch32")
+    maps = (MapSpec(layers=(5,)), MapSpec(layers=(0, 1)), MapSpec(layers=(7,), pool=7))
+    spec = FeatureSpec(dataset_fingerprint="0" * 64, encoder=encoder, views=ViewSpec(), global_maps=maps, local_maps=maps[1:])
+    asked = [(branch, item.name) for branch in BRANCHES for item in spec.maps(branch)]
+    image = st.lists(st.booleans(), min_size=len(asked), max_size=len(asked))
+    kinds = data.draw(st.lists(image, min_size=1, max_size=3))  # runs cache whole datasets, so that few kinds occur
+    held = np.array([data.draw(st.sampled_from(kinds)) for _ in range(num_images)], dtype=bool).reshape(num_images, len(asked))
+    samples = [small_sample(number) for number in range(num_images)]
+    plan = plan_groups(spec, samples, {f"{branch}/{name}": held[:, place] for place, (branch, name) in enumerate(asked)}, unit_bytes)
+    plan = UnitPlan(num_images=num_images, samples_sha256="", num_held=0, planned_bytes=0, groups=tuple(plan))
+    assert from_json(UnitPlan, to_json(plan)) == plan
+    computed = held.copy()
+    for unit in plan.units:
+        for image in unit.images:
+            for branch, names in (("global", unit.global_maps), ("local", unit.local_maps)):
+                for name in names:
+                    assert not computed[image, asked.index((branch, name))]
+                    computed[image, asked.index((branch, name))] = True
+    assert computed.all()
     assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
+    assert len(plan.groups) <= len({tuple(kind) for kind in kinds})
+
+
+def small_sample(number):
+    image = ImageRef(sha256=f"{number:064x}", path=f"images/{number}", width_px=300, height_px=200)
+    return Sample(sample_id=str(number), index=number, image=image, family="", source="", split="train", licence="", detail_score=0.0, turns=())
 
 
 @settings(max_examples=50, deadline=None)

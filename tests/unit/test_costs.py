@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from model.architectures import encoder_flops, known_encoder
-from model.specs import MapSpec, UnknownDigest, fingerprint
+from model.specs import CalibrationRule, CalibrationSpec, MapSpec, UnknownDigest, fingerprint
 from model.views import ViewSpec
 from pipelines import cli
 from pipelines.cache_plan import cache_options, make_cache_plan
@@ -32,6 +32,7 @@ from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
+RULE = CalibrationRule(num_images=12, min_snr_db=30.0)
 FP16 = CacheOption(name="fp16", precision="fp16", global_view_bytes=3_000_000, local_view_bytes=1_000_000)
 EIGHT = Cluster(devices=8, views_per_s=8000.0, cores=100, network_bytes_per_s=10e9, shares_cores=False)
 PRICES = Prices(storage_gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, device_hour=3.0, core_hour=0.04)
@@ -139,15 +140,15 @@ def test_options_are_those_of_the_maps():
         global_maps=maps,
         local_maps=tuple(replace(item, pool=2) for item in maps),
     )
-    found = {option.name: (option.global_view_bytes, option.local_view_bytes) for option, _ in cache_options(features)}
+    found = {option.name: (option.global_view_bytes, option.local_view_bytes) for option, _ in cache_options(features, RULE)}
     view = 3 * 576 * 1024
     assert found == {
         "fp16": (2 * view, view // 2),
         "int8": (view + 3 * 576 * 2, view // 4 + 3 * 144 * 2),
         "int8, global view only": (view + 3 * 576 * 2, 0),
     }
-    packed = replace(features, precision="int8", calibration_sha256=UnknownDigest("it"), local_maps=())
-    assert [option.name for option, _ in cache_options(packed)] == ["int8", "fp16"]
+    packed = replace(features, precision="int8", calibration=RULE, calibration_sha256=UnknownDigest("it"), local_maps=())
+    assert [option.name for option, _ in cache_options(packed, RULE)] == ["int8", "fp16"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -157,16 +158,21 @@ def test_bytes_are_planned_as_they_are_written(root, tiny_encoder_folder, precis
     spec = small_data.feature_spec(dataset, tiny_encoder_folder)
     settings = ExecutionSettings(feature_unit_bytes=40_000)
     samples = read_samples(store, fingerprint(dataset))
-    overhead = file_overhead(spec if precision == "fp16" else replace(spec, precision="int8", calibration_sha256=UnknownDigest("it")), 112, 56)
     if precision == "int8":
-        from tests.unit.test_int8_caching import calibration_of
-
-        record = calibrate_features(calibration_of(spec), store, settings, SilentProgress(), cluster=InlineCluster())
-        spec = replace(spec, precision="int8", calibration_sha256=record.sha256)
+        spec = replace(spec, precision="int8", calibration=RULE, calibration_sha256=UnknownDigest("it"))
+        overhead = file_overhead(spec, 112, 56)
+        calibration = CalibrationSpec(
+            dataset_fingerprint=spec.dataset_fingerprint, encoding=spec.encoding, global_maps=spec.global_maps, local_maps=spec.local_maps
+        )
+        record = calibrate_features(calibration, store, settings, SilentProgress(), cluster=InlineCluster())
+        spec = replace(spec, calibration_sha256=record.sha256)
+    else:
+        overhead = file_overhead(spec, 112, 56)
     made = cache_features(spec, store, settings, SilentProgress(), cluster=InlineCluster())
     maps = sum(spec.view_bytes(branch) * (made.num_global_views if branch == "global" else made.num_local_views) for branch in ("global", "local"))
     planned = maps + sum(part.image_bytes * len(samples) + part.file_bytes * made.num_units for part in overhead.values())
-    assert planned == pytest.approx(made.feature_bytes, rel=0.005)
+    assert planned == pytest.approx(made.written_bytes, rel=0.005)
+    assert maps == made.feature_bytes
 
 
 def test_sources_without_readable_images_count_nothing(tmp_path):

@@ -8,15 +8,16 @@ import torch
 from model.encoder import load_encoder
 from model.errors import SpecError
 from model.quantisation import map_quality
-from model.specs import CalibrationSpec, fingerprint
+from model.specs import CalibrationRule, CalibrationSpec, fingerprint
 from tests import small_data
 from workers.caching import codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
 from workers.caching.encode import encode_views
+from workers.caching.layout import BRANCHES, features_table
 from workers.caching.reader import CachedFeatures, LiveFeatures
-from workers.caching.units import BRANCHES, feature_bytes, features_table
+from workers.caching.units import feature_bytes
 from workers.dataset.samples import read_samples
 from workers.errors import CalibrationError, MissingFeaturesError
 from workers.execution import ExecutionSettings, SilentProgress
@@ -40,23 +41,19 @@ def built(root, tiny_encoder_folder):
 
 
 def calibration_of(spec, **changes):
-    values = {
-        "dataset_fingerprint": spec.dataset_fingerprint,
-        "encoder": spec.encoder,
-        "views": spec.views,
-        "global_maps": spec.global_maps,
-        "local_maps": spec.local_maps,
-        "num_images": 12,
-        "min_snr_db": 30.0,
-    }
-    return CalibrationSpec(**(values | changes))
+    """How the spec's maps are measured; `changes` are of the rule."""
+    rule = CalibrationRule(**({"num_images": 12, "min_snr_db": 30.0} | changes))
+    encoding = dataclasses.replace(spec.encoding, precision="int8", calibration=rule)
+    return CalibrationSpec(dataset_fingerprint=spec.dataset_fingerprint, encoding=encoding, global_maps=spec.global_maps, local_maps=spec.local_maps)
 
 
 def calibrated(store, spec, cluster=None, **changes):
     """The spec in int8, behind a calibration of its own."""
     calibration = calibration_of(spec, **changes)
     record = calibrate_features(calibration, store, SETTINGS, SilentProgress(), cluster=cluster or InlineCluster())
-    return dataclasses.replace(spec, precision="int8", calibration_sha256=record.sha256, fp16_maps=record.fp16_maps), record
+    rule = calibration.encoding.calibration
+    packed = dataclasses.replace(spec, precision="int8", calibration=rule, calibration_sha256=record.sha256, fp16_maps=record.fp16_maps)
+    return packed, record
 
 
 def rows_of(images, branch, place):
@@ -67,7 +64,8 @@ def rows_of(images, branch, place):
 def test_int8_is_half_of_fp16_and_reads_back_as_live_features_do(built):
     store, spec, samples = built
     packed, calibration = calibrated(store, spec)
-    assert (calibration.num_images, calibration.num_checked, calibration.fp16_maps) == (9, 2, ())  # of the 11 that are trained on
+    assert {(found.num_images, found.num_checked) for found in calibration.maps} == {(9, 2)}  # of the 11 that are trained on
+    assert (calibration.num_measured, calibration.fp16_maps) == (5, ())
     assert [(found.branch, found.name) for found in calibration.maps] == [(branch, item.name) for branch in BRANCHES for item in spec.maps(branch)]
     record = cache(store, packed)
     assert feature_bytes(packed, samples) == 16 * (3 + 2 * 2) * 16 * (32 + 2)
@@ -203,7 +201,7 @@ def test_values_that_are_not_finite_are_refused(built, monkeypatch):
     monkeypatch.setattr(codec.FeatureCodec, "store", spoilt)
     record = cache(store, packed, dataclasses.replace(SETTINGS, max_quarantined_fraction=0.5))
     assert (record.num_cached, record.quarantined_by_reason) == (15, {"non_finite_features": 1})
-    assert not CachedFeatures(store, packed).holds(samples[0])
+    assert CachedFeatures(store, packed).holds(samples) == [False] + [True] * 15
 
 
 def test_int8_and_its_calibration_go_together(built):

@@ -52,7 +52,7 @@ def test_figures_are_for_people(experiment: Experiment, capsys: pytest.CaptureFi
     commit(experiment, "cache-features", experiment.features, record)
     show_recipe("cache", experiment)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    place = experiment.store.local_path("features") / fingerprint(experiment.features)[:16]
+    place = experiment.store.local_path("features") / fingerprint(experiment.features.encoding)[:16]
     assert lines[1:] == [
         f"encoder           {'x' * 200}",
         "image bytes       18.6 MB",

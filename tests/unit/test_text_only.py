@@ -194,7 +194,7 @@ def test_nothing_is_fetched_of_text_alone(spec, tiny_tokenizer):
         num_images = sum(not builder.samples[index].text_only for index in builder._indices(0, step))
         assert builder.source.asked == ([(num_images, True, True)] if num_images else [])
     maps, _ = builder.measuring_maps(64)
-    assert {len(tensor) for tensor in maps.values()} == {12}
+    assert {len(packed.dense()) for packed in maps.values()} == {12}
 
 
 def test_what_is_said_without_an_image_is_supervised_as_with_one(tiny_tokenizer):

@@ -56,7 +56,7 @@ def equal(one, two):
     for maps in ("global_maps", "local_maps"):
         a, b = getattr(one, maps), getattr(two, maps)
         assert (a is None) == (b is None)
-        assert a is None or all(torch.equal(a[name], b[name]) for name in a)
+        assert a is None or all(torch.equal(a[name].dense(), b[name].dense()) for name in a)
     assert (one.gate_noise is None) == (two.gate_noise is None)
     assert one.gate_noise is None or torch.equal(one.gate_noise, two.gate_noise)
 

@@ -2,18 +2,34 @@
 
 Ray tasks prepare views, one process per accelerator encodes and writes, this process commits. A unit's first outcome goes on record by exclusive
 creation before its files are committed, so a killed, repeated or doubled run never redoes a finished unit and never disagrees with itself.
-Invariant at the end: every image of the dataset is in the table once per view, or in the quarantine once. Samples without an image have no views and
-no part in this.
+All datasets and maps of an encoding share a table: images that are there with every map are left as they are, and of others only what they lack is
+computed. Invariant at the end: every image of the dataset has every map, or is in the quarantine once. Samples without an image have no views and no
+part in this.
 """
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from model.quality import MapQuality, recorded_db
 from model.specs import FeatureSpec, fingerprint
-from workers.caching.units import BRANCHES, UnitJob, UnitOutcome, UnitPlan, feature_bytes, features_table, num_views, plan_units, prepare_unit
+from workers.caching.index import FeatureIndex, compact_index
+from workers.caching.layout import BRANCHES, features_table, index_table, lock_encoding
+from workers.caching.units import (
+    HeldMaps,
+    UnitJob,
+    UnitOutcome,
+    UnitPlan,
+    distinct_images,
+    feature_bytes,
+    num_views,
+    plan_units,
+    prepare_unit,
+    unit_job,
+)
 from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
@@ -21,12 +37,14 @@ from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table
 from workers.runtime import Cluster, encoding_cluster
 from workers.storage import Store
-from workers.tables import Table
 
 __all__ = ["CacheRecord", "cache_features"]
 
 LEAST_SNR_DB = 20.0
 """Of int8, over the images that were read back: a tenth of the signal's amplitude. Calibrated maps have some 40 dB, uncalibrated ones 17."""
+
+_READS_AT_ONCE = 16
+_COMMIT_UNITS, _COMMIT_EVERY_S = 16, 10.0
 
 _DISK_MARGIN = 1.05
 """File overhead, the Delta log and a file that is being replaced."""
@@ -43,17 +61,21 @@ class CacheRecord:
     local_maps: tuple[str, ...]
     precision: str
     num_images: int
-    """Images of the dataset: cached plus quarantined."""
+    """Distinct ones of the dataset: cached plus quarantined."""
     num_cached: int
+    num_held: int
+    """Of those, how many had every map before: of another run's making."""
     num_quarantined: int
     quarantined_by_reason: dict[str, int]
     num_global_views: int
     num_local_views: int
     num_units: int
     feature_bytes: int
-    """Size of the table's files."""
+    """Of these maps of these images, whoever wrote them."""
+    written_bytes: int
+    """Size of the files that were written for this."""
     quality: dict[str, dict[str, float]]
-    """By branch and map, as `local/layer_7`: `snr_db`, `cosine` and `worst_cosine` of what is stored, on the first image of every unit."""
+    """By branch and map, as `local/layer_7`: `snr_db`, `cosine` and `worst_cosine` of what was written, on the first image of every unit."""
     prepare_seconds: float
     """Summed over tasks; they run beside the encoding."""
     encode_seconds: float
@@ -91,22 +113,22 @@ def cache_features(
     if done is not None:
         return done
     store.check_writable()
-    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint) if not sample.text_only]
+    images = distinct_images(read_samples(store, spec.dataset_fingerprint))
     with stage.attempt() as timer:
-        plan = plan_units(stage, spec, samples, execution.feature_unit_bytes)
-        table = features_table(store, spec)
-        table.ensure()
-        quarantine_table(store).ensure()
+        lock_encoding(store, spec.encoding)
+        _Books(store, spec).ensure()
+        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), execution.feature_unit_bytes)
         outcomes = _read_outcomes(stage)
-        _commit_outcomes(stage, table, list(outcomes.values()))
+        books = _Books(store, spec)
+        books.enter(outcomes.values())
+        books.commit()
         missing = [unit for unit in plan.units if unit.number not in outcomes]
         if missing:
-            _check_disk(store, feature_bytes(spec, [sample for unit in missing for sample in samples[unit.start : unit.stop]]))
-            jobs = [UnitJob(spec=spec, root=store.root, number=unit.number, samples=tuple(samples[unit.start : unit.stop])) for unit in missing]
-            num_done = len(samples) - sum(len(job.samples) for job in jobs)
-            progress.start("encoding images", len(samples), num_done)
+            jobs = [unit_job(spec, store.root, unit, images) for unit in missing]
+            _check_disk(store, sum(feature_bytes(job.spec, job.samples) for job in jobs))
+            progress.start("encoding images", len(images), len(images) - sum(len(job.samples) for job in jobs))
             try:
-                for outcome in _encode(stage, table, samples, outcomes, jobs, execution, cluster):
+                for outcome in _encode(stage, spec, books, images, outcomes, jobs, execution, cluster):
                     progress.advance(
                         outcome.num_images + len(outcome.quarantined),
                         views_per_second=round(outcome.num_views / max(outcome.encode_seconds, 1e-9), 1),
@@ -114,8 +136,15 @@ def cache_features(
                     )
             finally:
                 progress.finish()
-        record = _balance(stage, spec, samples, plan, table, outcomes)
+        compact_index(store, spec)
+        record = _balance(stage, spec, images, plan, outcomes)
         return stage.commit(replace(record, seconds=timer.seconds))
+
+
+def _held(store: Store, spec: FeatureSpec, images: Sequence[Sample]) -> HeldMaps:
+    """Which maps of the images the table has."""
+    asked = [(branch, item) for branch in BRANCHES for item in spec.maps(branch)]
+    return FeatureIndex(store, spec).held(asked, [sample.image_sha256 for sample in images])
 
 
 def _check_disk(store: Store, planned: int) -> None:
@@ -132,62 +161,91 @@ def _outcome_path(stage: Stage, number: int) -> str:
 
 
 def _read_outcomes(stage: Stage) -> dict[int, UnitOutcome]:
-    paths = stage.store.list(stage.path("units"))
-    read = [from_json(UnitOutcome, stage.store.read_json(path), where=stage.store.url(path)) for path in paths]
-    return {outcome.number: outcome for outcome in read}
+    def read(path: str) -> UnitOutcome:
+        return from_json(UnitOutcome, stage.store.read_json(path), where=stage.store.url(path))
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # one by one, ten thousand units take minutes from an object store
+        return {outcome.number: outcome for outcome in pool.map(read, stage.store.list(stage.path("units")))}
 
 
-def _commit_outcomes(stage: Stage, table: Table, outcomes: Sequence[UnitOutcome]) -> None:
-    """Commit what is on record. Refusals first: a unit in the features table has all its rows everywhere."""
-    quarantine = [file for outcome in outcomes for file in outcome.quarantine_files]
-    if quarantine:
-        quarantine_table(stage.store).commit(quarantine)
-    files = [file for outcome in outcomes for file in outcome.files]
-    if files:
-        table.commit(files)
+class _Books:
+    """The tables that outcomes are entered in, several at a time: with a commit for every unit, the logs would soon weigh more than the index.
+
+    What is on record and not yet committed is committed by the next run.
+
+    Args:
+        store: where the tables lie.
+        spec: of the cache.
+    """
+
+    def __init__(self, store: Store, spec: FeatureSpec) -> None:
+        # Refusals first and features last: what is in the features table has all its rows everywhere.
+        self._tables = (quarantine_table(store), index_table(store, spec.encoding), features_table(store, spec))
+        self._pending: list[UnitOutcome] = []
+        self._last = time.monotonic()
+
+    def ensure(self) -> None:
+        """Make the tables, and the columns that they lack."""
+        for table in self._tables:
+            table.ensure()
+
+    def enter(self, outcomes: Iterable[UnitOutcome]) -> None:
+        """Take in outcomes that are on record."""
+        self._pending += outcomes
+        if len(self._pending) >= _COMMIT_UNITS or time.monotonic() - self._last > _COMMIT_EVERY_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Put all that is pending into the tables."""
+        files = [[file for outcome in self._pending for file in getattr(outcome, kind)] for kind in ("quarantine_files", "index_files", "files")]
+        for table, added in zip(self._tables, files, strict=True):
+            if added:
+                table.commit(added)
+        self._pending, self._last = [], time.monotonic()
 
 
 def _encode(
     stage: Stage,
-    table: Table,
-    samples: Sequence[Sample],
+    spec: FeatureSpec,
+    books: _Books,
+    images: Sequence[Sample],
     outcomes: dict[int, UnitOutcome],
     jobs: Sequence[UnitJob],
     execution: ExecutionSettings,
     cluster: Cluster | None,
 ) -> Iterator[UnitOutcome]:
-    """Run units, put each outcome on record, commit it, add it to `outcomes` and tell it."""
-    expected = Counter(sample.source for sample in samples)
-    for fresh in _run(jobs, execution, cluster):
-        quarantined: dict[str, list[QuarantineRow]] = {}
-        for outcome in (*outcomes.values(), fresh):
-            for row in outcome.quarantined:
-                quarantined.setdefault(row.source, []).append(row)
+    """Run units, put each outcome on record, enter it in the books, add it to `outcomes` and tell it."""
+    expected = Counter(sample.source for sample in images)
+    quarantined: dict[str, list[QuarantineRow]] = {}
+    quality: dict[str, MapQuality] = {}
+    for known in outcomes.values():
+        _add(quarantined, quality, known)
+    for fresh in _run(spec, jobs, execution, cluster):
+        _add(quarantined, quality, fresh)
         # Before the outcome is on record: after a repair the unit that broke the budget runs again.
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
-        _check_quality(jobs[0].spec, _quality((*outcomes.values(), fresh)))
-        path = _outcome_path(stage, fresh.number)
+        _check_quality(spec, quality)
+        path = stage.path(f"units/unit-{fresh.number:06d}.json")
         outcome = fresh
         if not stage.store.create_json(path, to_json(fresh)):
-            outcome = from_json(type(fresh), stage.store.read_json(path), where=stage.store.url(path))
-        _commit_outcomes(stage, table, [outcome])
+            outcome = from_json(UnitOutcome, stage.store.read_json(path), where=stage.store.url(path))
+        books.enter([outcome])
         outcomes[outcome.number] = outcome
         yield outcome
+    books.commit()
 
 
-def _quality(outcomes: Iterable[UnitOutcome]) -> dict[str, MapQuality]:
-    """How true the maps are so far, by branch and map."""
-    found: dict[str, MapQuality] = {}
-    for outcome in outcomes:
-        for place, quality in outcome.quality.items():
-            found[place] = found.get(place, MapQuality()) + quality
-    return found
+def _add(quarantined: dict[str, list[QuarantineRow]], quality: dict[str, MapQuality], outcome: UnitOutcome) -> None:
+    for row in outcome.quarantined:
+        quarantined.setdefault(row.source, []).append(row)
+    for place, found in outcome.quality.items():
+        quality[place] = quality.get(place, MapQuality()) + found
 
 
-def _check_quality(spec: FeatureSpec, found: dict[str, MapQuality]) -> None:
+def _check_quality(spec: FeatureSpec, found: Mapping[str, MapQuality]) -> None:
     """Stop a cache of int8 that becomes much worse than its calibration promised: then its images are others than those that were measured."""
     for branch, item in [(one, item) for one in BRANCHES for item in spec.maps(one)]:
-        place = f"{branch}/{item.name}"
+        place = item.place(branch)
         quality = found.get(place, MapQuality())
         if spec.stored_as(branch, item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
             raise CalibrationError(
@@ -197,7 +255,7 @@ def _check_quality(spec: FeatureSpec, found: dict[str, MapQuality]) -> None:
             )
 
 
-def _run(jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
+def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
     # torch takes seconds to import on a busy machine, Ray to start: side by side.
     importing = threading.Thread(target=__import__, args=("workers.caching.encode",))
     importing.start()
@@ -205,36 +263,39 @@ def _run(jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster
         importing.join()
         from workers.caching.encode import make_unit_encoder
 
-        factory = make_unit_encoder(spec=jobs[0].spec, execution=settled, threads=threads)
+        factory = make_unit_encoder(spec=spec, execution=settled, threads=threads)
         in_flight = settled.encoded_units_in_flight
         yield from running.pipeline(prepare_unit, factory, jobs, finishers=settled.encoder_actors, in_flight=in_flight)
 
 
-def _balance(
-    stage: Stage, spec: FeatureSpec, samples: Sequence[Sample], plan: UnitPlan, table: Table, outcomes: dict[int, UnitOutcome]
-) -> CacheRecord:
-    """Prove that nothing is missing and nothing is there twice, from the tables themselves."""
+def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: UnitPlan, outcomes: dict[int, UnitOutcome]) -> CacheRecord:
+    """Prove that nothing is missing, from the tables themselves."""
+    store = stage.store
     rows = [row for outcome in outcomes.values() for row in outcome.quarantined]
     refused = {row.bytes_sha256 for row in rows}
-    cached = [sample for sample in samples if sample.image_sha256 not in refused]
-    counts = {}
-    size = 0
-    for branch in BRANCHES:
-        files = table.files({"branch": branch})
-        counts[branch] = sum(file.num_rows for file in files)
-        size += sum(file.size_bytes for file in files)
-        expected = sum(num_views(spec, sample, branch) for sample in cached)
-        if counts[branch] != expected:
-            raise IncompleteError(
-                f"{stage.store.url(table.path)}: expected {expected} {branch} views of {len(cached)} images ({len(refused)} of {len(samples)} are in "
-                f"quarantine), the table holds {counts[branch]}"
-            )
-    in_quarantine = sum(file.num_rows for file in quarantine_table(stage.store).files({"stage": stage.name, "key": stage.key}))
+    in_quarantine = sum(file.num_rows for file in quarantine_table(store).files({"stage": stage.name, "key": stage.key}))
     if in_quarantine != len(rows) or len(refused) != len(rows) or len(outcomes) != len(plan.units):
         raise IncompleteError(
             f"cache {stage.key}: {len(outcomes)} of {len(plan.units)} units are done with {len(rows)} refusals of {len(refused)} images, "
             f"the quarantine holds {in_quarantine}"
         )
+    cached = [sample for sample in images if sample.image_sha256 not in refused]
+    index = FeatureIndex(store, spec)
+    table = features_table(store, spec)
+    held = index.held([(branch, item) for branch in BRANCHES for item in spec.maps(branch)], [sample.image_sha256 for sample in cached])
+    lost = sorted(index.files().keys() - {file.path for file in table.files()})
+    if lost:
+        raise IncompleteError(f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, first {lost[0]}")
+    for place, there in held.items():
+        if not there.all():
+            raise IncompleteError(
+                f"{store.url(table.path)}: expected the map {place} of {len(cached)} images ({len(refused)} of {len(images)} are in quarantine), "
+                f"the table holds it of {int(there.sum())}"
+            )
+    quality: dict[str, MapQuality] = {}
+    for outcome in outcomes.values():
+        _add({}, quality, outcome)
+    counts = {branch: sum(num_views(spec, sample, branch) for sample in cached) for branch in BRANCHES}
     encode_seconds = sum(outcome.encode_seconds for outcome in outcomes.values())
     return CacheRecord(
         feature_fingerprint=fingerprint(spec),
@@ -243,21 +304,22 @@ def _balance(
         global_maps=tuple(item.name for item in spec.global_maps),
         local_maps=tuple(item.name for item in spec.local_maps),
         precision=spec.precision,
-        num_images=len(samples),
+        num_images=len(images),
         num_cached=len(cached),
+        num_held=plan.num_held,
         num_quarantined=len(rows),
         quarantined_by_reason=dict(sorted(Counter(row.reason for row in rows).items())),
         num_global_views=counts["global"],
         num_local_views=counts["local"],
         num_units=len(plan.units),
-        feature_bytes=size,
+        feature_bytes=feature_bytes(spec, cached),
+        written_bytes=sum(file.size_bytes for outcome in outcomes.values() for file in outcome.files),
         quality={
-            place: {"snr_db": recorded_db(found), "cosine": found.cosine, "worst_cosine": found.worst_cosine}
-            for place, found in _quality(outcomes.values()).items()
+            place: {"snr_db": recorded_db(found), "cosine": found.cosine, "worst_cosine": found.worst_cosine} for place, found in quality.items()
         },
         prepare_seconds=sum(outcome.prepare_seconds for outcome in outcomes.values()),
         encode_seconds=encode_seconds,
         write_seconds=sum(outcome.write_seconds for outcome in outcomes.values()),
-        views_per_second=sum(counts.values()) / max(encode_seconds, 1e-9),
+        views_per_second=sum(outcome.num_views for outcome in outcomes.values()) / max(encode_seconds, 1e-9),
         seconds=0.0,
     )

@@ -2,8 +2,11 @@
 
 Runs before cache-features where the precision is int8. Three of four images are measured; the fourth is stored behind what was measured, read back
 and compared, since quality on the images that were measured would flatter. A map that loses more than the recipe allows is stored in fp16 instead:
-the cache never becomes worse than asked for, it becomes larger. Invariant: what the cache is stored behind is a file named by its digest, and that
-digest is part of the cache's identity.
+the cache never becomes worse than asked for, it becomes larger.
+
+A map of an encoding is measured once, by whichever run asks first, and what was found stays on record beside the table: so a cache can be extended by
+other datasets and maps without a number in it changing its meaning. That the images of another dataset fit the same centres and scales is checked
+while they are stored. Invariant: what a cache is stored behind is a file named by its digest, and that digest is part of the cache's identity.
 """
 
 import hashlib
@@ -14,13 +17,14 @@ import torch
 
 from model.encoder import Encoder
 from model.quality import MapQuality, recorded_db
-from model.quantisation import ChannelMoments
-from model.specs import CalibrationSpec, FeatureSpec, MapSpec
+from model.quantisation import ChannelCalibration, ChannelMoments
+from model.specs import CalibrationRule, CalibrationSpec, FeatureSpec, MapSpec
 from model.views import Branch
-from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes
+from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes, read_calibration_file
 from workers.caching.encode import encode_views, load_unit_encoder
-from workers.caching.units import BRANCHES, PreparedUnit, UnitJob, prepare_unit
-from workers.commits import Stage
+from workers.caching.layout import BRANCHES, encoding_folder, lock_encoding
+from workers.caching.units import PreparedUnit, UnitJob, distinct_images, prepare_unit
+from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import CalibrationError
 from workers.execution import ExecutionSettings, Progress
@@ -40,12 +44,20 @@ class CalibratedMap:
 
     branch: str
     name: str
+    sha256: str
+    """Of the file of its centre and scale."""
     stored_as: str
     """`int8`, or `fp16` where int8 loses more than is allowed."""
     snr_db: float
     """Of int8, on images that were not measured."""
     cosine: float
     worst_cosine: float
+    dataset_fingerprint: str
+    """Whose images were measured."""
+    num_images: int
+    """That were measured."""
+    num_checked: int
+    """That were stored and read back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +71,8 @@ class CalibrationRecord:
     maps: tuple[CalibratedMap, ...]
     fp16_maps: tuple[str, ...]
     """Those that int8 is not good enough for, as FeatureSpec names them."""
-    num_images: int
-    """That were measured."""
-    num_checked: int
-    """That were stored and read back."""
+    num_measured: int
+    """Maps that this run measured; the others were on record."""
     seconds: float
 
 
@@ -91,26 +101,65 @@ def calibrate_features(
     if done is not None:
         return done
     store.check_writable()
-    samples = [replace(sample, turns=()) for sample in read_samples(store, spec.dataset_fingerprint, "train") if not sample.text_only]
-    chosen = _chosen(samples, spec)
+    chosen = _chosen(read_samples(store, spec.dataset_fingerprint, "train"), spec)
     with stage.attempt() as timer:
-        progress.start("measuring maps on images", len(chosen), 0)
-        try:
-            with encoding_cluster(execution, cluster) as (running, settled, threads):
-                found = _measure(spec, store, chosen, settled, threads, progress, running)
-        finally:
-            progress.finish()
-        return stage.commit(replace(found, seconds=timer.seconds))
+        lock_encoding(store, spec.encoding)
+        known = {item.place(branch): _on_record(spec, store, branch, item) for branch in BRANCHES for item in spec.maps(branch)}
+        missing = {place for place, found in known.items() if found is None}
+        if missing:
+            part = replace(
+                spec,
+                global_maps=tuple(item for item in spec.global_maps if item.place("global") in missing),
+                local_maps=tuple(item for item in spec.local_maps if item.place("local") in missing),
+            )
+            progress.start("measuring maps on images", len(chosen), 0)
+            try:
+                with encoding_cluster(execution, cluster) as (running, settled, threads):
+                    _measure(part, store, chosen, settled, threads, progress, running)
+            finally:
+                progress.finish()
+            known = {item.place(branch): _on_record(spec, store, branch, item) for branch in BRANCHES for item in spec.maps(branch)}
+        maps = {place: found for place, found in known.items() if found is not None}
+        assert maps.keys() == known.keys()
+        tensors: dict[str, ChannelCalibration] = {}
+        for place, found in maps.items():
+            tensors |= read_calibration_file(store, found.sha256)
+            assert place in tensors
+        data, sha256 = calibrations_to_bytes(tensors)
+        store.write_bytes(calibration_path(sha256), data)
+        record = CalibrationRecord(
+            sha256=sha256,
+            path=calibration_path(sha256),
+            maps=tuple(maps.values()),
+            fp16_maps=tuple(place for place, found in maps.items() if found.stored_as == "fp16"),
+            num_measured=len(missing),
+            seconds=timer.seconds,
+        )
+        return stage.commit(record)
+
+
+def _record_path(spec: CalibrationSpec, branch: Branch, item: MapSpec) -> str:
+    return f"{encoding_folder(spec.encoding)}/calibrations/{branch}/{item.name}.json"
+
+
+def _on_record(spec: CalibrationSpec, store: Store, branch: Branch, item: MapSpec) -> CalibratedMap | None:
+    """What a map of the encoding is stored behind, for good."""
+    path = _record_path(spec, branch, item)
+    return from_json(CalibratedMap, store.read_json(path), where=store.url(path)) if store.exists(path) else None
+
+
+def _rule(spec: CalibrationSpec) -> CalibrationRule:
+    assert spec.encoding.calibration is not None  # of int8 there is one
+    return spec.encoding.calibration
 
 
 def _chosen(samples: Sequence[Sample], spec: CalibrationSpec) -> list[Sample]:
     """Images in an order that is a function of their bytes and the seed alone: the same ones however the dataset is sorted."""
 
     def place(sample: Sample) -> str:
-        return hashlib.sha256(f"{spec.seed}:{sample.image_sha256}".encode()).hexdigest()
+        return hashlib.sha256(f"{_rule(spec).seed}:{sample.image_sha256}".encode()).hexdigest()
 
-    distinct = {sample.image_sha256: sample for sample in samples}
-    return sorted(distinct.values(), key=place)[: spec.num_images]
+    return sorted(distinct_images(samples), key=place)[: _rule(spec).num_images]
 
 
 def _measure(
@@ -121,15 +170,16 @@ def _measure(
     threads: int | None,
     progress: Progress,
     cluster: Cluster,
-) -> CalibrationRecord:
+) -> None:
+    """Measure maps and put each on record; where another run was faster, its finding stands."""
     plain = FeatureSpec(
         dataset_fingerprint=spec.dataset_fingerprint,
-        encoder=spec.encoder,
-        views=spec.views,
+        encoder=spec.encoding.encoder,
+        views=spec.encoding.views,
         global_maps=spec.global_maps,
         local_maps=spec.local_maps,
         precision="fp32",
-        resampling=spec.resampling,
+        resampling=spec.encoding.resampling,
     )
     maps = [(branch, item) for branch in BRANCHES for item in plain.maps(branch)]
     measured = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF != _CHECKED_OF - 1]
@@ -147,7 +197,7 @@ def _measure(
         # Sums in the order of the images and not of their arrival, so that a repeated run gives the same bytes.
         return sorted(found, key=lambda result: result.number)
 
-    moments = {place: ChannelMoments(spec.encoder.width) for place in (f"{branch}/{item.name}" for branch, item in maps)}
+    moments = {item.place(branch): ChannelMoments(spec.encoding.encoder.width) for branch, item in maps}
     measured_units = run(measured, None)
     for unit in measured_units:
         for place, part in unit.moments.items():
@@ -166,29 +216,24 @@ def _measure(
             f"calibrate-features: {num_read} of {len(chosen)} images can be read and encoded into finite numbers, too few to measure maps on some "
             "and to check them on others; look at the images, raise features.calibration_images, or store with features.precision = 'fp16'"
         )
-    verdicts = tuple(_verdict(branch, item, quality[f"{branch}/{item.name}"], spec.min_snr_db) for branch, item in maps)
-    data, sha256 = calibrations_to_bytes(calibrations)
-    store.write_bytes(calibration_path(sha256), data)
-    return CalibrationRecord(
-        sha256=sha256,
-        path=calibration_path(sha256),
-        maps=verdicts,
-        fp16_maps=tuple(f"{found.branch}/{found.name}" for found in verdicts if found.stored_as == "fp16"),
-        num_images=sum(unit.num_images for unit in measured_units),
-        num_checked=sum(unit.num_images for unit in checked_units),
-        seconds=0.0,
-    )
-
-
-def _verdict(branch: Branch, item: MapSpec, quality: MapQuality, min_snr_db: float) -> CalibratedMap:
-    return CalibratedMap(
-        branch=branch,
-        name=item.name,
-        stored_as="int8" if quality.snr_db >= min_snr_db else "fp16",
-        snr_db=recorded_db(quality),
-        cosine=quality.cosine,
-        worst_cosine=quality.worst_cosine,
-    )
+    for branch, item in maps:
+        place = item.place(branch)
+        judged = quality[place]
+        data, sha256 = calibrations_to_bytes({place: calibrations[place]})
+        store.write_bytes(calibration_path(sha256), data)
+        verdict = CalibratedMap(
+            branch=branch,
+            name=item.name,
+            sha256=sha256,
+            stored_as="int8" if judged.snr_db >= _rule(spec).min_snr_db else "fp16",
+            snr_db=recorded_db(judged),
+            cosine=judged.cosine,
+            worst_cosine=judged.worst_cosine,
+            dataset_fingerprint=spec.dataset_fingerprint,
+            num_images=sum(unit.num_images for unit in measured_units),
+            num_checked=sum(unit.num_images for unit in checked_units),
+        )
+        store.create_json(_record_path(spec, branch, item), to_json(verdict))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +253,8 @@ class _Measurer:
         self._spec, self._execution, self._threads = spec, execution, threads
         self._codec: FeatureCodec | None = None
         if calibrations is not None:
-            self._codec = FeatureCodec(replace(spec, precision="int8", calibration_sha256="measured here"), calibrations)
+            rule = CalibrationRule(num_images=4, min_snr_db=0.0)  # of no effect: the codec looks at centres and scales alone
+            self._codec = FeatureCodec(replace(spec, precision="int8", calibration=rule, calibration_sha256="measured here"), calibrations)
         self._encoder: Encoder | None = None
 
     def __call__(self, prepared: PreparedUnit) -> _Measured:
@@ -222,12 +268,13 @@ class _Measurer:
             views, maps = prepared.views(branch), self._spec.maps(branch)
             if self._codec is not None:
                 encoded = encode_views(self._encoder, views, branch, maps, self._codec, batch, num_compared=len(views))
-                quality |= {f"{branch}/{name}": found for name, found in encoded.quality.items()}
+                quality |= {item.place(branch): encoded.quality[item.name] for item in maps}
                 continue
+            places = {item.name: item.place(branch) for item in maps}
             for start in range(0, len(views), batch):
                 for name, tokens in self._encoder(torch.from_numpy(views[start : start + batch]), list(maps)).items():
                     finite = tokens[torch.isfinite(tokens).flatten(1).all(dim=1)]
-                    moments.setdefault(f"{branch}/{name}", ChannelMoments(tokens.shape[-1])).update(finite)
+                    moments.setdefault(places[name], ChannelMoments(tokens.shape[-1])).update(finite)
         return _Measured(number=prepared.job.number, num_images=len(prepared.samples), moments=moments, quality=quality)
 
 

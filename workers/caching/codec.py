@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.quantisation import ChannelCalibration, dequantise, quantise
+from model.quantisation import ChannelCalibration, PackedMap, quantise
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
 from workers.errors import MissingFeaturesError, ObjectNotFoundError
 from workers.storage import Store
 
-__all__ = ["Calibrations", "FeatureCodec", "StoredMap", "calibration_path", "calibrations_to_bytes", "read_calibrations"]
+__all__ = ["Calibrations", "FeatureCodec", "StoredMap", "calibration_path", "calibrations_to_bytes", "read_calibration_file", "read_calibrations"]
 
 Calibrations = Mapping[str, ChannelCalibration]
 """Centres and scales by branch and map, as `local/layer_7`."""
@@ -68,16 +68,30 @@ def read_calibrations(store: Store, spec: FeatureSpec) -> Calibrations:
     Raises:
         MissingFeaturesError: the file is gone, or is another one.
     """
-    if spec.calibration_sha256 is None:
-        return {}
-    path = calibration_path(spec.calibration_sha256)
+    return {} if spec.calibration_sha256 is None else read_calibration_file(store, spec.calibration_sha256)
+
+
+def read_calibration_file(store: Store, sha256: str) -> dict[str, ChannelCalibration]:
+    """A file of centres and scales.
+
+    Args:
+        store: of the root.
+        sha256: that it is named by.
+
+    Returns:
+        Them by branch and map.
+
+    Raises:
+        MissingFeaturesError: the file is gone, or is another one.
+    """
+    path = calibration_path(sha256)
     try:
         data = store.read_bytes(path)
     except ObjectNotFoundError as error:
         raise MissingFeaturesError(
             f"{store.url(path)} is gone: without its centres and scales the int8 features cannot be read. Restore it, or cache again."
         ) from error
-    if hashlib.sha256(data).hexdigest() != spec.calibration_sha256:
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise MissingFeaturesError(f"{store.url(path)} does not have the digest that it is named by; restore it, or remove it and cache again")
     tensors = safetensors.torch.load(data)
     places = {name.rpartition("/")[0] for name in tensors}
@@ -92,6 +106,11 @@ class StoredMap:
     """[views, tokens, width] of the map's precision."""
     steps: np.ndarray | None = None
     """fp16 [views, tokens]; None where the map is not int8."""
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """One for every column of the map."""
+        return (self.values,) if self.steps is None else (self.values, self.steps)
 
     def __getitem__(self, views: slice) -> "StoredMap":
         """The map of some of the views."""
@@ -149,6 +168,20 @@ class FeatureCodec:
         finite: np.ndarray = torch.isfinite(kept).flatten(1).all(dim=1).cpu().numpy()
         return finite
 
+    def packed(self, branch: Branch, item: MapSpec, stored: StoredMap) -> PackedMap:
+        """A stored map as it travels to its device. Shares the arrays' memory.
+
+        Args:
+            branch: of the map.
+            item: the map.
+            stored: as `store` left it, or as it was read.
+        """
+        return PackedMap(
+            values=torch.from_numpy(stored.values),
+            steps=None if stored.steps is None else torch.from_numpy(stored.steps),
+            calibration=self.calibration(branch, item),
+        )
+
     def load(self, branch: Branch, item: MapSpec, stored: StoredMap) -> Float[Tensor, "views tokens width"]:
         """A stored map in fp32.
 
@@ -157,17 +190,14 @@ class FeatureCodec:
             item: the map.
             stored: as `store` left it, or as it was read.
         """
-        if stored.steps is None:
-            return torch.from_numpy(stored.values.astype(np.float32))
-        codes, steps = torch.from_numpy(np.ascontiguousarray(stored.values)), torch.from_numpy(np.ascontiguousarray(stored.steps))
-        return dequantise(codes, steps, self._calibration(branch, item, "cpu"))
+        return self.packed(branch, item, stored).dense()
 
     def calibration(self, branch: Branch, item: MapSpec) -> ChannelCalibration | None:
         """Of a map, on the CPU; None where it is not int8, and nothing was measured."""
         return self._calibration(branch, item, "cpu") if self._spec.stored_as(branch, item) == "int8" else None
 
     def _calibration(self, branch: Branch, item: MapSpec, device: torch.device | str) -> ChannelCalibration:
-        place = f"{branch}/{item.name}"
+        place = item.place(branch)
         if place not in self._calibrations:
             raise MissingFeaturesError(
                 f"the calibration of these features has no centres and scales of {place}, it has those of {sorted(self._calibrations)}; its file "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from model.encoder import Encoder, load_encoder
 from model.quality import MapQuality
@@ -21,18 +21,19 @@ from model.quantisation import map_quality
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch
 from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
-from workers.caching.units import (
+from workers.caching.index import index_rows
+from workers.caching.layout import (
     BRANCHES,
-    PreparedUnit,
-    UnitOutcome,
     features_table,
     file_metadata,
+    file_name,
     file_schema,
+    index_table,
     map_fields,
-    num_views,
-    refuse,
-    view_plan,
+    map_set,
+    map_sets,
 )
+from workers.caching.units import PreparedUnit, UnitOutcome, num_views, refuse, view_plan
 from workers.dataset.samples import Sample
 from workers.execution import ExecutionSettings
 from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_table
@@ -42,9 +43,7 @@ from workers.tables import TableFile
 __all__ = [
     "EncodedViews",
     "UnitEncoder",
-    "as_features",
     "choose_device",
-    "deepest_layer",
     "encode_views",
     "load_unit_encoder",
     "make_unit_encoder",
@@ -57,11 +56,6 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
-
-
-def deepest_layer(spec: FeatureSpec) -> int:
-    """The highest layer that any map of the cache needs."""
-    return max((layer for branch in BRANCHES for item in spec.maps(branch) for layer in item.layers), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +122,7 @@ def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: 
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_encoder(spec.encoder, deepest_layer(spec), choose_device(execution.device))
+    return load_encoder(spec.encoder, spec.deepest_layer, choose_device(execution.device))
 
 
 class UnitEncoder:
@@ -168,7 +162,7 @@ class UnitEncoder:
             EncoderError: the encoder cannot be loaded.
             StorageError: the files cannot be written.
         """
-        spec = self._spec
+        spec = prepared.job.spec
         with self._forward:
             encoder = self._loaded(prepared.job.root)
             started = time.monotonic()
@@ -193,17 +187,18 @@ class UnitEncoder:
             for sample in prepared.samples
             if sample.image_sha256 not in kept
         ]
-        files = _write_features(Store(prepared.job.root), spec, prepared, rows, {branch: encoded[branch].maps for branch in BRANCHES})
+        files, index_files = _write_features(Store(prepared.job.root), spec, rows, {branch: encoded[branch].maps for branch in BRANCHES})
         quarantined = (*prepared.quarantined, *refused)
-        quarantine_files = _write_quarantine(Store(prepared.job.root), spec, prepared.job.number, quarantined)
+        quarantine_files = _write_quarantine(Store(prepared.job.root), self._spec, prepared.job.number, quarantined)
         return UnitOutcome(
             number=prepared.job.number,
             num_images=len(kept),
             num_views=sum(stop - start for branch in BRANCHES for _, start, stop in rows[branch]),
             files=files,
+            index_files=index_files,
             quarantine_files=quarantine_files,
             quarantined=quarantined,
-            quality={f"{branch}/{name}": quality for branch in BRANCHES for name, quality in encoded[branch].quality.items()},
+            quality={item.place(branch): encoded[branch].quality[item.name] for branch in BRANCHES for item in spec.maps(branch)},
             prepare_seconds=prepared.seconds,
             encode_seconds=encode_seconds,
             write_seconds=time.monotonic() - started,
@@ -244,49 +239,49 @@ def _image_rows(spec: FeatureSpec, samples: Sequence[Sample], finite: Mapping[Br
     return rows, kept
 
 
-def unit_file_name(spec: FeatureSpec, number: int, images: Sequence[str]) -> str:
-    """The name of a unit's file: a function of the cache, the unit and the images in it, so two outcomes never share a file."""
-    digest = hashlib.sha256(":".join([fingerprint(spec), *images]).encode()).hexdigest()
-    return f"unit-{number:06d}-{digest[:12]}.parquet"
-
-
 def _write_features(
-    store: Store, spec: FeatureSpec, prepared: PreparedUnit, rows: _Rows, stored: Mapping[Branch, Mapping[str, StoredMap]]
-) -> tuple[TableFile, ...]:
-    table = features_table(store, spec)
-    files = []
+    store: Store, spec: FeatureSpec, rows: _Rows, stored: Mapping[Branch, Mapping[str, StoredMap]]
+) -> tuple[tuple[TableFile, ...], tuple[TableFile, ...]]:
+    """A unit's files, and for each the file of the index that tells where in it every image lies."""
+    table, index = features_table(store, spec), index_table(store, spec.encoding)
+    files, index_files = [], []
     for branch in BRANCHES:
-        if not spec.maps(branch):
-            continue
-        name = unit_file_name(spec, prepared.job.number, [sample.image_sha256 for sample, _, _ in rows[branch]])
-        blobs = [field.name for item in spec.maps(branch) for field in map_fields(spec, branch, item)]
-        groups = row_groups(spec, branch, rows[branch], stored[branch])
-        files.append(table.write_file({"branch": branch}, name, groups, blobs=blobs, metadata=file_metadata(spec, fingerprint(spec))))
-    return tuple(files)
+        images = [sample.image_sha256 for sample, _, _ in rows[branch]]
+        for maps in map_sets(spec.maps(branch)) if images else ():
+            name, partition = file_name(spec.encoding, branch, maps, images), {"branch": branch, "maps": map_set(maps)}
+            columns = {item.name: map_fields(spec, branch, item) for item in maps}
+            blobs = [field.name for fields in columns.values() for field in fields]
+            groups = row_groups(spec, branch, maps, rows[branch], stored[branch])
+            metadata = file_metadata(spec.encoding, fingerprint(spec.encoding))
+            file, footer = table.write_mapped_file(partition, name, groups, blobs=blobs, metadata=metadata)
+            located = index_rows(file, footer, columns, rows[branch], stored[branch])
+            files.append(file)
+            index_files.append(index.write_file(partition, name, [located], blobs=["image_sha256", "offsets", "checksums"]))
+    return tuple(files), tuple(index_files)
 
 
-def row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, StoredMap]) -> Iterator[pa.Table]:
+def row_groups(
+    spec: FeatureSpec, branch: Branch, maps: Sequence[MapSpec], rows: Sequence[tuple[Sample, int, int]], stored: Mapping[str, StoredMap]
+) -> Iterator[pa.Table]:
     """One table per image, so that one image is one row group: random access costs nothing, and its views lie together.
 
     Args:
         spec: of the cache.
         branch: of the file.
+        maps: the file's.
         rows: each image with where its views lie in the maps.
         stored: the maps by name.
 
     Yields:
-        Tables of the branch's file columns; an empty one where there are no images.
+        Tables of the file's columns.
     """
-    schema = file_schema(spec, branch)
-    if not rows:
-        yield schema.empty_table()
+    schema = file_schema(spec, branch, maps)
     for sample, start, stop in rows:
         plan = view_plan(spec, sample)
         views = (plan.global_view,) if branch == "global" else plan.local_views
         assert len(views) == stop - start
         columns: dict[str, object] = {
             "image_sha256": [sample.image_sha256] * len(views),
-            "sample_index": [sample.index] * len(views),
             "view_index": [view.index for view in views],
             "row": [view.row for view in views],
             "column": [view.column for view in views],
@@ -296,10 +291,9 @@ def row_groups(spec: FeatureSpec, branch: Branch, rows: Sequence[tuple[Sample, i
             "bottom_px": [view.source.bottom for view in views],
         }
         arrays = [pa.array(columns[field.name], field.type) for field in schema if field.name in columns]
-        for item in spec.maps(branch):
+        for item in maps:
             part = stored[item.name][start:stop]
-            for field, values in zip(map_fields(spec, branch, item), (part.values, part.steps), strict=False):
-                assert values is not None
+            for field, values in zip(map_fields(spec, branch, item), part.arrays, strict=True):
                 arrays.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))]))
         yield pa.Table.from_arrays(arrays, schema=schema)
 
@@ -311,20 +305,3 @@ def _write_quarantine(store: Store, spec: FeatureSpec, number: int, rows: Sequen
     partition = {"stage": "cache-features", "key": fingerprint(spec)[:16]}
     name = f"unit-{number:06d}-{digest[:12]}.parquet"
     return (quarantine_table(store).write_file(partition, name, [quarantine_to_table(rows)]),)
-
-
-def as_features(
-    stored: Mapping[str, StoredMap], branch: Branch, maps: Sequence[MapSpec], codec: FeatureCodec
-) -> Float[torch.Tensor, "views maps tokens width"]:
-    """Stored maps stacked in the order of `maps`, as fp32.
-
-    Args:
-        stored: by map name.
-        branch: of the maps.
-        maps: which, in order; at least one, all of as many tokens.
-        codec: of the cache.
-
-    Returns:
-        fp32 [views, maps, tokens, width].
-    """
-    return torch.stack([codec.load(branch, item, stored[item.name]) for item in maps], dim=1)

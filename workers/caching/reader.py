@@ -1,49 +1,61 @@
 """Features for training and evaluation, from the cache or from the encoder itself, through one interface and with the same numbers.
 
-`CachedFeatures` reads only the maps that are asked for, one row group per image and branch, with page checksums verified. `LiveFeatures` encodes
+`CachedFeatures` reads only the maps that are asked for, from known places, with checksums verified. `LiveFeatures` encodes
 on the spot and rounds to the cache's precision. Tolerance between the two, for the same device type: at fp32 2e-5 of a map's largest value
 (batch shapes change the order of sums), at fp16 one rounding step more, 2**-10 of each value, at int8 one code more for the few numbers that lie
 between two.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from model.encoder import Encoder, load_encoder
 from model.errors import MissingMapError, first_line
+from model.quantisation import PackedMap
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
-from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
-from workers.caching.encode import as_features, choose_device, encode_views
-from workers.caching.units import BRANCHES, features_table, load_views, map_fields, num_views
+from workers.caching.codec import FeatureCodec, read_calibrations
+from workers.caching.encode import choose_device, encode_views
+from workers.caching.index import FeatureIndex, MapPlace, map_checksum
+from workers.caching.layout import BRANCHES, features_table
+from workers.caching.units import load_views, num_views
 from workers.dataset.samples import Sample
-from workers.errors import MissingFeaturesError, ObjectNotFoundError, StaleCacheError, StorageError
-from workers.storage import Store, translated
-from workers.tables import TableFile
+from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
+from workers.storage import Store, is_damage
 
 __all__ = ["CachedFeatures", "FeatureSource", "ImageFeatures", "LiveFeatures"]
 
-_OPEN_FILES = 64
 _CANARY_TOLERANCE = 5e-3
 """Relative error (L2) of a map. Rounding to fp16 costs about 3e-4, another device type less; other weights or another preprocessing cost 1e-1."""
+
+_NEAR_BYTES = 64 * 2**10
+"""Two maps of an image whose numbers lie so near each other are fetched in one read: less than an object store sends in the time of a request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFeatures:
-    """The maps of one image's views, in the order that was asked for."""
+    """The maps of one image's views, in the order that was asked for, as they are stored; a branch that was not asked for is not there."""
 
-    global_maps: Float[Tensor, "global_maps global_tokens width"] | None
-    """fp32; None when not asked for."""
-    local_maps: Float[Tensor, "views local_maps local_tokens width"] | None
-    """fp32, views row by row; None when not asked for."""
+    maps: Mapping[Branch, tuple[PackedMap, ...]]
+    """Each [views, tokens, width]: one global view, or the local ones row by row."""
+
+    @property
+    def global_maps(self) -> Float[Tensor, "global_maps global_tokens width"] | None:
+        """In fp32, all of as many tokens; None when not asked for."""
+        return torch.cat([item.dense() for item in self.maps["global"]]) if "global" in self.maps else None
+
+    @property
+    def local_maps(self) -> Float[Tensor, "views local_maps local_tokens width"] | None:
+        """In fp32, all of as many tokens; None when not asked for."""
+        return torch.stack([item.dense() for item in self.maps["local"]], dim=1) if "local" in self.maps else None
 
 
 @runtime_checkable
@@ -87,18 +99,6 @@ class _Maps:
             if not self.by_branch[branch]:
                 raise MissingMapError(f"{branch} features are wanted, but the features hold no {branch} maps; add some to the recipe")
         return wanted
-
-
-def _image_features(found: dict[Branch, Tensor]) -> ImageFeatures:
-    return ImageFeatures(global_maps=found["global"][0] if "global" in found else None, local_maps=found.get("local"))
-
-
-def _is_damage(error: StorageError) -> bool:
-    """Whether a file of the cache is gone or holds something else, as far as can be told; a store that is away or refuses us says nothing of it.
-
-    Arrow reports damage without a number of the operating system; what has one (too many open files) is not the file's fault.
-    """
-    return isinstance(error, ObjectNotFoundError) or (type(error) is StorageError and getattr(error.__cause__, "errno", None) is None)
 
 
 class LiveFeatures:
@@ -148,7 +148,7 @@ class LiveFeatures:
             ImageError: an image is not the one that the dataset was built from.
         """
         wanted = self._maps.wanted(want_global=want_global, want_local=want_local)
-        found: list[dict[Branch, Tensor]] = [{} for _ in images]
+        found: list[dict[Branch, tuple[PackedMap, ...]]] = [{} for _ in images]
         for branch in wanted:
             views = [load_views(self._spec, sample, self._store, branch) for sample in images]
             if not views:
@@ -158,20 +158,21 @@ class LiveFeatures:
             encoded = encode_views(encoder, np.concatenate(views), branch, maps, self._codec, self._batch_views)
             if not encoded.finite.all():
                 raise MissingFeaturesError(f"a {branch} map is not finite at {self._spec.precision}; a cache would have refused that image")
-            features = as_features(encoded.maps, branch, maps, self._codec)
-            for place, part in enumerate(features.split([len(item) for item in views])):
-                found[place][branch] = part
-        return [_image_features(item) for item in found]
+            stops = np.cumsum([len(item) for item in views])
+            for place, (stop, part) in enumerate(zip(stops, views, strict=True)):
+                mine = slice(int(stop) - len(part), int(stop))
+                found[place][branch] = tuple(self._codec.packed(branch, item, encoded.maps[item.name][mine]) for item in maps)
+        return [ImageFeatures(maps=item) for item in found]
 
     def _loaded(self) -> Encoder:
         if self._encoder is None:
-            deepest = max(layer for maps in self._maps.by_branch.values() for item in maps for layer in item.layers)
+            deepest = max(item.layers[-1] for maps in self._maps.by_branch.values() for item in maps)
             self._encoder = load_encoder(self._spec.encoder, deepest, self._device)
         return self._encoder
 
 
 class CachedFeatures:
-    """Reads images' features from the cache.
+    """Reads images' features from the cache: of each image only the wanted maps, in as few reads as they lie in, many at a time.
 
     Args:
         store: where the cache is.
@@ -180,10 +181,11 @@ class CachedFeatures:
         local_maps: the same for local views.
         policy: what to do about an image that is missing or damaged: `fail`, or `encode` it live.
         device: for `encode` and the canary.
+        reads_in_flight: at once.
 
     Raises:
         MissingMapError: a map that the cache does not hold.
-        MissingFeaturesError: the cache does not exist.
+        MissingFeaturesError: the cache does not exist, or its index is damaged.
     """
 
     num_encoded_live: int
@@ -198,6 +200,7 @@ class CachedFeatures:
         local_maps: Sequence[MapSpec] | None = None,
         policy: Literal["fail", "encode"] = "fail",
         device: str = "cpu",
+        reads_in_flight: int = 16,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -205,36 +208,14 @@ class CachedFeatures:
         self._policy = policy
         self._live = LiveFeatures(store, spec, device, global_maps=global_maps, local_maps=local_maps)
         self._codec = FeatureCodec(spec, read_calibrations(store, spec))
-        self._table = features_table(store, spec)
-        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._folder = features_table(store, spec).path
+        self._pool = ThreadPoolExecutor(reads_in_flight, thread_name_prefix="loupe-read")
         self.num_encoded_live = 0
-        files = self._table.files()
-        if not files:
+        self._index = FeatureIndex(store, spec, self._maps.by_branch)
+        if not self._index.files():
             raise MissingFeaturesError(
-                f"{store.url(self._table.path)} holds no features. Expected the table that cache-features writes; run it first."
+                f"{store.url(self._folder)} holds no such features. Expected the table that cache-features writes; run it first."
             )
-        self._index: dict[Branch, dict[str, tuple[TableFile, int]]] = {"global": {}, "local": {}}
-        for file in files:
-            self._index_file(file)
-
-    def _index_file(self, file: TableFile) -> None:
-        index = self._index["global" if file.partition["branch"] == "global" else "local"]
-        try:
-            with translated("read", self._table.file_url(file)):
-                opened = self._file(file)
-                images = opened.read(columns=["image_sha256"]).column(0).to_pylist()
-                row = 0
-                for group in range(opened.num_row_groups):
-                    index[images[row]] = (file, group)
-                    row += opened.metadata.row_group(group).num_rows
-        except StorageError as error:
-            if not _is_damage(error):
-                raise
-            if self._policy == "fail":
-                raise MissingFeaturesError(
-                    f"{self._table.file_url(file)} is damaged or gone ({first_line(error)}). "
-                    "Remove the cache's runs folder and table and cache again, or read with the policy `encode`."
-                ) from error
 
     def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
         """As FeatureSource.fetch.
@@ -252,20 +233,31 @@ class CachedFeatures:
             StorageError: the store is away, or refuses us.
         """
         wanted = self._maps.wanted(want_global=want_global, want_local=want_local)
+        reads = [self._pool.submit(self._read, sample, wanted) for sample in images]
         results = []
-        for sample in images:
+        for sample, read in zip(images, reads, strict=True):
             try:
-                results.append(_image_features({branch: self._read(sample, branch) for branch in wanted}))
+                results.append(read.result())
             except MissingFeaturesError:
                 if self._policy == "fail":
+                    for other in reads:
+                        other.cancel()
                     raise
                 self.num_encoded_live += 1
                 results += self._live.fetch([sample], want_global=want_global, want_local=want_local)
         return results
 
-    def holds(self, sample: Sample) -> bool:
-        """Whether every branch of the spec has rows of this sample's image; of text alone nothing is expected."""
-        return sample.text_only or all(sample.image_sha256 in self._index[branch] for branch in BRANCHES if self._spec.maps(branch))
+    def holds(self, samples: Sequence[Sample]) -> list[bool]:
+        """Whether every branch of the spec has what is asked for of each sample's image; of text alone nothing is expected.
+
+        Args:
+            samples: any number; a million take a second.
+        """
+        shown = [sample for sample in samples if not sample.text_only]
+        asked = [(branch, item) for branch in BRANCHES for item in self._maps.by_branch[branch]]
+        held = self._index.held(asked, [sample.image_sha256 for sample in shown])
+        whole = iter(np.logical_and.reduce(list(held.values())).tolist() if shown else ())
+        return [sample.text_only or next(whole) for sample in samples]
 
     def verify(self, samples: Sequence[Sample], num_images: int = 2) -> None:
         """Encode a few cached images again and compare: proves that the cache still is what its encoder gives.
@@ -277,7 +269,7 @@ class CachedFeatures:
         Raises:
             StaleCacheError: a map differs by more than rounding explains.
         """
-        held = [sample for sample in samples if not sample.text_only and self.holds(sample)]
+        held = [sample for sample, there in zip(samples, self.holds(samples), strict=True) if there and not sample.text_only]
         chosen = held[:: max(1, len(held) // num_images)][:num_images]
         wants = {f"want_{branch}": bool(self._maps.by_branch[branch]) for branch in BRANCHES}
         live = self._live.fetch(chosen, want_global=wants["want_global"], want_local=wants["want_local"])
@@ -292,58 +284,63 @@ class CachedFeatures:
                     error = float((stored - now).norm() / now.norm().clamp_min(1e-12))
                     if not error <= _CANARY_TOLERANCE:  # also when it is not a number
                         raise StaleCacheError(
-                            f"{self._store.url(self._table.path)}: the {branch} map {item.name} of image {sample.image_sha256[:12]} "
+                            f"{self._store.url(self._folder)}: the {branch} map {item.name} of image {sample.image_sha256[:12]} "
                             f"differs from what {self._spec.encoder.model} gives now by {error:.2e} (allowed {_CANARY_TOLERANCE:.0e}). The cache "
                             "does not belong to this encoder or preprocessing any more; cache again under another root."
                         )
 
-    def _read(self, sample: Sample, branch: Branch) -> Tensor:
-        place = self._index[branch].get(sample.image_sha256)
-        if place is None:
-            raise MissingFeaturesError(
-                f"{self._store.url(self._table.path)} holds no {branch} features of image {sample.image_sha256[:12]} ({sample.sample_id}); "
-                "it may be in quarantine. Finish cache-features, leave the image out, or read with the policy `encode`."
-            )
-        file, group = place
-        maps = self._maps.by_branch[branch]
-        spec = self._spec
-        try:
-            with translated("read", self._table.file_url(file)):
-                columns = [field.name for item in maps for field in map_fields(spec, branch, item)]
-                rows = self._file(file).read_row_group(group, columns=["image_sha256", *columns], use_threads=False)
-        except StorageError as error:
-            self._open.pop(file.path, None)
-            if not _is_damage(error):
-                raise
-            raise MissingFeaturesError(
-                f"{self._table.file_url(file)}, row group {group} (image {sample.image_sha256[:12]}) cannot be read: "
-                f"{first_line(error)}. Remove the cache and cache again, or read with the policy `encode`."
-            ) from error
-        expected = num_views(spec, sample, branch)
-        if rows.num_rows != expected or set(rows.column("image_sha256").to_pylist()) != {sample.image_sha256}:
-            raise MissingFeaturesError(
-                f"{file.path}, row group {group}: expected {expected} views of image {sample.image_sha256[:12]}; the file is damaged"
-            )
-        stored = {}
-        for item in maps:
-            room = self._codec.empty(branch, item, expected)
-            arrays = [_column(rows, field.name, like) for field, like in zip(map_fields(spec, branch, item), (room.values, room.steps), strict=False)]
-            stored[item.name] = StoredMap(values=arrays[0], steps=arrays[1] if len(arrays) > 1 else None)
-        return as_features(stored, branch, maps, self._codec)
+    def _read(self, sample: Sample, wanted: Sequence[Branch]) -> ImageFeatures:
+        """One image's maps, checked against their checksums."""
+        found: dict[Branch, tuple[PackedMap, ...]] = {}
+        for branch in wanted:
+            maps, expected = self._maps.by_branch[branch], num_views(self._spec, sample, branch)
+            places = self._index.places(branch, maps, sample.image_sha256)
+            if places is None:
+                raise MissingFeaturesError(
+                    f"{self._store.url(self._folder)} holds no {branch} features of image {sample.image_sha256[:12]} ({sample.sample_id}); "
+                    "it may be in quarantine. Finish cache-features, leave the image out, or read with the policy `encode`."
+                )
+            rooms = [self._codec.empty(branch, item, expected) for item in maps]
+            by_file: dict[str, list[tuple[int, np.ndarray]]] = {}
+            for place, room in zip(places, rooms, strict=True):
+                if place.num_views != expected or len(place.offsets) != len(room.arrays):
+                    raise MissingFeaturesError(self._damaged(place, sample, f"expected {expected} views, the index has {place.num_views}"))
+                by_file.setdefault(place.file, []).extend(zip(place.offsets, room.arrays, strict=True))
+            for file, parts in by_file.items():
+                try:
+                    _fill(self._store, f"{self._folder}/{file}", parts)
+                except StorageError as error:
+                    if not is_damage(error):
+                        raise
+                    place = next(place for place in places if place.file == file)
+                    raise MissingFeaturesError(self._damaged(place, sample, f"cannot be read: {first_line(error)}")) from error
+            for place, room, item in zip(places, rooms, maps, strict=True):
+                if map_checksum(room.arrays) != place.checksum:
+                    raise MissingFeaturesError(self._damaged(place, sample, f"the bytes of map {item.name} are not those that were written"))
+            found[branch] = tuple(self._codec.packed(branch, item, room) for item, room in zip(maps, rooms, strict=True))
+        return ImageFeatures(maps=found)
 
-    def _file(self, file: TableFile) -> pq.ParquetFile:
-        if file.path in self._open:
-            self._open.move_to_end(file.path)
+    def _damaged(self, place: MapPlace, sample: Sample, what: str) -> str:
+        return (
+            f"{self._store.url(f'{self._folder}/{place.file}')}, row group {place.row_group} (image {sample.image_sha256[:12]}) is damaged: {what}. "
+            "Remove the cache and cache again, or read with the policy `encode`."
+        )
+
+
+def _fill(store: Store, path: str, parts: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Read arrays from places in an object, near ones together."""
+    reads: list[list[tuple[int, np.ndarray]]] = []
+    for offset, array in sorted(parts, key=lambda part: part[0]):
+        last = reads[-1][-1] if reads else None
+        if last is not None and 0 <= offset - (last[0] + last[1].nbytes) <= _NEAR_BYTES:
+            reads[-1].append((offset, array))
         else:
-            self._open[file.path] = self._table.open_file(file)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-        return self._open[file.path]
-
-
-def _column(rows: pa.Table, name: str, like: np.ndarray | None) -> np.ndarray:
-    """A column of opaque bytes as an array of the shape and type of another; no copy."""
-    assert like is not None
-    blob = rows.column(name).combine_chunks()
-    width = blob.type.byte_width
-    return np.frombuffer(blob.buffers()[1], dtype=like.dtype, offset=blob.offset * width, count=like.size).reshape(like.shape)
+            reads.append([(offset, array)])
+    for read in reads:
+        start, (last_offset, last_array) = read[0][0], read[-1]
+        gaps = [offset - (before + array.nbytes) for (before, array), (offset, _) in pairwise(read)]
+        buffers = [read[0][1].reshape(-1).view(np.uint8)]
+        for gap, (_, array) in zip(gaps, read[1:], strict=True):
+            buffers += [np.empty(gap, dtype=np.uint8), array.reshape(-1).view(np.uint8)]
+        assert sum(len(buffer) for buffer in buffers) == last_offset + last_array.nbytes - start
+        store.read_into(path, start, buffers)

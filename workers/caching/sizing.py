@@ -12,7 +12,8 @@ from model.specs import FeatureSpec
 from model.views import Branch
 from workers.caching.codec import FeatureCodec
 from workers.caching.encode import row_groups
-from workers.caching.units import BRANCHES, features_table, file_metadata, map_fields, num_views
+from workers.caching.layout import BRANCHES, features_table, file_metadata, map_fields, map_set, map_sets
+from workers.caching.units import num_views
 from workers.dataset.samples import ImageRef, Sample
 from workers.storage import Store
 
@@ -48,7 +49,7 @@ def file_overhead(spec: FeatureSpec, width_px: int, height_px: int) -> dict[Bran
     """
     unknown = "0" * 64  # digests that are not known yet are as long as those that are
     encoder = replace(spec.encoder, weights_sha256=unknown, width=_WIDTH)  # what is not in a map does not depend on how large the map is
-    spec = replace(spec, dataset_fingerprint=unknown, encoder=encoder, calibration_sha256=unknown if spec.precision == "int8" else None)
+    spec = replace(spec, dataset_fingerprint=unknown, encoder=encoder)
     found: dict[Branch, FileOverhead] = {}
     with tempfile.TemporaryDirectory(prefix="loupe-sizing-") as folder:
         store = Store(folder)
@@ -68,12 +69,14 @@ def _overhead(store: Store, spec: FeatureSpec, branch: Branch, count: int, width
     stored = {item.name: codec.empty(branch, item, sum(views)) for item in spec.maps(branch)}
     starts = [sum(views[:place]) for place in range(count)]
     rows = [(sample, start, start + number) for sample, start, number in zip(samples, starts, views, strict=True)]
-    blobs = [field.name for item in spec.maps(branch) for field in map_fields(spec, branch, item)]
-    table = features_table(store, spec, key="sizing")
-    file = table.write_file(
-        {"branch": branch}, f"{count}.parquet", row_groups(spec, branch, rows, stored), blobs=blobs, metadata=file_metadata(spec, "0" * 64)
-    )
-    return file.size_bytes - sum(views) * spec.view_bytes(branch)
+    table = features_table(store, spec, folder="sizing")
+    size = 0
+    for maps in map_sets(spec.maps(branch)):
+        blobs = [field.name for item in maps for field in map_fields(spec, branch, item)]
+        groups = row_groups(spec, branch, maps, rows, stored)
+        partition = {"branch": branch, "maps": map_set(maps)}
+        size += table.write_file(partition, f"{count}.parquet", groups, blobs=blobs, metadata=file_metadata(spec.encoding, "0" * 64)).size_bytes
+    return size - sum(views) * spec.view_bytes(branch)
 
 
 def _sample(number: int, width_px: int, height_px: int) -> Sample:

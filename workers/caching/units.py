@@ -1,51 +1,52 @@
-"""The plan of a feature cache: its units, its files, its bytes; and the CPU half of a unit's work, from image bytes to views.
+"""The plan of a feature cache: its units and their bytes; and the CPU half of a unit's work, from image bytes to views.
 
-A unit is a contiguous slice of the frozen sample order, sized by the bytes it writes. The plan is made once and kept, so a resumed run cuts where
-the first one did. Loads neither torch nor Ray.
+A unit is some images of the frozen sample order that lack the same maps, sized by the bytes it writes. The plan is made once, from what the table
+holds then, and kept, so a resumed run cuts where the first one did. Loads neither torch nor Ray.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import UInt8
 
 from model.errors import ImageError
 from model.images import cut_views, decode_image
 from model.quality import MapQuality
-from model.specs import FeatureSpec, MapSpec, fingerprint
+from model.specs import FeatureSpec
 from model.views import Branch, ViewPlan, plan_views
-from workers.commits import Stage
+from workers.caching.layout import BRANCHES
+from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample
 from workers.errors import IncompleteError, StorageError
 from workers.quarantine import QuarantineRow, store_reason
 from workers.storage import Store
-from workers.tables import Table, TableFile
+from workers.tables import TableFile
 
 __all__ = [
-    "BRANCHES",
     "FeatureUnit",
+    "HeldMaps",
     "PreparedUnit",
     "UnitJob",
     "UnitOutcome",
     "UnitPlan",
+    "distinct_images",
     "feature_bytes",
-    "features_table",
-    "file_metadata",
     "load_views",
-    "map_fields",
+    "num_views",
+    "plan_groups",
     "plan_units",
     "prepare_unit",
+    "refuse",
+    "unit_job",
     "view_plan",
 ]
 
-BRANCHES: tuple[Branch, ...] = ("global", "local")
-
-_ARROW_DTYPE = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+HeldMaps = Mapping[str, np.ndarray]
+"""By place, as `local/layer_7`, which images' maps a table holds: bool [images]."""
 
 
 def view_plan(spec: FeatureSpec, sample: Sample) -> ViewPlan:
@@ -66,84 +67,31 @@ def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
     return sum(num_views(spec, sample, branch) * spec.view_bytes(branch) for sample in samples for branch in BRANCHES)
 
 
-def file_schema(spec: FeatureSpec, branch: Branch) -> pa.Schema:
-    """Columns of a branch's files: what a view is, then one opaque column per map."""
-    return pa.schema([*_VIEW_FIELDS, *(field for item in spec.maps(branch) for field in map_fields(spec, branch, item))])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureUnit:
+    """Some images, and the maps that they lack."""
 
-
-_VIEW_FIELDS = [
-    pa.field("image_sha256", pa.string(), nullable=False),
-    pa.field("sample_index", pa.int64(), nullable=False),
-    pa.field("view_index", pa.int32(), nullable=False),
-    pa.field("row", pa.int32(), nullable=False),
-    pa.field("column", pa.int32(), nullable=False),
-    pa.field("left_px", pa.float64(), nullable=False),
-    pa.field("top_px", pa.float64(), nullable=False),
-    pa.field("right_px", pa.float64(), nullable=False),
-    pa.field("bottom_px", pa.float64(), nullable=False),
-]
-
-
-def file_metadata(spec: FeatureSpec, digest: str) -> dict[str, str]:
-    """What every file of a cache says of itself.
-
-    Args:
-        spec: of the cache.
-        digest: its fingerprint.
-    """
-    return {
-        "loupe.features": digest,
-        "loupe.dataset": spec.dataset_fingerprint,
-        "loupe.encoder_sha256": spec.encoder.weights_sha256,
-        "loupe.format_version": str(spec.format_version),
-    }
-
-
-def steps_column(item: MapSpec) -> str:
-    """The column that holds a map's steps."""
-    return f"{item.name}__steps"
-
-
-def map_fields(spec: FeatureSpec, branch: Branch, item: MapSpec) -> tuple[pa.Field, ...]:
-    """The columns of a map of a branch: its numbers, and of int8 its tokens' steps.
-
-    Opaque bytes of a fixed size: Arrow's list and tensor types are 13 to 40 times slower to read.
-    """
-    tokens, precision = item.num_tokens(spec.encoder.num_patches), spec.stored_as(branch, item)
-    metadata = {
-        "map": item.name,
-        "layers": json.dumps(list(item.layers)),
-        "dtype": _ARROW_DTYPE[precision],
-        "pool": str(item.pool),
-        "shape": json.dumps([tokens, spec.encoder.width]),
-    }
-    values = pa.field(item.name, pa.binary(spec.value_bytes(branch, item)), metadata=metadata)
-    if precision != "int8":
-        return (values,)
-    steps = {"steps_of": item.name, "dtype": "float16", "shape": json.dumps([tokens]), "calibration_sha256": str(spec.calibration_sha256)}
-    return values, pa.field(steps_column(item), pa.binary(spec.step_bytes(branch, item)), metadata=steps)
-
-
-def features_table(store: Store, spec: FeatureSpec, key: str | None = None) -> Table:
-    """The cache's table: one row per view, a column per map, partitioned by branch. Maps that a branch does not have are null there.
-
-    Args:
-        store: where it lies.
-        spec: of the cache.
-        key: its folder's name; None is the spec's own.
-    """
-    fields = {field.name: field for branch in BRANCHES for item in spec.maps(branch) for field in map_fields(spec, branch, item)}
-    schema = pa.schema([*_VIEW_FIELDS, *fields.values()])
-    return Table(store, f"features/{fingerprint(spec)[:16] if key is None else key}", schema, ("branch",))
+    number: int
+    images: tuple[int, ...]
+    """Places in the order of `distinct_images`."""
+    global_maps: tuple[str, ...]
+    local_maps: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureUnit:
-    """A contiguous slice of the frozen sample order."""
+class UnitGroup:
+    """Images that lack the same maps."""
 
-    number: int
-    start: int
-    stop: int
+    global_maps: tuple[str, ...]
+    local_maps: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    """From which place up to which, exclusively."""
+    images_per_unit: int
+
+    @property
+    def places(self) -> Iterator[int]:
+        """Of the images, in order."""
+        return (place for start, stop in self.spans for place in range(start, stop))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,27 +99,43 @@ class UnitPlan:
     """All units of a cache, as first planned."""
 
     num_images: int
-    images_per_unit: int
+    """Distinct ones of the dataset."""
     samples_sha256: str
     """Over the image hashes in their order: the plan is of this dataset and no other."""
+    num_held: int
+    """Images of which the table had every map before."""
     planned_bytes: int
+    """Of the features that are still to be written."""
+    groups: tuple[UnitGroup, ...]
 
     @property
     def units(self) -> tuple[FeatureUnit, ...]:
         """The units in order."""
-        starts = range(0, self.num_images, self.images_per_unit)
-        return tuple(
-            FeatureUnit(number=number, start=start, stop=min(start + self.images_per_unit, self.num_images)) for number, start in enumerate(starts)
-        )
+        units: list[FeatureUnit] = []
+        for group in self.groups:
+            places = group.places
+            while images := tuple(islice(places, group.images_per_unit)):
+                units.append(FeatureUnit(number=len(units), images=images, global_maps=group.global_maps, local_maps=group.local_maps))
+        return tuple(units)
 
 
-def plan_units(stage: Stage, spec: FeatureSpec, samples: Sequence[Sample], unit_bytes: int) -> UnitPlan:
+def distinct_images(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample of every image, the first in the frozen order: features know nothing of questions."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        if not sample.text_only and sample.image_sha256 not in found:
+            found[sample.image_sha256] = replace(sample, turns=())
+    return list(found.values())
+
+
+def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], unit_bytes: int) -> UnitPlan:
     """The plan that is on record, or a new one put on record.
 
     Args:
         stage: the cache's stage.
         spec: of the cache.
-        samples: the dataset's samples that have an image, in their frozen order.
+        images: as `distinct_images` gives them.
+        held: tells which maps of these images the table has, by place (`local/layer_7`): bool [images] each. Asked for a new plan only.
         unit_bytes: feature bytes per unit, for a new plan.
 
     Returns:
@@ -180,24 +144,80 @@ def plan_units(stage: Stage, spec: FeatureSpec, samples: Sequence[Sample], unit_
     Raises:
         IncompleteError: the plan on record was made for another list of samples.
     """
-    total = feature_bytes(spec, samples)
-    per_image = max(1, total // max(1, len(samples)))
-    digest = hashlib.sha256("".join(sample.image_sha256 for sample in samples).encode()).hexdigest()
-    fresh = {
-        "num_images": len(samples),
-        "images_per_unit": max(1, unit_bytes // per_image),
-        "samples_sha256": digest,
-        "planned_bytes": total,
-    }
+    digest = hashlib.sha256("".join(sample.image_sha256 for sample in images).encode()).hexdigest()
     path = stage.path("units.json")
-    stage.store.create_json(path, fresh)
-    plan = UnitPlan(**stage.store.read_json(path))
+    if not stage.store.exists(path):
+        groups = plan_groups(spec, images, held(), unit_bytes)
+        planned_bytes = sum(feature_bytes(_narrowed(spec, group), [images[place] for place in group.places]) for group in groups)
+        num_missing = sum(stop - start for group in groups for start, stop in group.spans)
+        fresh = UnitPlan(
+            num_images=len(images), samples_sha256=digest, num_held=len(images) - num_missing, planned_bytes=planned_bytes, groups=tuple(groups)
+        )
+        stage.store.create_json(path, to_json(fresh))
+    plan = from_json(UnitPlan, stage.store.read_json(path), where=stage.store.url(path))
     if plan.samples_sha256 != digest:
         raise IncompleteError(
             f"{stage.store.url(path)} was planned for {plan.num_images} images with the digest {plan.samples_sha256[:12]}, the dataset now has "
-            f"{len(samples)} with {digest[:12]}: its table was changed after the cache was begun. Restore the table, or use another root."
+            f"{len(images)} with {digest[:12]}: its table was changed after the cache was begun. Restore the table, or use another root."
         )
     return plan
+
+
+def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, unit_bytes: int) -> list[UnitGroup]:
+    """Images by what they lack: with nothing there a single group, with another map or other images one more for each case.
+
+    Args:
+        spec: of the cache.
+        images: as `distinct_images` gives them.
+        held: which of their maps are there.
+        unit_bytes: feature bytes per unit.
+
+    Returns:
+        The groups; none when nothing is missing.
+    """
+    asked = [(branch, item) for branch in BRANCHES for item in spec.maps(branch)]
+    missing = np.stack([~held[item.place(branch)] for branch, item in asked], axis=1) if asked else np.zeros((len(images), 0), dtype=np.bool_)
+    kinds, kind_of = np.unique(missing, axis=0, return_inverse=True)
+    groups = []
+    for kind, lacks in enumerate(kinds):
+        if not lacks.any():
+            continue
+        places = np.flatnonzero(kind_of.reshape(-1) == kind)
+        breaks = np.flatnonzero(np.diff(places) > 1)
+        starts, stops = places[np.r_[0, breaks + 1]], places[np.r_[breaks, len(places) - 1]] + 1
+        names = {
+            wanted: tuple(item.name for (branch, item), lack in zip(asked, lacks, strict=True) if lack and branch == wanted) for wanted in BRANCHES
+        }
+        group = UnitGroup(
+            global_maps=names["global"],
+            local_maps=names["local"],
+            spans=tuple((int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)),
+            images_per_unit=1,
+        )
+        total = feature_bytes(_narrowed(spec, group), [images[place] for place in group.places])
+        groups.append(replace(group, images_per_unit=max(1, unit_bytes * len(places) // max(1, total))))
+    return groups
+
+
+def _narrowed(spec: FeatureSpec, part: UnitGroup | FeatureUnit) -> FeatureSpec:
+    """The cache's spec with those maps alone that a unit computes."""
+    return replace(
+        spec,
+        global_maps=tuple(item for item in spec.global_maps if item.name in part.global_maps),
+        local_maps=tuple(item for item in spec.local_maps if item.name in part.local_maps),
+    )
+
+
+def unit_job(spec: FeatureSpec, root: str, unit: FeatureUnit, images: Sequence[Sample]) -> "UnitJob":
+    """A unit as it travels.
+
+    Args:
+        spec: of the cache.
+        root: where everything is.
+        unit: of its plan.
+        images: all of the cache, in the order of the plan.
+    """
+    return UnitJob(spec=_narrowed(spec, unit), root=root, number=unit.number, samples=tuple(images[place] for place in unit.images))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +225,7 @@ class UnitJob:
     """One unit, as it travels to a task."""
 
     spec: FeatureSpec
+    """With the maps that the unit computes."""
     root: str
     number: int
     samples: tuple[Sample, ...]
@@ -238,6 +259,7 @@ class UnitOutcome:
     num_images: int
     num_views: int
     files: tuple[TableFile, ...]
+    index_files: tuple[TableFile, ...]
     quarantine_files: tuple[TableFile, ...]
     quarantined: tuple[QuarantineRow, ...]
     quality: dict[str, MapQuality]
@@ -284,13 +306,14 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
     """
     started = time.monotonic()
     store = Store(job.root)
+    wanted = [branch for branch in BRANCHES if job.spec.maps(branch)]
     side = job.spec.encoder.view_px
     kept: list[Sample] = []
     views: dict[Branch, list[np.ndarray]] = {"global": [], "local": []}
     quarantined: list[QuarantineRow] = []
     for sample in job.samples:
         try:
-            both = load_views(job.spec, sample, store)
+            found = load_views(job.spec, sample, store, wanted[0] if len(wanted) == 1 else None)
         except ImageError as error:
             quarantined.append(refuse(sample, error.reason, str(error)))
         except StorageError as error:
@@ -300,16 +323,15 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
             quarantined.append(refuse(sample, reason, str(error)))
         else:
             kept.append(sample)
-            if job.spec.global_maps:
-                views["global"].append(both[:1])
-            if job.spec.local_maps:
-                views["local"].append(both[1:])
+            num_global = num_views(job.spec, sample, "global")
+            views["global"].append(found[:num_global])
+            views["local"].append(found[num_global:])
     empty = np.zeros((0, 3, side, side), dtype=np.uint8)
     return PreparedUnit(
         job=job,
         samples=tuple(kept),
-        global_views=np.concatenate(views["global"]) if views["global"] else empty,
-        local_views=np.concatenate(views["local"]) if views["local"] else empty,
+        global_views=np.concatenate([empty, *views["global"]]),
+        local_views=np.concatenate([empty, *views["local"]]),
         quarantined=tuple(quarantined),
         seconds=time.monotonic() - started,
     )

@@ -150,7 +150,9 @@ def training_data(
     samples: Sequence[Sample] = read_samples(store, spec.dataset_fingerprint, split)
     source = open_features(spec, store, device)
     if isinstance(source, CachedFeatures):
-        samples = [sample for sample in samples if source.holds(sample)]  # others are in the quarantine, with the reason
+        samples = [
+            sample for sample, held in zip(samples, source.holds(samples), strict=True) if held
+        ]  # others are in the quarantine, with the reason
         if verify:
             source.verify(samples)
     return TrainingData(samples=list(samples), source=source)

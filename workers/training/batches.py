@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,8 +22,9 @@ from model.adapters import NUM_EXPERTS
 from model.chat import Conversation, tokenise_conversation, with_template
 from model.connector import Connector
 from model.errors import ConversationError
+from model.quantisation import PackedMap
 from model.specs import BranchMix, ChatTemplate, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
-from model.views import Box, ViewPlan
+from model.views import Box, Branch, ViewPlan
 from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
 from workers.caching.reader import FeatureSource, ImageFeatures
 from workers.caching.units import view_plan
@@ -100,21 +100,17 @@ class StepBatches:
     """Over all ranks."""
 
 
-def stack_maps(
-    features: Sequence[Float[Tensor, "*views maps patches width"]], held: Sequence[MapSpec]
-) -> dict[str, Float[Tensor, "views patches width"]]:
-    """One tensor per map, over the views of several images.
+def stack_maps(features: Sequence[Sequence[PackedMap]], held: Sequence[MapSpec]) -> dict[str, PackedMap]:
+    """One tensor per map, over the views of several images, still packed.
 
     Args:
-        features: of each image: [maps, patches, width], or [views, maps, patches, width].
-        held: the maps of the features, in order.
+        features: of each image, its maps of one branch.
+        held: which maps those are, in order.
 
     Returns:
         By map name.
     """
-    if features[0].ndim == 3:
-        return {map_spec.name: torch.stack([feature[place] for feature in features]) for place, map_spec in enumerate(held)}
-    return {map_spec.name: torch.cat([feature[:, place] for feature in features]) for place, map_spec in enumerate(held)}
+    return {item.name: PackedMap.cat([maps[place] for maps in features]) for place, item in enumerate(held)}
 
 
 def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[MapSpec, ...]]:
@@ -259,7 +255,7 @@ class BatchBuilder:
         first = done + step * phase.batch_size
         return [shown[sample_index(self.schedule.seed, place, len(shown))] for place in range(first, first + phase.batch_size)]
 
-    def measuring_maps(self, num_images: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    def measuring_maps(self, num_images: int) -> tuple[dict[str, PackedMap], dict[str, PackedMap] | None]:
         """Maps of images at even distances in the frozen order, to measure the connector's inputs on: the first ones are all of one source.
 
         Args:
@@ -274,12 +270,12 @@ class BatchBuilder:
         local = self.connector.spec.local_branch
         found = self.source.fetch(images, want_global=True, want_local=local is not None)
         global_maps = stack_maps(
-            [_there(features.global_maps, image, "global") for features, image in zip(found, images, strict=True)],
+            [_there(features, image, "global") for features, image in zip(found, images, strict=True)],
             self._global_maps,
         )
         if local is None:
             return global_maps, None
-        local_features = [_there(features.local_maps, image, "local") for features, image in zip(found, images, strict=True)]
+        local_features = [_there(features, image, "local") for features, image in zip(found, images, strict=True)]
         return global_maps, stack_maps(local_features, self._local_maps)
 
     def evidence(self, index: int) -> list[tuple[int, int]]:
@@ -321,12 +317,12 @@ class BatchBuilder:
         wants_local = [mode in ("local", "both") and spec.local_branch is not None for mode in modes]
         found = self._fetch(indices, wants_global, wants_local)
         global_features = [
-            _there(features.global_maps, self.samples[index], "global")
+            _there(features, self.samples[index], "global")
             for features, index, wanted in zip(found, indices, wants_global, strict=True)
             if wanted and features is not None
         ]
         local_features = [
-            _there(features.local_maps, self.samples[index], "local")
+            _there(features, self.samples[index], "local")
             for features, index, wanted in zip(found, indices, wants_local, strict=True)
             if wanted and features is not None
         ]
@@ -411,7 +407,8 @@ def _is_noisy(connector: Connector) -> bool:
     return adapters.kind == "gated_mixture" and adapters.noise != "none"
 
 
-def _there(maps: Tensor | None, sample: Sample, branch: str) -> Tensor:
+def _there(features: ImageFeatures, sample: Sample, branch: Branch) -> tuple[PackedMap, ...]:
+    maps = features.maps.get(branch)
     if maps is None:
         raise MissingFeaturesError(f"the feature source gave no {branch} maps for image {sample.image_sha256[:16]}, though they were asked for")
     return maps

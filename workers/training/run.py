@@ -413,8 +413,8 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         if spec.initial_weights_sha256 is None:  # else the measured numbers are among them
             global_maps, local_maps = builder.measuring_maps(_MEASURED_IMAGES)
             model.connector.measure_inputs(
-                {name: maps.to(device) for name, maps in global_maps.items()},
-                None if local_maps is None else {name: maps.to(device) for name, maps in local_maps.items()},
+                {name: maps.to(device).dense() for name, maps in global_maps.items()},
+                None if local_maps is None else {name: maps.to(device).dense() for name, maps in local_maps.items()},
             )
     # Optimizer state and gradients of the connector alone are not worth sharing out, a frozen language model is.
     zero_stage = execution.zero_stage if name == "sft" or execution.zero_stage == 3 else 0

@@ -1,0 +1,298 @@
+"""One table for all datasets and maps of an encoding: what is there is never computed again, and files that were written stay as they are."""
+
+import dataclasses
+import hashlib
+
+import deltalake
+import duckdb
+import numpy as np
+import pytest
+import torch
+
+from model.specs import CalibrationRule, CalibrationSpec, MapSpec, fingerprint
+from tests import small_data
+from workers.caching import build as caching_build
+from workers.caching import index as caching_index
+from workers.caching.build import cache_features
+from workers.caching.calibrate import calibrate_features
+from workers.caching.index import FeatureIndex, compact_index
+from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
+from workers.caching.reader import CachedFeatures, LiveFeatures
+from workers.commits import Stage
+from workers.dataset.samples import read_samples
+from workers.errors import IncompleteError, MissingFeaturesError, SpecChangedError, TableError
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
+
+SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
+FEW = small_data.NOISE_SOURCES[:1]
+MORE = MapSpec(layers=(2,))
+
+
+def cache(store, spec, settings=SETTINGS):
+    return cache_features(spec, store, settings, SilentProgress(), cluster=InlineCluster())
+
+
+def data_files(store, spec):
+    """Every feature file with its digest."""
+    folder = store.local_path(features_table(store, spec).path)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("branch=*/**/*.parquet")}
+
+
+@pytest.fixture
+def datasets(root, tiny_encoder_folder):
+    """A store with a dataset and one that holds it and more: (store, spec of the small one, spec of the large one)."""
+    store = Store(root)
+    small, large = small_data.dataset_spec(sources=FEW), small_data.dataset_spec()
+    for dataset in (small, large):
+        small_data.build(store, dataset)
+    return store, small_data.feature_spec(small, tiny_encoder_folder), small_data.feature_spec(large, tiny_encoder_folder)
+
+
+def assert_reads_as_live(store, spec, relative=2**-10):
+    samples = read_samples(store, spec.dataset_fingerprint)
+    ours = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    theirs = LiveFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    for cached, live in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(cached.global_maps, live.global_maps, rtol=relative, atol=2e-5)
+        torch.testing.assert_close(cached.local_maps, live.local_maps, rtol=relative, atol=2e-5)
+
+
+def test_another_map_is_added_and_nothing_is_rewritten(datasets):
+    store, _, spec = datasets
+    first = cache(store, spec)
+    before = data_files(store, spec)
+    wider = dataclasses.replace(spec, global_maps=(MORE, *spec.global_maps), local_maps=spec.local_maps[:1])
+    record = cache(store, wider)
+    assert record.feature_fingerprint != first.feature_fingerprint
+    after = data_files(store, wider)
+    assert before.items() < after.items()
+    added = {path.split("/")[1] for path in after.keys() - before.keys()}
+    assert added == {"maps=layer_2"}  # of the global views alone: the local ones have all that is asked for
+    assert record.feature_bytes == 16 * (4 + 2) * 16 * 32 * 2
+    assert record.num_held == 0
+    assert_reads_as_live(store, wider)
+    assert_reads_as_live(store, spec)
+    mixed = CachedFeatures(store, wider, global_maps=(spec.global_maps[2], MORE))
+    samples = read_samples(store, spec.dataset_fingerprint)
+    whole = CachedFeatures(store, wider).fetch(samples[4:5], want_global=True, want_local=False)[0].global_maps
+    assert torch.equal(mixed.fetch(samples[4:5], want_global=True, want_local=False)[0].global_maps, whole[[3, 0]])
+
+
+def test_other_images_are_added_and_those_that_are_there_are_left(datasets):
+    store, small, large = datasets
+    assert cache(store, small).num_images == 10
+    before = data_files(store, small)
+    record = cache(store, large)
+    assert (record.num_images, record.num_held, record.num_cached) == (16, 10, 16)
+    after = data_files(store, large)
+    assert before.items() < after.items()
+    assert record.written_bytes == sum(
+        (store.local_path(features_table(store, large).path) / path).stat().st_size for path in after.keys() - before.keys()
+    )
+    assert_reads_as_live(store, large)
+    assert_reads_as_live(store, small)
+
+
+def test_what_is_there_takes_no_work_at_all(datasets, monkeypatch):
+    store, small, large = datasets
+    cache(store, large)
+    monkeypatch.setattr(caching_build, "_run", lambda *_: pytest.fail("encoded again"))
+    fewer = dataclasses.replace(small, global_maps=small.global_maps[:1])
+    record = cache(store, fewer)
+    assert (record.num_units, record.num_held, record.num_cached, record.written_bytes) == (0, 10, 10, 0)
+    assert record.feature_bytes == 10 * (1 + 2 * 2) * 16 * 32 * 2
+    assert record.quality == {}
+    assert_reads_as_live(store, fewer)
+
+
+def test_an_image_of_several_samples_is_cached_once(root, tmp_path, tiny_encoder_folder):
+    store = Store(root)
+    records = [{"image": f"{number % 3}.png", "conversations": small_data.conversation("<image>\nq?", f"a {number}")} for number in range(7)]
+    source = small_data.write_llava(tmp_path / "llava", records, {f"{number}.png": small_data.png(number) for number in range(3)})
+    dataset = small_data.dataset_spec(sources=(source,))
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    record = cache(store, spec)
+    assert (record.num_images, record.num_cached, record.num_global_views) == (3, 3, 3)
+    assert sum(file.num_rows for file in features_table(store, spec).files({"branch": "global"})) == 3
+    samples = read_samples(store, fingerprint(dataset))
+    twice = [*samples, *(dataclasses.replace(sample, sample_id=f"{sample.sample_id} again", turns=()) for sample in samples)]
+    assert [sample.image_sha256 for sample in caching_build.distinct_images(twice)] == [sample.image_sha256 for sample in samples]
+    assert CachedFeatures(store, spec).holds(twice) == [True] * len(twice)
+    assert_reads_as_live(store, spec)
+
+
+def test_int8_is_extended_behind_the_centres_that_are_on_record(datasets):
+    store, small, large = datasets
+
+    def calibrated(spec):
+        rule = CalibrationRule(num_images=8, min_snr_db=30.0)
+        encoding = dataclasses.replace(spec.encoding, precision="int8", calibration=rule)
+        asked = CalibrationSpec(
+            dataset_fingerprint=spec.dataset_fingerprint, encoding=encoding, global_maps=spec.global_maps, local_maps=spec.local_maps
+        )
+        record = calibrate_features(asked, store, SETTINGS, SilentProgress(), cluster=InlineCluster())
+        packed = dataclasses.replace(spec, precision="int8", calibration=rule, calibration_sha256=record.sha256, fp16_maps=record.fp16_maps)
+        return packed, record
+
+    packed, first = calibrated(small)
+    cache(store, packed)
+    before = data_files(store, packed)
+    again, second = calibrated(large)
+    assert (second.num_measured, second.sha256) == (0, first.sha256)  # so the numbers that are there keep their meaning
+    assert cache(store, again).num_held == 10
+    wider, third = calibrated(dataclasses.replace(large, global_maps=(*large.global_maps, MORE)))
+    assert third.num_measured == 1
+    assert {found.name: found.sha256 for found in third.maps if found.branch == "global"}.items() > {
+        found.name: found.sha256 for found in first.maps if found.branch == "global"
+    }.items()
+    cache(store, wider)
+    assert before.items() < data_files(store, wider).items()
+    CachedFeatures(store, wider).verify(read_samples(store, large.dataset_fingerprint), num_images=16)
+
+
+def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets):
+    """Each planned before the other committed, so both computed the images that they share."""
+    store, small, large = datasets
+    Stage.open(store, "cache-features", small)
+    plans = {}
+    for spec in (small, large):
+        stage = Stage.open(store, "cache-features", spec)
+        images = caching_build.distinct_images(read_samples(store, spec.dataset_fingerprint))
+        caching_build._Books(store, spec).ensure()
+        held = caching_build._held(store, spec, images)
+        plans[spec] = caching_build.plan_units(stage, spec, images, lambda held=held: held, 40_000 if spec is large else 24_000)
+    assert sum(len(unit.images) for plan in plans.values() for unit in plan.units) == 26
+    cache(store, large)
+    samples = read_samples(store, small.dataset_fingerprint)
+    before = CachedFeatures(store, small).fetch(samples, want_global=True, want_local=True)
+    cache(store, small)
+    assert sum(file.num_rows for file in features_table(store, small).files({"branch": "global"})) == 26
+    for spec in (small, large):
+        assert_reads_as_live(store, spec)
+    again = CachedFeatures(store, small).fetch(samples, want_global=True, want_local=True)
+    assert all(torch.allclose(one.global_maps, other.global_maps, atol=2e-3) for one, other in zip(before, again, strict=True))
+
+
+def test_the_index_finds_every_image_and_no_other(datasets):
+    store, _, spec = datasets
+    cache(store, spec)
+    images = [sample.image_sha256 for sample in read_samples(store, spec.dataset_fingerprint)]
+    strangers = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(50)]
+    # One that begins as another does: the first eight bytes are only where the search starts.
+    twin = images[3][:16] + "0" * 48
+    index = FeatureIndex(store, spec)
+    held = index.held([("local", spec.local_maps[0])], [*strangers, *images, twin])
+    assert held["local/layer_5"].tolist() == [False] * 50 + [True] * 16 + [False]
+    assert index.places("global", [MORE], images[0]) is None
+    assert index.places("global", spec.global_maps, twin) is None
+    for branch in BRANCHES:
+        table = features_table(store, spec)
+        for place in index.places(branch, spec.maps(branch), images[5]):
+            opened = table.open_file(next(file for file in table.files() if file.path == place.file))
+            rows = opened.read_row_group(place.row_group, columns=["image_sha256"]).column(0).to_pylist()
+            assert rows == [images[5]] * place.num_views
+
+
+def test_images_that_begin_alike_are_told_apart():
+    images = np.zeros((5, 32), dtype=np.uint8)
+    images[:, :8] = 7
+    images[:, 31] = [4, 1, 3, 0, 2]
+    table = caching_index.pa.table(
+        {
+            "image_sha256": [image.tobytes() for image in images],
+            "file": [f"{number}.parquet" for number in range(5)],
+            "row_group": range(5),
+            "num_views": [1] * 5,
+            "offsets": [bytes(16)] * 5,
+            "checksums": [bytes(8)] * 5,
+        },
+        schema=caching_index.INDEX_SCHEMA,
+    )
+    portion = caching_index._Portion(table, ["layer_1"])
+    assert [portion.map_place(int(row), "layer_1").row_group for row in portion.rows(images)] == [0, 1, 2, 3, 4]
+    images[2, 30] = 1
+    assert portion.rows(images)[2] == -1
+
+
+def test_many_small_index_files_become_few(datasets, monkeypatch):
+    store, _, spec = datasets
+    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=1))  # a unit for every image
+    table = index_table(store, spec.encoding)
+    assert len(table.files()) == 2 * 16
+    monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 4)
+    compact_index(store, spec)
+    assert len(index_table(store, spec.encoding).files()) == 2
+    assert_reads_as_live(store, spec)
+
+
+def test_a_damaged_index_is_told(datasets):
+    store, _, spec = datasets
+    cache(store, spec)
+    table = index_table(store, spec.encoding)
+    store.write_bytes(f"{table.path}/{table.files()[0].path}", b"nothing")
+    with pytest.raises(MissingFeaturesError, match="of the index is damaged or gone"):
+        CachedFeatures(store, spec)
+
+
+def test_the_record_of_an_encoding_is_held_against_it(datasets):
+    store, small, large = datasets
+    cache(store, small)
+    path = f"{encoding_folder(small.encoding)}/spec.json"
+    stored = store.read_json(path)
+    stored["spec"]["encoder"]["mean"][0] = 0.25
+    store.write_json(path, stored)
+    with pytest.raises(SpecChangedError, match=r"are of another encoding\. Differences: spec\.encoder\.mean: recorded \[0\.25"):
+        cache(store, large)
+
+
+def test_a_file_that_the_table_does_not_hold_is_no_complete_cache(datasets):
+    store, _, spec = datasets
+    cache(store, spec)
+    stage = Stage.open(store, "cache-features", spec)
+    store.delete(stage.path("COMMITTED.json"))
+    for path in store.list(f"{features_table(store, spec).path}/_delta_log"):
+        if not path.endswith("0000.json"):
+            store.delete(path)
+    outcomes = store.list(stage.path("units"))
+    store.delete(outcomes[0])
+    unit = store.read_json(outcomes[1])
+    store.write_json(outcomes[0], {**unit, "number": 0, "files": [], "index_files": []})
+    with pytest.raises(IncompleteError, match="the index tells of 2 files that the table does not hold"):
+        cache(store, spec)
+
+
+def test_a_table_with_another_type_in_a_column_is_refused(datasets):
+    store, _, spec = datasets
+    table = features_table(store, spec)
+    wrong = deltalake.Schema.from_arrow(
+        caching_index.pa.schema([("image_sha256", caching_index.pa.int32()), ("branch", "string"), ("maps", "string")])
+    )
+    deltalake.DeltaTable.create(table.uri, wrong, partition_by=["branch", "maps"])
+    with pytest.raises(TableError, match="'image_sha256': 'integer or null'"):
+        cache(store, spec)
+
+
+def test_portions_of_maps_have_names_that_fit_a_path():
+    maps = [MapSpec(layers=tuple(range(first, first + 9, 2))) for first in range(30)]
+    portions = list(map_sets(maps[::-1]))
+    assert [item for portion in portions for item in portion] == maps
+    assert all(len(map_set(portion)) <= 180 for portion in portions)
+    assert len(portions) > 1
+    assert maps_in(map_set(portions[0])) == tuple(item.name for item in portions[0])
+    assert list(map_sets([])) == []
+
+
+def test_duckdb_reads_the_maps_side_by_side(datasets):
+    store, _, spec = datasets
+    cache(store, spec)
+    wider = dataclasses.replace(spec, global_maps=(MORE, *spec.global_maps))
+    cache(store, wider)
+    features = deltalake.DeltaTable(features_table(store, wider).uri).to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by its name
+    query = (
+        "select count(*), min(octet_length(old.layer_5)), min(octet_length(new.layer_2)) from features old join features new "
+        "using (image_sha256, branch, view_index) where old.layer_5 is not null and new.layer_2 is not null"
+    )
+    assert duckdb.sql(query).fetchall() == [(16, 1024, 1024)]

@@ -1,0 +1,301 @@
+"""Where every image's maps lie in a table's files: what makes a million images open in a second and one image one read.
+
+Input: the rows that encoding processes wrote beside their files. Output: which images have which maps, and for one image the places of its numbers.
+Invariant: a row tells of a file that was whole before the row was written; an image that two runs encoded at once has two rows, of which everybody
+takes the one whose file comes first by name.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from model.errors import first_line
+from model.specs import FeatureSpec, MapSpec
+from model.views import Branch
+from workers.caching.codec import StoredMap
+from workers.caching.layout import BRANCHES, INDEX_SCHEMA, index_table, maps_in
+from workers.caching.units import HeldMaps
+from workers.dataset.samples import Sample
+from workers.errors import MissingFeaturesError, StorageError
+from workers.storage import Store, is_damage, translated
+from workers.tables import Table, TableFile
+
+__all__ = ["FeatureIndex", "MapPlace", "compact_index", "index_rows", "map_checksum"]
+
+_COLUMNS_OF_A_MAP = 2
+"""Its numbers, and of int8 its steps; 0 stands where there are none."""
+
+_FILES_AT_ONCE = 16
+_COMPACT_ABOVE = 32
+"""Small files of a partition: opening them one by one takes 2 ms each from a folder and 20 from an object store."""
+
+
+def map_checksum(arrays: Iterable[np.ndarray]) -> int:
+    """xxh3 (64 bits) over a map's columns of some views, which reads 10 GB/s where the pages' CRC32 reads 3.
+
+    Args:
+        arrays: contiguous, in the order of the columns.
+    """
+    digest = xxhash.xxh3_64()
+    for array in arrays:
+        digest.update(array.data.cast("B") if array.size else b"")
+    return int(digest.intdigest())
+
+
+def index_rows(
+    file: TableFile,
+    footer: pq.FileMetaData,
+    columns: Mapping[str, Sequence[pa.Field]],
+    rows: Sequence[tuple[Sample, int, int]],
+    stored: Mapping[str, StoredMap],
+) -> pa.Table:
+    """The index's rows of a file.
+
+    Args:
+        file: that was written.
+        footer: of it; every chunk of a blob column is one page without compression, so its numbers are the chunk's last bytes.
+        columns: of each map, by name, in the order of the file.
+        rows: each image with where its views lie in the maps.
+        stored: the maps by name.
+    """
+    names = footer.schema.to_arrow_schema().names
+    offsets = np.zeros((len(rows), len(columns), _COLUMNS_OF_A_MAP), dtype="<i8")
+    checksums = np.empty((len(rows), len(columns)), dtype="<u8")
+    for group, (_, start, stop) in enumerate(rows):
+        chunks = footer.row_group(group)
+        for place, (name, fields) in enumerate(columns.items()):
+            for number, field in enumerate(fields):
+                chunk = chunks.column(names.index(field.name))
+                offsets[group, place, number] = chunk.data_page_offset + chunk.total_compressed_size - (stop - start) * field.type.byte_width
+            checksums[group, place] = map_checksum(stored[name][start:stop].arrays)
+    return pa.table(
+        {
+            "image_sha256": pa.array([bytes.fromhex(sample.image_sha256) for sample, _, _ in rows], pa.binary()),
+            "file": pa.array([file.path] * len(rows), pa.string()),
+            "row_group": pa.array(range(len(rows)), pa.int32()),
+            "num_views": pa.array([stop - start for _, start, stop in rows], pa.int32()),
+            "offsets": pa.array([row.tobytes() for row in offsets], pa.binary()),
+            "checksums": pa.array([row.tobytes() for row in checksums], pa.binary()),
+        },
+        schema=INDEX_SCHEMA,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapPlace:
+    """Where one map of one image lies."""
+
+    file: str
+    """Relative to the table."""
+    row_group: int
+    num_views: int
+    offsets: tuple[int, ...]
+    """In the file: of its numbers, and of its steps where it has some."""
+    checksum: int
+
+
+class _Portion:
+    """The rows of one branch and portion of maps, sorted by the images' first eight bytes.
+
+    Args:
+        table: the index's rows.
+        maps: names, in the order of the files' columns.
+    """
+
+    def __init__(self, table: pa.Table, maps: Sequence[str]) -> None:
+        self.place = {name: place for place, name in enumerate(maps)}
+        images = _fixed(table, "image_sha256", 32)
+        keys = np.ascontiguousarray(images[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._images = keys[order], images[order]
+        self._offsets = _fixed(table, "offsets", 8 * _COLUMNS_OF_A_MAP * len(maps)).view("<i8")[order]
+        self._checksums = _fixed(table, "checksums", 8 * len(maps)).view("<u8")[order]
+        self._row_groups = table.column("row_group").to_numpy()[order]
+        self._num_views = table.column("num_views").to_numpy()[order]
+        files = table.column("file").combine_chunks()
+        encoded = files if isinstance(files, pa.DictionaryArray) else files.dictionary_encode()
+        self._file_names = encoded.dictionary.to_pylist()
+        self._files = encoded.indices.to_numpy(zero_copy_only=False)[order]
+        self._prefer_first_files()
+
+    def _prefer_first_files(self) -> None:
+        """Of an image's rows, put the one whose file comes first by name in front."""
+        for start in np.flatnonzero(self._keys[1:] == self._keys[:-1]):
+            stop = int(np.searchsorted(self._keys, self._keys[start], side="right"))
+            run = range(int(start), stop)
+            order = sorted(run, key=lambda row: (self._images[row].tobytes(), self._file_names[self._files[row]]))
+            for column in (self._images, self._offsets, self._checksums, self._row_groups, self._num_views, self._files):
+                column[start:stop] = column[order]
+
+    def rows(self, images: np.ndarray) -> np.ndarray:
+        """The row of each image, -1 where it has none.
+
+        Args:
+            images: uint8 [images, 32].
+        """
+        keys = np.ascontiguousarray(images[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+        found = np.searchsorted(self._keys, keys)
+        rows = np.full(len(images), -1, dtype=np.int64)
+        inside = np.flatnonzero(found < len(self._keys))
+        same = (self._images[found[inside]] == images[inside]).all(axis=1)
+        rows[inside[same]] = found[inside[same]]
+        for place in inside[~same]:  # others may begin with the same eight bytes
+            row = int(found[place])
+            while row < len(self._keys) and self._keys[row] == keys[place]:
+                if (self._images[row] == images[place]).all():
+                    rows[place] = row
+                    break
+                row += 1
+        return rows
+
+    def map_place(self, row: int, name: str) -> MapPlace:
+        """Where a map of an image lies.
+
+        Args:
+            row: of the image.
+            name: of the map.
+        """
+        place = self.place[name]
+        offsets = self._offsets[row, _COLUMNS_OF_A_MAP * place : _COLUMNS_OF_A_MAP * (place + 1)]
+        return MapPlace(
+            file=self._file_names[self._files[row]],
+            row_group=int(self._row_groups[row]),
+            num_views=int(self._num_views[row]),
+            offsets=tuple(int(offset) for offset in offsets if offset),
+            checksum=int(self._checksums[row, place]),
+        )
+
+    def files(self) -> dict[str, int]:
+        """How many images each file has rows of."""
+        counts = np.bincount(self._files, minlength=len(self._file_names))
+        return {name: int(count) for name, count in zip(self._file_names, counts, strict=True)}
+
+
+class FeatureIndex:
+    """Which images have which maps, and where: opened once, asked any number of times.
+
+    Args:
+        store: where the features lie.
+        spec: whose encoding's table is meant.
+        wanted: maps by branch; None is all of the spec's.
+
+    Raises:
+        MissingFeaturesError: a file of the index is damaged or gone.
+        StorageError: the store is away.
+    """
+
+    def __init__(self, store: Store, spec: FeatureSpec, wanted: Mapping[Branch, Sequence[MapSpec]] | None = None) -> None:
+        names = {branch: {item.name for item in (spec.maps(branch) if wanted is None else wanted[branch])} for branch in BRANCHES}
+        table = index_table(store, spec.encoding)
+        parts: dict[tuple[Branch, str], list[TableFile]] = {}
+        for file in table.files():
+            branch: Branch = "global" if file.partition["branch"] == "global" else "local"
+            if names[branch].intersection(maps_in(file.partition["maps"])):
+                parts.setdefault((branch, file.partition["maps"]), []).append(file)
+        self._portions: dict[Branch, list[_Portion]] = {branch: [] for branch in BRANCHES}
+        # Those with the most of what is wanted first: fewer reads for an image.
+        order = sorted(parts, key=lambda part: (-len(names[part[0]].intersection(maps_in(part[1]))), part[1]))
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            for branch, maps in order:
+                tables = list(pool.map(partial(_read, table), parts[branch, maps]))
+                self._portions[branch].append(_Portion(pa.concat_tables(tables), maps_in(maps)))
+
+    def held(self, asked: Iterable[tuple[Branch, MapSpec]], images: Sequence[str]) -> HeldMaps:
+        """Which images have which maps.
+
+        Args:
+            asked: maps with their branch.
+            images: digests.
+
+        Returns:
+            By place, as `local/layer_7`: bool [images].
+        """
+        asked = list(asked)
+        digests = _digests(images)
+        found = {item.place(branch): np.zeros(len(images), dtype=np.bool_) for branch, item in asked}
+        for branch in {branch for branch, _ in asked}:
+            for portion in self._portions[branch]:
+                there = portion.rows(digests) >= 0
+                for asked_branch, item in asked:
+                    if asked_branch == branch and item.name in portion.place:
+                        found[item.place(branch)] |= there
+        return found
+
+    def places(self, branch: Branch, maps: Sequence[MapSpec], image: str) -> list[MapPlace] | None:
+        """Where the maps of an image lie.
+
+        Args:
+            branch: of the maps.
+            maps: which.
+            image: its digest.
+
+        Returns:
+            A place for every map, or None when one is not there.
+        """
+        digest = _digests([image])
+        rows = [(portion, int(portion.rows(digest)[0])) for portion in self._portions[branch]]
+        places = []
+        for item in maps:
+            place = next((portion.map_place(row, item.name) for portion, row in rows if row >= 0 and item.name in portion.place), None)
+            if place is None:
+                return None
+            places.append(place)
+        return places
+
+    def files(self) -> dict[str, int]:
+        """The files that it knows, with the number of images in each."""
+        return {name: count for portions in self._portions.values() for portion in portions for name, count in portion.files().items()}
+
+
+def compact_index(store: Store, spec: FeatureSpec) -> None:
+    """Put the index's many small files together, where there are many.
+
+    Args:
+        store: where it lies.
+        spec: whose encoding's index is meant.
+    """
+    table = index_table(store, spec.encoding)
+    counts = Counter(tuple(sorted(file.partition.items())) for file in table.files())
+    for partition, count in counts.items():
+        if count > _COMPACT_ABOVE:
+            table.compact(dict(partition))
+
+
+def _digests(images: Sequence[str]) -> np.ndarray:
+    """uint8 [images, 32]."""
+    return np.frombuffer(bytes.fromhex("".join(images)), dtype=np.uint8).reshape(-1, 32)
+
+
+def _read(table: Table, file: TableFile) -> pa.Table:
+    try:
+        with translated("read", table.file_url(file)):
+            found = table.open_file(file).read()
+    except StorageError as error:
+        if not is_damage(error):
+            raise
+        raise MissingFeaturesError(
+            f"{table.file_url(file)} of the index is damaged or gone ({first_line(error)}). Remove the folder "
+            f"{table.store.url(table.path)} and cache again: what lies in whole files is found and only entered anew."
+        ) from error
+    return found.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+
+
+def _fixed(table: pa.Table, name: str, width: int) -> np.ndarray:
+    """A column of values of one width as uint8 [rows, width]."""
+    parts = [np.zeros((0, width), dtype=np.uint8)]
+    for chunk in table.column(name).chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        if len(chunk) and (np.diff(offsets) != width).any():
+            raise MissingFeaturesError(
+                f"the index of features has values of {name} that are not {width} bytes wide: it is damaged or of another version"
+            )
+        if len(chunk):
+            parts.append(np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]].reshape(-1, width))
+    return np.concatenate(parts)
