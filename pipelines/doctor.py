@@ -23,7 +23,7 @@ from rich.table import Table
 from pipelines.errors import SettingError
 from pipelines.wording import data_console, print_table
 from workers.errors import StorageError
-from workers.s3_clients import BulkClient
+from workers.s3_clients import BulkClient, Bytes
 from workers.storage import Store, translated
 
 __all__ = ["Measurement", "StorageReport", "examine_storage", "print_storage_report"]
@@ -184,7 +184,7 @@ def _read_range(client: BulkClient, path: str, start: int, length: int) -> None:
     _whole(client.read_range(path, start, length), length)
 
 
-def _whole(data: bytes, num_bytes: int) -> None:
+def _whole(data: Bytes, num_bytes: int) -> None:
     if len(data) != num_bytes:
         raise StorageError(f"the store gave {len(data)} bytes of {num_bytes}; no figure of it would mean anything")
 

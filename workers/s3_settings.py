@@ -23,7 +23,7 @@ AddressingStyle = Literal["path", "virtual"]
 # that is away costs botocore 1.5 s and obstore 3 s on average before the error, Arrow 8 s, as nothing asks again for it.
 _BOTOCORE_TRIES = 3
 _ARROW_TRIES = 5
-_OBSTORE_RETRIES = 5
+_OBSTORE_RETRIES = 3
 _MAX_CONNECTIONS = 64
 """botocore's own 10 would let 32 requests in flight wait for each other."""
 
@@ -49,7 +49,7 @@ class S3Settings:
             endpoint_url=self.endpoint_url,
             client_kwargs={"region_name": self.region},
             config_kwargs={
-                "retries": {"mode": "standard", "max_attempts": _BOTOCORE_TRIES},
+                "retries": {"mode": "standard", "total_max_attempts": _BOTOCORE_TRIES},
                 "max_pool_connections": _MAX_CONNECTIONS,
                 "s3": {"addressing_style": self.addressing_style},
             },

@@ -32,7 +32,7 @@ __all__ = ["AbandonedUpload", "Store", "nearest_there", "open_url", "translate_s
 Answer = TypeVar("Answer")
 
 RANGES_IN_FLIGHT = 32
-"""Requests of one `read_ranges`; more gain nothing on a server with a 10 ms answer and a 10 Gbit/s line, and busy servers refuse them."""
+"""Requests of a store's `read_ranges`: 8 fill a server that is near, 32 a bucket whose answers take four times as long."""
 _CREATION_MARK = "loupe-creation"
 """Metadata of an object that was created exclusively: a name for the call, by which it knows its own object again."""
 
@@ -586,14 +586,20 @@ class Store:
 
     @property
     def _range_client(self) -> BulkClient:
-        """What reads ranges."""
+        """What reads ranges: obstore, with 343 MB/s of 8 MiB ranges where s3fs has 237 and Arrow 182, all 32 in flight, on SeaweedFS on two cores.
+
+        `loupe doctor storage` measures it on any root. A child of a process that used obstore reads by s3fs.
+        """
         if self._local is not None:
             return FolderClient(self._local)
         return self._obstore_client if obstore_works_here() else self._s3fs_client
 
     @property
     def _upload_client(self) -> BulkClient:
-        """What uploads files."""
+        """What uploads files: obstore, with 24 MB/s of a 64 MiB object where s3fs has 22 (medians of five, SeaweedFS on two busy cores).
+
+        Arrow has 27, within the spread, but its streams finish their upload when they are dropped after an error, and leave half an object.
+        """
         if self._local is not None:
             return FolderClient(self._local)
         return self._obstore_client if obstore_works_here() else self._s3fs_client

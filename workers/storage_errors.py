@@ -217,13 +217,13 @@ def translated(doing: str, url: str) -> Iterator[None]:
         raise
 
 
-_TRIES = 5
+_TRIES = 4
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 
 
 def persistently(ask: Callable[[], Answer], doing: str, url: str) -> Answer:
-    """Ask an object store, and ask again while it is busy or cuts answers off: five times, after pauses of random length (full jitter).
+    """Ask an object store, and ask again while it is busy or cuts answers off: four times in all, after pauses of random length (full jitter).
 
     Workers that were refused together would come back together without the randomness.
 
