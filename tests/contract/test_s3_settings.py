@@ -101,6 +101,12 @@ def _urls(settings: S3Settings) -> list[str]:
     return [signed.partition("?")[0], options.get("aws_endpoint", ""), options["aws_virtual_hosted_style_request"]]
 
 
+def _arrow_address(settings: S3Settings) -> tuple[str, bool]:
+    """What Arrow's client was told, out of what it would tell another process."""
+    told = settings.arrow().__reduce__()[1][0]
+    return told["endpoint_override"] or "", told["force_virtual_addressing"]
+
+
 def test_the_bucket_is_in_the_host_or_in_the_path_for_every_client(config: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     config("")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
@@ -112,7 +118,9 @@ def test_the_bucket_is_in_the_host_or_in_the_path_for_every_client(config: Calla
     assert _urls(by_path) == ["https://store.example:8/bucket/k", "https://store.example:8", "false"]
     aws = S3Settings(endpoint_url=None, region="eu-west-1", addressing_style="virtual")
     assert _urls(aws) == ["https://bucket.s3.eu-west-1.amazonaws.com/k", "", "true"]
-    assert own.arrow() != by_path.arrow() != aws.arrow()
+    assert [_arrow_address(item) for item in (own, by_path, aws)] == [("store.example:8", True), ("store.example:8", False), ("", False)]
+    dotted = S3Settings(endpoint_url=None, region="eu-west-1", addressing_style="path")
+    assert _arrow_address(dotted) == ("s3.eu-west-1.amazonaws.com", False)  # the bucket goes into the host only without an endpoint, or when forced
 
 
 @pytest.mark.slow
