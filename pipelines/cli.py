@@ -463,7 +463,7 @@ def _told(error: CycloptsError) -> Any:
     if not isinstance(error, UnknownCommandError) or not error.unused_tokens:
         return CycloptsPanel(error)
     word = error.unused_tokens[0]
-    commands = [name for name in app.resolved_commands() if not name.startswith("-")]
+    commands = [name for name in (error.app or app).resolved_commands() if not name.startswith("-")]
     return CycloptsPanel(f"Unknown command {word!r}; {closest(word, commands)}commands are {', '.join(commands)}")
 
 

@@ -90,6 +90,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "/nowhere", "/nowhere.png", "What?"], "found no image file /nowhere.png"),
         (["run", "demo", "--learning-rate", "2"], "--learning-rate"),
         (["trian", "demo"], "did you mean 'train'? commands are"),
+        (["doctor", "storge"], "did you mean 'storage'? commands are storage"),
         (
             ["run", "demo", "--set", "gr\udcfc\udcdf"],
             r"word 4 of the command line is no UTF-8 text, found 'gr\udcfc\udcdf'; type or save it as UTF-8",
