@@ -20,7 +20,7 @@ __all__ = ["S3Settings", "resolve_s3_settings"]
 AddressingStyle = Literal["path", "virtual"]
 
 # Each client retries busy answers and broken connections by itself, with jitter; `persistently` asks again where all of these were in vain. A server
-# that is away costs botocore 1.5 s and obstore 3 s on average before the error, Arrow 8 s, as nothing asks again for it.
+# that is away costs botocore pauses of 1.5 s in the mean and obstore less before the error; Arrow 7.5 s, as nothing asks again for it.
 _BOTOCORE_TRIES = 3
 _ARROW_TRIES = 5
 _OBSTORE_RETRIES = 3
