@@ -355,6 +355,26 @@ def serve(
     serve_recipe(_flow_recipe(file, recipe), root, by_name, cron=cron, timezone=timezone, port=port)
 
 
+doctor = App(name="doctor", help="Look whether what Loupe runs on does what Loupe needs, and how fast.")
+app.command(doctor)
+
+
+@doctor.command(name="storage")
+def doctor_storage(
+    *,
+    root: Root = DEFAULT_ROOT,
+    megabytes: Annotated[int, Parameter(name="--megabytes", help="Size of the large object that is written and read, in MiB.")] = 64,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
+) -> None:
+    """Measure a root with every client that can reach it, on objects that are removed again. Ends with status 2 where Loupe must not be used."""
+    from pipelines.doctor import examine_storage, print_storage_report
+
+    report = examine_storage(root, megabytes)
+    print_storage_report(report, as_json=as_json)
+    if not report.creates_exclusively:
+        raise PipelineError(f"exclusive creation does not hold on {report.root}; do not use Loupe there")
+
+
 def _quiet_environment() -> None:
     """No telemetry and no chatter from the libraries; what the user has set stands."""
     wanted = {
@@ -443,7 +463,7 @@ def _told(error: CycloptsError) -> Any:
     if not isinstance(error, UnknownCommandError) or not error.unused_tokens:
         return CycloptsPanel(error)
     word = error.unused_tokens[0]
-    commands = [name for name in app.resolved_commands() if not name.startswith("-")]
+    commands = [name for name in (error.app or app).resolved_commands() if not name.startswith("-")]
     return CycloptsPanel(f"Unknown command {word!r}; {closest(word, commands)}commands are {', '.join(commands)}")
 
 

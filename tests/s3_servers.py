@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
+READER_KEY = "readerkey"
+"""Of a user with the same secret who may only read."""
 
 
 def free_ports(count: int, *, also_plus: int = 0) -> list[int]:
@@ -119,7 +121,8 @@ def seaweedfs() -> Iterator[str]:
         (folder / "data").mkdir()
         key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
         identity = {"name": "test", "credentials": [key], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        reader = {"name": "reader", "credentials": [{**key, "accessKey": READER_KEY}], "actions": ["Read", "List"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
         master, volume, filer, s3 = free_ports(4, also_plus=10_000)  # gRPC listens on each port + 10000
         command = [
             *(weed, f"-logdir={folder}/log", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),

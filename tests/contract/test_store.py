@@ -1,6 +1,9 @@
 """What every store promises, whatever it is made of."""
 
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
@@ -52,6 +55,57 @@ def test_exclusive_creation_has_one_winner(store):
             wins = list(pool.map(lambda number, turn=turn: store.create_json(f"race-{turn}", number), range(8)))
         assert wins.count(True) == 1
         assert store.read_json(f"race-{turn}") == wins.index(True)
+
+
+def test_of_callers_with_the_same_bytes_one_wins(store):
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(lambda _: store.create_bytes("claim", b"same"), range(8)))
+    assert wins.count(True) == 1
+    assert not store.create_bytes("claim", b"same")
+
+
+def test_ranges_come_in_their_order_from_many_threads(store):
+    data = os.urandom(300_000)
+    store.write_bytes("large", data)
+    ranges = [(7 * start, 1000 + start) for start in range(100)] + [(0, len(data)), (len(data) - 1, 1), (len(data), 0)]
+    with ThreadPoolExecutor(4) as pool:
+        for parts in pool.map(lambda _: store.read_ranges("large", ranges), range(4)):
+            assert [bytes(part) for part in parts] == [data[start : start + length] for start, length in ranges]
+    assert store.read_ranges("large", []) == []
+    assert memoryview(store.read_ranges("large", [(5, 10)])[0]) == data[5:15]
+
+
+def test_a_range_that_is_not_there_is_an_error_with_a_name(store):
+    store.write_bytes("short", b"12345")
+    for part in ((3, 3), (5, 1), (9, 2)):
+        with pytest.raises(StorageError, match="short"):
+            store.read_ranges("short", [(0, 1), part])
+    with pytest.raises(StorageError, match=r"found start and length \(-1, 2\)"):
+        store.read_ranges("short", [(-1, 2)])
+    with pytest.raises(ObjectNotFoundError):
+        store.read_ranges("none", [(0, 1), (1, 1)])
+
+
+def test_a_store_survives_a_fork(store):
+    store.write_bytes("a", b"12345")
+    script = """
+import os, sys
+from workers.storage import Store
+store = Store(sys.argv[1])
+def read():
+    with store.publishing(f"published-{os.getpid()}") as path:
+        path.write_bytes(b"whole")
+    return [bytes(part) for part in store.read_ranges("a", [(0, 2), (3, 2)])] + [store.read_bytes(f"published-{os.getpid()}"), store.exists("none")]
+expected = [b"12", b"45", b"whole", False]
+assert read() == expected
+child = os.fork()
+if child == 0:
+    os._exit(0 if read() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert read() == expected
+"""
+    done = subprocess.run([sys.executable, "-c", script, store.root], timeout=60, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_json_that_is_none_is_an_error_with_a_name(store):
@@ -112,12 +166,27 @@ def test_urls_lead_back_to_their_objects(store):
 
 def test_a_store_travels_between_processes(store):
     store.write_bytes("a", b"x")
+    assert store.read_ranges("a", [(0, 1)]) == [b"x"]
     assert pickle.loads(pickle.dumps(store)).read_bytes("a") == b"x"
 
 
 def test_a_writable_root_leaves_nothing_behind(store):
     store.check_writable()
     assert store.list() == []
+
+
+def test_every_client_writes_reads_and_counts(store, tmp_path):
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(20 * 2**20))
+    for client in store.bulk_clients():
+        client.write_bytes(f"{client.name}/small", b"12345")
+        assert bytes(client.read(f"{client.name}/small")) == b"12345"
+        assert bytes(client.read_range(f"{client.name}/small", 1, 3)) == b"234"
+        client.write_file(f"{client.name}/large", file)
+        assert store.read_bytes(f"{client.name}/large") == file.read_bytes()
+        assert client.count(client.name) == 2
+    assert set(store.clients_in_use().values()) <= {client.name for client in store.bulk_clients()}
+    assert store.abandoned_uploads() == []
 
 
 def test_bulk_reading_through_arrow(store):

@@ -1,6 +1,7 @@
 import errno
 import os
 
+import obstore
 import pytest
 
 from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
@@ -73,6 +74,14 @@ def delta(status, body):
             StoreUnavailableError,
             True,
         ),
+        (
+            OSError("Generic S3 error: Error performing GET http://h/k - HTTP error: request or response body error"),
+            StoreUnavailableError,
+            True,
+        ),
+        (ServiceError("ConditionalRequestConflict"), StoreUnavailableError, True),
+        (ServiceError("NoSuchUpload"), ObjectNotFoundError, False),
+        (obstore.exceptions.UnauthenticatedError("no\n\nDebug source:\nmuch"), CredentialsError, False),
         (NotADirectoryError(errno.ENOTDIR, "a file in the way"), ObjectNotFoundError, False),
         (IsADirectoryError(errno.EISDIR, "a folder"), ObjectNotFoundError, False),
         (OSError(errno.ENAMETOOLONG, "long"), ObjectNotFoundError, False),
@@ -95,6 +104,7 @@ def test_every_foreign_error_becomes_one_of_ours(error, kind, retryable):
     assert translated.retryable is retryable
     assert "cannot read s3://b/k" in str(translated)
     assert "\n" not in str(translated)
+    assert "much" not in str(translated)
     assert "\x1b" not in str(translated)
     assert translate_storage_error(translated, "write", "x") is translated
 

@@ -29,7 +29,8 @@ from workers.caching.layout import BRANCHES, features_table
 from workers.caching.units import load_views, num_views
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
-from workers.storage import Store, is_damage
+from workers.storage import Store
+from workers.storage_errors import is_damage
 
 __all__ = ["CachedFeatures", "FeatureSource", "ImageFeatures", "LiveFeatures"]
 

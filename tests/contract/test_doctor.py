@@ -1,0 +1,117 @@
+"""`loupe doctor storage` on real servers and folders: what it measures, what it leaves (nothing), and what it says of stores that will not do."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from tests import s3_servers
+from workers.errors import StorageError
+from workers.storage import Store
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *words: str, megabytes: int = 8) -> tuple[int, str, str]:
+    status = 0
+    try:
+        cli.main(["doctor", "storage", "--megabytes", str(megabytes), *words])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_every_client_is_measured_and_nothing_is_left(store_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(store_root)
+    store.write_bytes("mine", b"x")
+    status, out, err = doctor(capsys, "--root", store_root, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    names = {client.name for client in store.bulk_clients()}
+    rows = {(row["client"], row["operation"], row["request_bytes"], row["in_flight"]) for row in report["measurements"]}
+    for name in names:
+        assert {(name, "range", size, flying) for size in (2**20, 2**23) for flying in (1, 8, 32)} <= rows
+        assert {(name, "write", 2**23, 1), (name, "read", 2**23, 1), (name, "create", 4096, 8), (name, "list", 0, 1)} <= rows
+    assert all(row["seconds"] > 0 and row["requests_per_s"] > 0 and 0 < row["median_ms"] <= row["p95_ms"] for row in report["measurements"])
+    assert set(report["best"]) == set(report["used"]) == {"bulk reads", "bulk writes", "ranged reads"}
+    assert set(report["best"].values()) <= names
+    assert report["creates_exclusively"] is True
+    assert report["wins"] == [1] * 8
+    assert store.list() == ["mine"]
+    assert store.abandoned_uploads() == []
+
+
+def test_the_table_names_the_best_and_what_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = doctor(capsys, "--root", str(tmp_path))
+    assert status == 0
+    assert "range of 8 MiB" in out
+    assert "Best for ranged reads: os, as Loupe does." in out
+    assert "Exclusive creation holds: 8 races of 8 callers, one winner each." in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_whose_creates_overwrite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def overwrite(self: Store, path: str, data: bytes) -> bool:
+        self.write_bytes(path, data)
+        return True
+
+    monkeypatch.setattr(Store, "create_bytes", overwrite)
+    status, out, err = doctor(capsys, "--root", str(tmp_path))
+    assert status == 2
+    assert "EXCLUSIVE CREATION DOES NOT HOLD: 8 callers created one object, and 8 of them won" in out
+    assert "do not use Loupe there" in err
+
+
+def test_what_was_begun_is_removed_when_it_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_store: Store, _path: str, _data: bytes) -> bool:
+        raise StorageError("the line is cut")
+
+    monkeypatch.setattr(Store, "create_bytes", broken)
+    status, _, err = doctor(capsys, "--root", str(tmp_path))
+    assert (status, err) == (2, "loupe: the line is cut\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = doctor(capsys, "--root", str(tmp_path / "file"))
+    assert status == 2
+    assert f"{tmp_path}/file is a file" in err
+
+
+def test_objects_smaller_than_a_range_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = doctor(capsys, "--root", str(tmp_path), megabytes=7)
+    assert (status, "found 7; allowed: 8 or more" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_named(bucket_of, capsys: pytest.CaptureFixture[str]) -> None:
+    bucket_of("moto")
+    status, _, err = doctor(capsys, "--root", "s3://no-such-bucket-at-all/x")
+    assert status == 2
+    assert "the root s3://no-such-bucket-at-all/x cannot be written" in err
+    assert "bucket does not exist" in err
+
+
+@pytest.mark.slow
+def test_missing_credentials_are_named(bucket_of, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bucket = bucket_of("seaweedfs")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr("s3fs.S3FileSystem._cache", {})
+    status, _, err = doctor(capsys, "--root", bucket)
+    assert status == 2
+    assert "credentials are missing" in err
+
+
+@pytest.mark.slow
+def test_a_read_only_user_is_named(bucket_of, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = bucket_of("seaweedfs")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_servers.READER_KEY)
+    monkeypatch.setattr("s3fs.S3FileSystem._cache", {})
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == s3_servers.SECRET_KEY
+    status, _, err = doctor(capsys, "--root", bucket)
+    assert status == 2
+    assert "access was denied" in err
