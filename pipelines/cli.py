@@ -355,6 +355,43 @@ def serve(
     serve_recipe(_flow_recipe(file, recipe), root, by_name, cron=cron, timezone=timezone, port=port)
 
 
+@app.command
+def verify(
+    recipe: RecipeWord,
+    /,
+    *,
+    root: Root = DEFAULT_ROOT,
+    settings: Settings = (),
+    encoded: Annotated[int, Parameter(name="--encoded", help="How many cached images are encoded again and compared.")] = 8,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
+) -> None:
+    """Look whether a recipe's cache is whole and true: every row once, every byte as written, a sample encoded again. Writes nothing."""
+    from pipelines.cache_care import verify_experiment
+    from pipelines.stages import open_experiment
+    from workers.storage import Store
+
+    file = load_recipe(recipe)
+    experiment = open_experiment(file, Store(root), execution_settings(settings_from_words(settings), file.recipe))
+    verify_experiment(experiment, num_encoded=encoded, as_json=as_json)
+
+
+@app.command
+def gc(
+    *,
+    root: Root = DEFAULT_ROOT,
+    older_than: Annotated[float, Parameter(name="--older-than", help="Hours; what is younger may belong to a run and is left alone.")] = 24.0,
+    superseded: Annotated[
+        bool, Parameter(name="--superseded", help="Also whole caches whose every recipe uses another one by now.", negative=())
+    ] = False,
+    delete: Annotated[bool, Parameter(name="--delete", help="Remove what is listed; without it nothing is.", negative=())] = False,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.", negative=())] = False,
+) -> None:
+    """List the caches of a root, and what in it serves nobody: leftovers of killed runs, files that no table names. Removes it with --delete."""
+    from pipelines.cache_care import sweep_root
+
+    sweep_root(root, older_than_h=older_than, superseded=superseded, delete=delete, as_json=as_json)
+
+
 doctor = App(name="doctor", help="Look whether what Loupe runs on does what Loupe needs, and how fast.")
 app.command(doctor)
 

@@ -28,7 +28,7 @@ from workers.s3_clients import ArrowClient, BulkClient, Bytes, FolderClient, Obs
 from workers.s3_settings import S3Settings, resolve_s3_settings
 from workers.storage_errors import is_exists_error, persistently, translate_storage_error, translated
 
-__all__ = ["AbandonedUpload", "Store", "nearest_there", "open_url", "translate_storage_error", "translated"]
+__all__ = ["AbandonedUpload", "Store", "StoredObject", "nearest_there", "open_url", "translate_storage_error", "translated"]
 
 Answer = TypeVar("Answer")
 
@@ -53,6 +53,21 @@ def _relative(path: str) -> str:
     if path.startswith("/") or ".." in parts or "://" in path:
         raise StorageError(f"paths in a store are relative to its root and stay below it, found {path!r}")
     return "/".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredObject:
+    """An object as a listing tells of it."""
+
+    path: str
+    """Relative to the root."""
+    size_bytes: int
+    modified_unix_s: float
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it is a file that somebody is writing, or was when a process ended."""
+        return PurePosixPath(self.path).name.startswith(TEMPORARY_PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +262,42 @@ class Store:
                 if not name.startswith(TEMPORARY_PREFIX)
             ]
         return sorted(found)
+
+    def list_objects(self, prefix: str = "") -> Sequence[StoredObject]:
+        """All objects in a folder and below with size and age, sorted by path; of a local folder also files that were never finished.
+
+        Args:
+            prefix: the folder.
+
+        Raises:
+            StorageError: it cannot be listed.
+        """
+        relative = _relative(prefix)
+        found = []
+        if self._local is None:
+            base, folder = self._key("") + "/", self._key(prefix) + "/"
+
+            def find() -> dict[str, dict[str, Any]]:
+                try:
+                    details: dict[str, dict[str, Any]] = self._s3.find(self._key(prefix), detail=True)
+                except FileNotFoundError:
+                    return {}
+                return details
+
+            for key, item in self._ask("list", prefix, find).items():
+                if key.startswith(folder) and key != folder:
+                    modified = item["LastModified"].timestamp()
+                    found.append(StoredObject(path=key.removeprefix(base), size_bytes=item["size"], modified_unix_s=modified))
+        else:
+            with translated("list", self.url(prefix)):
+                for directory, _, names in os.walk(self._local / relative, onerror=_raise_unless_missing):
+                    for name in names:
+                        file = Path(directory) / name
+                        with contextlib.suppress(FileNotFoundError):  # it was finished, or dropped, a moment ago
+                            status = file.stat()
+                            path = file.relative_to(self._local).as_posix()
+                            found.append(StoredObject(path=path, size_bytes=status.st_size, modified_unix_s=status.st_mtime))
+        return sorted(found, key=lambda item: item.path)
 
     def write_bytes(self, path: str, data: bytes, *, sync: bool = True) -> None:
         """Put an object there, whole, whatever lay there before.

@@ -6,7 +6,7 @@ takes the one whose file comes first by name.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from workers.storage import Store
 from workers.storage_errors import is_damage, translated
 from workers.tables import Table, TableFile
 
-__all__ = ["FeatureIndex", "MapPlace", "compact_index", "index_rows", "map_checksum"]
+__all__ = ["FeatureIndex", "MapPlace", "compact_index", "file_checksums", "index_rows", "map_checksum"]
 
 _DIGEST_BYTES = 32
 _COLUMNS_OF_A_MAP = 2
@@ -88,6 +88,44 @@ def index_rows(
         },
         schema=INDEX_SCHEMA,
     )
+
+
+def file_checksums(store: Store, folder: str, file: TableFile) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """What a file of features holds, told from the file alone and read whole, with its pages' checksums verified.
+
+    Args:
+        store: where it lies.
+        folder: of its table.
+        file: which.
+
+    Yields:
+        Per row group: the image, its number of views, and the checksum of each map in the order of the columns.
+
+    Raises:
+        MissingFeaturesError: a row group is of several images, or its views are not in order.
+        StorageError: it cannot be read, or a page does not match its checksum.
+    """
+    names = maps_in(file.partition["maps"])
+    with translated("read", store.url(f"{folder}/{file.path}")):
+        opened = Table(store, folder, pa.schema([]), tuple(file.partition)).open_file(file)
+        for group in range(opened.num_row_groups):
+            rows = opened.read_row_group(group, use_threads=False)
+            images, views = rows.column("image_sha256").to_pylist(), rows.column("view_index").to_pylist()
+            if len(set(images)) != 1 or views != list(range(views[0], views[0] + len(views))):
+                raise MissingFeaturesError(
+                    f"row group {group}: expected the views of one image in order, found {len(set(images))} images, views {views}"
+                )
+            checksums = []
+            for name in names:
+                columns = [rows.column(column).combine_chunks() for column in (name, f"{name}__steps") if column in rows.column_names]
+                checksums.append(map_checksum([_blob(column) for column in columns]))
+            yield images[0], len(images), tuple(checksums)
+
+
+def _blob(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The bytes of a column of opaque values."""
+    width = column.type.byte_width
+    return np.frombuffer(column.buffers()[1], dtype=np.uint8)[column.offset * width : (column.offset + len(column)) * width]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

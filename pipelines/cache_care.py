@@ -1,0 +1,129 @@
+"""`loupe verify` and `loupe gc`: whether a cache is whole and true, and what in a root serves nobody. The looking itself is done in workers/."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from model.specs import fingerprint
+from pipelines.errors import NothingThereError, PipelineError
+from pipelines.progress import console_progress
+from pipelines.stages import Experiment
+from pipelines.wording import bytes_text, data_console, print_table
+from workers.storage import Store
+from workers.sweeping import CacheInUse, caches_in_use, find_leftovers, remove_leftovers
+
+__all__ = ["sweep_root", "verify_experiment"]
+
+
+def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool = False) -> None:
+    """Look at the caches of a recipe, and print what was found.
+
+    Args:
+        experiment: the resolved recipe and its root.
+        num_encoded: images that are encoded again.
+        as_json: as one JSON object for each cache instead of a table.
+
+    Raises:
+        NothingThereError: the recipe stores nothing, or its cache is not made.
+        PipelineError: a cache is not whole or not true; the faults are told.
+    """
+    from workers.caching.verify import verify_cache
+
+    if not experiment.caches:
+        raise NothingThereError(f"recipe {experiment.file.path}: features.source is live, so there is no cache to verify")
+    num_faults = 0
+    for _, features, _ in experiment.data:
+        if experiment.record("cache-features", features) is None:
+            raise NothingThereError(
+                f"{experiment.store.root} holds no finished cache of recipe {experiment.file.recipe.name!r}; run cache-features first"
+            )
+        key = fingerprint(features)[:16]
+        progress = console_progress()
+        found = verify_cache(features, experiment.store, experiment.execution, progress, stage_key=key, num_encoded=num_encoded)
+        num_faults += found.num_faults
+        if as_json:
+            print(json.dumps({"features": key, **asdict(found)}, indent=1))
+            continue
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column("fact", no_wrap=True)
+        table.add_column("value", overflow="fold")
+        table.add_row("features", key)
+        table.add_row("images", f"{found.num_images}: {found.num_cached} with every map, {found.num_quarantined} in quarantine")
+        table.add_row("files", f"{found.num_files} read whole, {bytes_text(found.num_bytes)}")
+        table.add_row("encoded again", f"{found.num_encoded} images")
+        if found.num_twice:
+            table.add_row("stored twice", f"{found.num_twice} images, by two runs at once; one row of each is read")
+        table.add_row("faults", str(found.num_faults) if found.num_faults else "none")
+        print_table(table)
+        for fault in found.faults:
+            data_console().print(f"  {fault}", soft_wrap=True)
+    if num_faults:
+        raise PipelineError(
+            f"{num_faults} faults in the cache of recipe {experiment.file.recipe.name!r}. Restore its files, or remove the cache's table and its "
+            "folders in runs/cache-features, and cache again"
+        )
+
+
+def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool, as_json: bool = False) -> None:
+    """Print what in a root serves nobody, and remove it when asked to.
+
+    Args:
+        root: as the user gave it.
+        older_than_h: younger objects are left alone.
+        superseded: also caches that no recipe uses any more.
+        delete: remove what was found.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        StorageError: the store is away, or refuses.
+    """
+    store = Store(root)
+    leftovers = find_leftovers(store, older_than_s=older_than_h * 3600, superseded=superseded)
+    caches = caches_in_use(store)
+    if as_json:
+        print(json.dumps({"caches": [asdict(cache) for cache in caches], "leftovers": [asdict(item) for item in leftovers]}, indent=1, default=str))
+    else:
+        _print_caches(caches)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("could go", "where"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("objects", "size"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for item in leftovers:
+            table.add_row(item.reason, item.place, str(len(item.paths) + len(item.uploads)), bytes_text(item.size_bytes))
+        if leftovers:
+            print_table(table)
+    total = bytes_text(sum(item.size_bytes for item in leftovers))
+    if delete:
+        remove_leftovers(store, leftovers)
+    if as_json:
+        return
+    console = data_console()
+    if not leftovers:
+        console.print(f"Nothing is left over that is older than {older_than_h:g} hours.", soft_wrap=True)
+    elif delete:
+        console.print(f"Removed: {total}.", soft_wrap=True)
+    else:
+        console.print(f"Nothing was removed. With --delete {total} would go.", soft_wrap=True)
+
+
+def _print_caches(caches: Sequence[CacheInUse]) -> None:
+    """Every feature table with what it weighs and who uses it."""
+    if not caches:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("cache", "encoder", "precision"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("written", no_wrap=True)
+    table.add_column("used by", overflow="fold")
+    for cache in caches:
+        written = time.strftime("%Y-%m-%d", time.gmtime(cache.modified_unix_s)) if cache.modified_unix_s else "never"
+        table.add_row(
+            cache.folder, cache.encoder, cache.precision, bytes_text(cache.size_bytes), written, ", ".join(cache.recipes) or "no recipe now"
+        )
+    print_table(table)
+    print()

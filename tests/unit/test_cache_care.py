@@ -1,0 +1,207 @@
+"""`loupe verify` finds every fault that can be made in a cache; `loupe gc` removes what serves nobody and nothing else."""
+
+import dataclasses
+import json
+import os
+
+import pyarrow.parquet as pq
+import pytest
+
+from model.specs import fingerprint
+from tests import small_data
+from workers.caching.build import cache_features
+from workers.caching.layout import features_table, index_table
+from workers.caching.reader import CachedFeatures
+from workers.caching.verify import verify_cache
+from workers.dataset.samples import read_samples
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
+from workers.sweeping import DAY_S, caches_in_use, find_leftovers, note_recipe, remove_leftovers
+
+SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
+
+
+def cache(store, spec, settings=SETTINGS):
+    return cache_features(spec, store, settings, SilentProgress(), cluster=InlineCluster())
+
+
+def verify(store, spec, **options):
+    key = fingerprint(spec)[:16]
+    return verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=key, cluster=InlineCluster(), **options)
+
+
+@pytest.fixture
+def cached(root, tiny_encoder_folder):
+    """A store and the spec of its cache."""
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    cache(store, spec)
+    return store, spec
+
+
+def file_path(store, spec, branch="local"):
+    table = features_table(store, spec)
+    file = max(table.files({"branch": branch}), key=lambda file: file.num_rows)
+    return store.local_path(f"{table.path}/{file.path}")
+
+
+def test_a_whole_cache_has_no_faults(cached):
+    store, spec = cached
+    found = verify(store, spec, num_encoded=5)
+    assert (found.faults, found.num_faults) == ((), 0)
+    assert (found.num_images, found.num_cached, found.num_quarantined, found.num_files, found.num_encoded) == (16, 16, 0, 8, 5)
+    assert found.num_bytes == sum(file.size_bytes for file in features_table(store, spec).files())
+
+
+def test_refused_images_are_not_missed(root, tiny_encoder_folder):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    store.delete(read_samples(store, fingerprint(dataset))[2].image_path)
+    cache(store, spec)
+    found = verify(store, spec)
+    assert (found.num_faults, found.num_cached, found.num_quarantined) == (0, 15, 1)
+
+
+@pytest.mark.parametrize(("group", "share"), [(0, 0.0), (2, 0.5), (4, 0.99)])
+def test_every_flipped_byte_of_the_numbers_is_found(cached, group, share):
+    store, spec = cached
+    path = file_path(store, spec)
+    column = pq.read_metadata(path).row_group(group).column(9)
+    data = bytearray(path.read_bytes())
+    end = column.data_page_offset + column.total_compressed_size
+    data[end - 1 - int(share * 2 * 16 * 32 * 2)] ^= 1
+    path.write_bytes(bytes(data))
+    found = verify(store, spec)
+    assert found.num_faults == 1
+    assert path.name in found.faults[0]
+    assert found.num_encoded == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_files_that_are_gone_or_cut_are_found(cached, damage):
+    store, spec = cached
+    path = file_path(store, spec)
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[:-30] if damage == "cut" else b"")
+    found = verify(store, spec)
+    assert found.num_faults >= 1
+    assert any(path.name in fault for fault in found.faults)
+
+
+def test_another_files_rows_under_a_name_are_found(cached):
+    """Whole, with checksums of its own, and yet not what was written there."""
+    store, spec = cached
+    path = file_path(store, spec)
+    table = pq.read_table(path)
+    with pq.ParquetWriter(path, table.schema, compression="NONE", use_dictionary=False, write_page_checksum=True) as writer:
+        for start in (2, 0, 4, 6, 8):
+            writer.write_table(table.slice(start, 2))
+    found = verify(store, spec)
+    assert found.num_faults >= 2
+    assert "the index says row group 1 with 2 views, the file has 2" in found.faults[0]
+
+
+def test_rows_that_the_index_does_not_tell_of_are_missed(cached):
+    store, spec = cached
+    table = index_table(store, spec.encoding)
+    log = sorted(store.local_path(f"{table.path}/_delta_log").glob("*.json"))
+    assert len(log) == 2  # the table, and its files in one commit
+    lines = log[1].read_text().splitlines()
+    dropped = next(line for line in lines if '"add"' in line and "branch=global" in line)
+    log[1].write_text("\n".join(line for line in lines if line != dropped))
+    found = verify(store, spec)
+    assert {fault.split(" is missing")[0].split(" of ")[0] for fault in found.faults} == {f"the map global/{item.name}" for item in spec.global_maps}
+    assert found.num_cached < 16
+
+
+def test_a_cache_of_another_encoder_is_found(cached, tmp_path):
+    from model.encoder import describe_encoder
+    from tests.tiny import write_tiny_encoder
+
+    store, spec = cached
+    other = dataclasses.replace(spec, encoder=describe_encoder(str(write_tiny_encoder(tmp_path / "other", seed=7))))
+    cache(store, other)
+    ours, theirs = features_table(store, spec), features_table(store, other)
+    # Both tables whole, and the one under the other's name: what copying the wrong folder would leave.
+    store.local_path(ours.path).rename(tmp_path / "aside")
+    store.local_path(theirs.path).rename(store.local_path(ours.path))
+    found = verify(store, spec)
+    assert found.num_faults == 1
+    assert "differs from what" in found.faults[0]
+
+
+def age(store, path, days):
+    file = store.local_path(path)
+    stamp = file.stat().st_mtime - days * DAY_S
+    os.utime(file, (stamp, stamp))
+
+
+def test_leftovers_are_found_by_age_and_removed(cached):
+    store, spec = cached
+    table, index = features_table(store, spec), index_table(store, spec.encoding)
+    before = set(store.list())
+    orphans = [f"{table.path}/branch=local/maps=layer_5/aa/unit.parquet", f"{index.path}/branch=local/maps=layer_5/aa/unit.parquet"]
+    unfinished = ["images/ab/.tmp-1234", f"{table.path}/branch=local/maps=layer_5/aa/.tmp-99"]
+    for path in (*orphans, *unfinished):
+        store.local_path(path).parent.mkdir(parents=True, exist_ok=True)
+        store.local_path(path).write_bytes(b"12345")
+    assert find_leftovers(store) == []  # all may belong to a run under way
+    for path in (*orphans, *unfinished):
+        age(store, path, 2)
+    found = find_leftovers(store)
+    assert sorted(path for item in found for path in item.paths) == sorted([*orphans, *unfinished])
+    assert {item.reason for item in found} == {"orphan", "unfinished"}
+    assert sum(item.size_bytes for item in found) == 20
+    remove_leftovers(store, found)
+    assert set(store.list()) == before
+    assert find_leftovers(store, older_than_s=-1e6) == []
+    assert verify(store, spec).num_faults == 0
+
+
+def test_superseded_caches_go_with_their_records(cached, root):
+    store, spec = cached
+    newer = dataclasses.replace(spec, precision="fp32")
+    cache(store, newer)
+    for name, used in (("one", spec), ("two", spec), ("one", newer)):
+        note_recipe(store, name, used)
+    assert [cache.recipes for cache in caches_in_use(store) if cache.precision == "fp16"] == [["two"]]
+    everything = {"older_than_s": -1e6, "superseded": True}
+    assert find_leftovers(store, **everything) == []
+    note_recipe(store, "two", newer)
+    found = find_leftovers(store, **everything)
+    assert [(item.reason, item.place) for item in found] == [("superseded", features_table(store, spec).path)]
+    assert find_leftovers(store, superseded=True) == []  # written a moment ago
+    remove_leftovers(store, found)
+    assert verify(store, newer).num_faults == 0
+    assert [cache.precision for cache in caches_in_use(store)] == ["fp32"]
+    # Nothing says any more that it is there, so it can be made again.
+    record = cache(store, spec)
+    assert (record.num_held, record.num_cached) == (0, 16)
+    CachedFeatures(store, spec).verify(read_samples(store, spec.dataset_fingerprint))
+
+
+def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):
+    from pipelines.cache_care import sweep_root
+
+    store, spec = cached
+    note_recipe(store, "mine", spec)
+    path = "images/ab/.tmp-1234"
+    store.local_path(path).parent.mkdir(parents=True, exist_ok=True)
+    store.local_path(path).write_bytes(b"12345")
+    sweep_root(store.root, older_than_h=0, superseded=False, delete=False)
+    said = capsys.readouterr().out
+    assert "mine" in said
+    assert "Nothing was removed. With --delete 5 B would go." in said
+    assert store.local_path(path).exists()
+    sweep_root(store.root, older_than_h=0, superseded=False, delete=True)
+    assert "Removed: 5 B." in capsys.readouterr().out
+    assert not store.local_path(path).exists()
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=False)
+    assert "Nothing is left over that is older than 0 hours." in capsys.readouterr().out
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=False, as_json=True)
+    assert json.loads(capsys.readouterr().out)["leftovers"] == []

@@ -1,0 +1,196 @@
+"""Whether a cache is what its record says: every row there once, every byte as it was written, and a sample as its encoder gives it.
+
+Input: a spec whose cache is finished. Output: what was looked at and what is wrong with it. Files are read whole, each by one task; Arrow verifies
+the checksums of their pages, and those of their maps are held against the index. Nothing is written.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from model.errors import first_line
+from model.specs import FeatureSpec
+from model.views import Branch
+from workers.caching.index import FeatureIndex, file_checksums
+from workers.caching.layout import BRANCHES, features_table, maps_in
+from workers.caching.units import distinct_images, num_views
+from workers.dataset.samples import Sample, read_samples
+from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
+from workers.execution import ExecutionSettings, Progress
+from workers.quarantine import read_quarantine
+from workers.runtime import Cluster, encoding_cluster
+from workers.storage import Store
+from workers.storage_errors import is_damage
+from workers.tables import TableFile
+
+__all__ = ["CacheVerification", "verify_cache"]
+
+_MOST_TOLD = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheVerification:
+    """What a look at a cache found."""
+
+    num_images: int
+    """Distinct ones of the dataset."""
+    num_cached: int
+    """With every map."""
+    num_quarantined: int
+    num_files: int
+    """Read whole: all that hold a map of these images."""
+    num_bytes: int
+    """Of those files."""
+    num_encoded: int
+    """Encoded again and compared."""
+    num_twice: int
+    """Images that two runs cached at once: they have another row, which nobody reads."""
+    faults: tuple[str, ...]
+    """What is wrong, the first of it; none where all is well."""
+    num_faults: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileJob:
+    """A file to be read whole, as it travels to a task."""
+
+    root: str
+    folder: str
+    file: TableFile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileContent:
+    """What a file holds."""
+
+    file: TableFile
+    checksums: tuple[tuple[str, int, tuple[int, ...]], ...]
+    """Per row group: the image, its number of views, each map's checksum in the order of the columns."""
+    fault: str | None
+    """Why it cannot be read."""
+
+
+def verify_cache(
+    spec: FeatureSpec,
+    store: Store,
+    execution: ExecutionSettings,
+    progress: Progress,
+    *,
+    stage_key: str,
+    num_encoded: int = 8,
+    seed: int = 0,
+    cluster: Cluster | None = None,
+) -> CacheVerification:
+    """Look whether a cache is whole and true.
+
+    Args:
+        spec: of the cache.
+        store: where it lies.
+        execution: Ray's settings count.
+        progress: told in files.
+        stage_key: of the cache-features run, for its quarantine.
+        num_encoded: images that are encoded again.
+        seed: which ones.
+        cluster: where files are read; None starts Ray.
+
+    Returns:
+        What was found.
+
+    Raises:
+        TableError: the dataset is not built.
+        MissingFeaturesError: the index is damaged, so that nothing can be told.
+        StorageError: the store is away.
+    """
+    images = distinct_images(read_samples(store, spec.dataset_fingerprint))
+    refused = {row.bytes_sha256 for row in read_quarantine(store, "cache-features", stage_key)}
+    expected = {sample.image_sha256: sample for sample in images if sample.image_sha256 not in refused}
+    index = FeatureIndex(store, spec)
+    faults: list[str] = []
+    held = index.held([(branch, item) for branch in BRANCHES for item in spec.maps(branch)], list(expected))
+    whole = set(expected)
+    for place, there in held.items():
+        lacking = [image for image, has in zip(expected, there.tolist(), strict=True) if not has]
+        whole -= set(lacking)
+        if lacking:
+            faults.append(f"the map {place} of {len(lacking)} images is missing, first of {lacking[0][:12]}")
+    table = features_table(store, spec)
+    known = {file.path: file for file in table.files()}
+    wanted = index.files()
+    faults += [f"{path} is in the index and not in the table" for path in sorted(wanted.keys() - known.keys())]
+    jobs = [_FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted.keys() & known.keys())]
+    seen: set[tuple[str, str, str]] = set()
+    twice: set[str] = set()
+    progress.start("reading files", len(jobs), 0)
+    try:
+        with encoding_cluster(execution, cluster) as (running, settled, _):
+            for content in running.stream(_read_file, jobs, in_flight=settled.encoded_units_in_flight):
+                if content.fault is not None:
+                    faults.append(f"{content.file.path}: {content.fault}")
+                faults += _differences(spec, index, content, expected)
+                for image, _, _ in content.checksums:
+                    row = (image, content.file.partition["branch"], content.file.partition["maps"])
+                    if row in seen:
+                        twice.add(image)
+                    seen.add(row)
+                progress.advance(1, faults=len(faults))
+    finally:
+        progress.finish()
+    chosen = sorted(whole)
+    random.Random(seed).shuffle(chosen)
+    compared = [expected[image] for image in islice(chosen, num_encoded)]
+    if compared and not faults:  # what is damaged need not be compared
+        from workers.caching.reader import CachedFeatures
+
+        try:
+            CachedFeatures(store, spec).verify(compared, num_images=len(compared))
+        except (StaleCacheError, MissingFeaturesError) as error:
+            faults.append(first_line(error))
+    return CacheVerification(
+        num_images=len(images),
+        num_cached=len(whole),
+        num_quarantined=len(images) - len(expected),
+        num_files=len(jobs),
+        num_bytes=sum(job.file.size_bytes for job in jobs),
+        num_encoded=len(compared) if not faults else 0,
+        num_twice=len(twice),
+        faults=tuple(faults[:_MOST_TOLD]),
+        num_faults=len(faults),
+    )
+
+
+def _read_file(job: _FileJob) -> _FileContent:
+    """A pure function of the job; may run twice."""
+    store = Store(job.root)
+    try:
+        found = tuple(file_checksums(store, job.folder, job.file))
+    except (StorageError, MissingFeaturesError) as error:
+        if isinstance(error, StorageError) and not is_damage(error):
+            raise
+        return _FileContent(file=job.file, checksums=(), fault=first_line(error))
+    return _FileContent(file=job.file, checksums=found, fault=None)
+
+
+def _differences(spec: FeatureSpec, index: FeatureIndex, content: _FileContent, expected: Mapping[str, Sample]) -> list[str]:
+    """What a file holds that the index does not say, or says otherwise. Other datasets' images in it are compared too."""
+    branch: Branch = "global" if content.file.partition["branch"] == "global" else "local"
+    names = maps_in(content.file.partition["maps"])
+    maps = [item for item in spec.maps(branch) if item.name in names]
+    faults = []
+    for group, (image, views, checksums) in enumerate(content.checksums):
+        where = f"{content.file.path}, row group {group} (image {image[:12]})"
+        places = index.places(branch, maps, image)
+        if places is None:
+            faults.append(f"{where}: the index has no such image")
+            continue
+        for item, place in zip(maps, places, strict=True):
+            if place.file != content.file.path:
+                continue  # the image lies elsewhere too, and is read from there
+            if (place.row_group, place.num_views) != (group, views):
+                faults.append(f"{where}: the index says row group {place.row_group} with {place.num_views} views, the file has {views}")
+            elif place.checksum != checksums[names.index(item.name)]:
+                faults.append(f"{where}: the bytes of map {item.name} are not those that were written")
+        sample = expected.get(image)
+        if sample is not None and num_views(spec, sample, branch) != views:
+            faults.append(f"{where}: expected {num_views(spec, sample, branch)} views, found {views}")
+    return faults

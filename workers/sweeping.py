@@ -1,0 +1,191 @@
+"""What lies in a root and serves nobody: leftovers of killed processes, files that no table knows, caches that no recipe uses any more.
+
+Input: a root. Output: what could go, with its size and the reason; and, asked a second time, the root without it. Invariant: what is younger than a
+day is left alone unless told otherwise, since a run may be about to commit it; what a table names is only removed with the whole cache.
+
+    unfinished   files that a killed process was writing, and multipart uploads that nobody finished
+    orphan       files of a feature table or its index that no commit names: of a unit that was killed, or put together into a larger one
+    superseded   caches whose every recipe has another one now
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import pyarrow as pa
+
+from model.specs import CalibrationSpec, FeatureSpec, fingerprint
+from workers.caching.layout import encoding_folder
+from workers.commits import from_json
+from workers.errors import RecordError
+from workers.storage import AbandonedUpload, Store, StoredObject
+from workers.tables import Table
+
+__all__ = ["CacheInUse", "Leftover", "caches_in_use", "find_leftovers", "note_recipe", "remove_leftovers"]
+
+Spec = TypeVar("Spec")
+
+DAY_S = 86_400.0
+
+Reason = Literal["unfinished", "orphan", "superseded"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftover:
+    """Objects that could go together."""
+
+    reason: Reason
+    place: str
+    """Of what: a path relative to the root."""
+    size_bytes: int
+    paths: tuple[str, ...]
+    """Relative to the root."""
+    uploads: tuple[AbandonedUpload, ...] = ()
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheInUse:
+    """A feature table and who uses it."""
+
+    folder: str
+    encoder: str
+    precision: str
+    size_bytes: int = 0
+    runs: list[str] = field(default_factory=list)
+    """Keys of the cache-features runs that it serves."""
+    recipes: list[str] = field(default_factory=list)
+    """Recipes whose latest cache it holds."""
+    modified_unix_s: float = 0.0
+
+
+def note_recipe(store: Store, name: str, spec: FeatureSpec) -> None:
+    """Put on record which cache a recipe uses now, so that those it used before can be told.
+
+    Args:
+        store: of the root.
+        name: of the recipe.
+        spec: of its cache.
+    """
+    store.write_json(f"recipes/{name}.json", {"features": fingerprint(spec), "table": encoding_folder(spec.encoding)})
+
+
+def caches_in_use(store: Store) -> list[CacheInUse]:
+    """Every feature table of a root, with its size, the runs that it serves and the recipes that use it now.
+
+    Args:
+        store: of the root.
+
+    Raises:
+        RecordError: a record is damaged.
+    """
+    found: dict[str, CacheInUse] = {}
+    for path in store.list("runs/cache-features"):
+        if not path.endswith("/spec.json"):
+            continue
+        spec = _spec_of(store, path, FeatureSpec)
+        if spec is None:
+            continue
+        folder = encoding_folder(spec.encoding)
+        cache = found.setdefault(folder, CacheInUse(folder=folder, encoder=spec.encoder.model, precision=spec.precision))
+        cache.runs.append(path.split("/")[2])
+    for path in store.list("recipes"):
+        folder = store.read_json(path)["table"]
+        if folder in found:
+            found[folder].recipes.append(path.removeprefix("recipes/").removesuffix(".json"))
+    for item in store.list_objects("features"):
+        folder = "/".join(item.path.split("/")[:2])
+        if folder in found:
+            found[folder].size_bytes += item.size_bytes
+            found[folder].modified_unix_s = max(found[folder].modified_unix_s, item.modified_unix_s)
+    return sorted(found.values(), key=lambda cache: cache.folder)
+
+
+def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: bool = False, now_unix_s: float | None = None) -> list[Leftover]:
+    """What could go.
+
+    Args:
+        store: of the root.
+        older_than_s: younger objects are left alone.
+        superseded: also whole caches that no recipe uses any more.
+        now_unix_s: None is now.
+
+    Returns:
+        Leftovers by reason and place.
+
+    Raises:
+        StorageError: the store is away.
+        TableError: a table cannot be read, so that nothing can be told of its files.
+    """
+    before = (time.time() if now_unix_s is None else now_unix_s) - older_than_s
+    objects = store.list_objects()
+    old = [item for item in objects if item.modified_unix_s < before]
+    found = _grouped("unfinished", (item for item in old if item.is_unfinished))
+    uploads = [upload for upload in store.abandoned_uploads() if upload.started.timestamp() < before]
+    if uploads:
+        size = sum(upload.num_bytes for upload in uploads)
+        found.append(Leftover(reason="unfinished", place="multipart uploads", size_bytes=size, paths=(), uploads=tuple(uploads)))
+    gone: set[str] = set()
+    if superseded:
+        for cache in caches_in_use(store):
+            if not cache.recipes and cache.modified_unix_s < before:
+                found.append(_whole_cache(store, cache, objects))
+                gone.add(cache.folder)
+    for folder in sorted({"/".join(item.path.split("/")[:2]) for item in old if item.path.startswith("features/")} - gone):
+        for table in (folder, f"{folder}/_index"):
+            held = {f"{table}/{file.path}" for file in Table(store, table, pa.schema([]), ("branch", "maps")).files()}
+            own = (item for item in old if item.path.startswith(f"{table}/branch=") and not item.is_unfinished)
+            found += _grouped("orphan", (item for item in own if item.path not in held), place=table)
+    return found
+
+
+def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> None:
+    """Remove them.
+
+    Args:
+        store: of the root.
+        leftovers: as `find_leftovers` gave them.
+
+    Raises:
+        StorageError: one cannot be removed; those before it are gone.
+    """
+    for leftover in leftovers:
+        for path in leftover.paths:
+            store.delete(path)
+        for upload in leftover.uploads:
+            store.abort_upload(upload)
+
+
+def _grouped(reason: Reason, items: Iterable[StoredObject], place: str | None = None) -> list[Leftover]:
+    """Leftovers by the folder that they lie in, or all as of one place."""
+    folders: dict[str, list[StoredObject]] = {}
+    for item in items:
+        folders.setdefault(place or "/".join(item.path.split("/")[:2]), []).append(item)
+    return [
+        Leftover(reason=reason, place=folder, size_bytes=sum(item.size_bytes for item in own), paths=tuple(item.path for item in own))
+        for folder, own in sorted(folders.items())
+    ]
+
+
+def _whole_cache(store: Store, cache: CacheInUse, objects: Sequence[StoredObject]) -> Leftover:
+    """A table with the runs that it serves: their records would say that what is gone is there. The records go first."""
+    runs = [f"runs/cache-features/{key}" for key in cache.runs]
+    calibrations = [path for path in store.list("runs/calibrate-features") if path.endswith("/spec.json")]
+    runs += [path.removesuffix("/spec.json") for path in calibrations if _calibrates(store, path, cache.folder)]
+    own = [item for folder in (*runs, cache.folder) for item in objects if item.path.startswith(f"{folder}/")]
+    first = [item.path for item in own if item.path.endswith("/COMMITTED.json")]
+    paths = (*first, *(item.path for item in own if item.path not in first))
+    return Leftover(reason="superseded", place=cache.folder, size_bytes=sum(item.size_bytes for item in own), paths=paths)
+
+
+def _calibrates(store: Store, path: str, folder: str) -> bool:
+    spec = _spec_of(store, path, CalibrationSpec)
+    return spec is not None and encoding_folder(spec.encoding) == folder
+
+
+def _spec_of(store: Store, path: str, kind: type[Spec]) -> Spec | None:
+    """A run's spec; None of an older format, whose tables have other names."""
+    try:
+        return from_json(kind, store.read_json(path)["spec"], where=store.url(path))
+    except (KeyError, TypeError, RecordError):
+        return None
