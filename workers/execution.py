@@ -55,6 +55,8 @@ class ExecutionSettings:
     """Whether the language model's layers are computed again for the backward pass instead of being kept: less memory, about a third more time."""
     max_failures: int = 2
     """Worker deaths that a training run survives."""
+    stall_after_s: int = 1800
+    """So long after the last unit of work ended, a run is taken for stuck: its processes say where they are, and it is begun anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_batch_size: int = 64
     object_store_bytes: int = 256 * 2**20
@@ -82,6 +84,7 @@ class ExecutionSettings:
             "micro_batch_size": self.micro_batch_size,
             "checkpoint_every_steps": self.checkpoint_every_steps,
             "eval_batch_size": self.eval_batch_size,
+            "stall_after_s": self.stall_after_s,
         }
         for name, count in counts.items():
             if count is not None and count < 1:

@@ -14,16 +14,20 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 import tempfile
+import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
-from workers.execution import ExecutionSettings
+from workers.execution import ExecutionSettings, cache_folder
 
 __all__ = ["Cluster", "InlineCluster", "RayCluster", "encoding_cluster", "ray_runtime", "translate_ray_error"]
 
@@ -33,6 +37,8 @@ Result = TypeVar("Result")
 
 _TEMP_DIR_PREFIX = "loupe-ray-"
 _PID_FILE = "driver.pid"
+_WATCHERS = "watchers"
+_STACKS_WITHIN_S = 10.0
 _WATCH_INTERVAL_S = 15.0
 """Between looks whether a cluster on which nothing ends is still there."""
 _MAX_TEMP_DIR_CHARS = 40
@@ -117,6 +123,13 @@ class _Finisher:
         """Run one prepared job."""
         return self._finish(prepared)
 
+    def stacks(self) -> str:
+        """Where every thread of this process is."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames()  # noqa: SLF001 - the documented way to see other threads
+        parts = [f"thread {names.get(number, number)}\n{''.join(traceback.format_stack(frame))}" for number, frame in frames.items()]
+        return f"process {os.getpid()} on {platform.node()}\n" + "\n".join(parts)
+
 
 class RayCluster:
     """Runs functions as Ray tasks and actors. Ray must be running: see `ray_runtime`.
@@ -189,6 +202,7 @@ class RayCluster:
             max_restarts=self._execution.max_failures,
             max_task_retries=self._execution.max_failures,
             max_concurrency=2,
+            concurrency_groups={_WATCHERS: 1},  # a thread that can say where the others are
         )(_Finisher)
         actors = [actor.remote(finisher) for _ in range(finishers)]
         task = remote(num_cpus=1, max_retries=self._execution.max_failures)(prepare)
@@ -207,19 +221,27 @@ class RayCluster:
             load[places.pop(reference)] -= 1
 
         try:
-            yield from self._drain(submit, jobs, in_flight, done)
+            yield from self._drain(submit, jobs, in_flight, done, actors)
         finally:
             # An actor without handles ends by itself, after the units that it still has. Killed with units under way it would have them reported as
             # failed and tried again, line after line on the terminal of whoever pressed Ctrl-C.
             actors.clear()
 
-    def _drain(self, submit: Callable[[Job], Any], jobs: Iterable[Job], in_flight: int, done: Callable[[Any], None] | None = None) -> Iterator[Any]:
+    def _drain(
+        self,
+        submit: Callable[[Job], Any],
+        jobs: Iterable[Job],
+        in_flight: int,
+        done: Callable[[Any], None] | None = None,
+        actors: Sequence[Any] = (),
+    ) -> Iterator[Any]:
         import ray
 
         assert in_flight >= 1
         waiting = iter(jobs)
         running: list[Any] = []
         exhausted = False
+        last_s = time.monotonic()
         # Work that is under way when something fails or the caller goes away (Ctrl-C) is left to end: units may run twice, and all of it goes with
         # the driver. Cancelling it can abort the driver: Ray 2.60 fails an assertion when a reply meets a cancellation, 3 times in 12 under load.
         while running or not exhausted:
@@ -232,9 +254,12 @@ class RayCluster:
                     running.append(submit(job))
             if not running:
                 break
-            ready, running = ray.wait(running, num_returns=1, timeout=_WATCH_INTERVAL_S)
+            ready, running = ray.wait(running, num_returns=1, timeout=min(_WATCH_INTERVAL_S, self._execution.stall_after_s))
             if not ready:
                 _check_alive()
+                if time.monotonic() - last_s > self._execution.stall_after_s:
+                    raise _stalled(time.monotonic() - last_s, len(running), actors)
+            last_s = time.monotonic() if ready else last_s
             for reference in ready:
                 if done is not None:
                     done(reference)
@@ -339,6 +364,26 @@ def _check_alive() -> None:
     nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
     if not any(node["Alive"] for node in nodes()):
         raise ClusterError("Ray's last node is gone; run again, finished units are kept")
+
+
+def _stalled(seconds: float, num_running: int, actors: Sequence[Any]) -> ClusterError:
+    """What is known of a run on which nothing ends, written where it outlives the run."""
+    import ray
+
+    told = [f"{num_running} units under way, none ended for {seconds:.0f} s"]
+    told += [f"{kind}: {getattr(ray, kind)()}" for kind in ("cluster_resources", "available_resources")]
+    for number, actor in enumerate(actors):
+        try:
+            told.append(f"finisher {number}\n{ray.get(actor.stacks.options(concurrency_group=_WATCHERS).remote(), timeout=_STACKS_WITHIN_S)}")
+        except ray.exceptions.RayError as error:
+            told.append(f"finisher {number} does not say where it is: {first_line(error)}")
+    path = cache_folder() / "stalls" / f"{int(time.time())}-{os.getpid()}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(told) + "\n")
+    return ClusterError(
+        f"work on the cluster is stuck: {told[0]}. Where its processes were stands in {path}. Run again, finished units are kept; if a unit may take "
+        "longer than that, raise stall_after_s."
+    )
 
 
 def _init_local(**options: Any) -> None:

@@ -7,15 +7,16 @@ committed any number of times: the table holds it once. DuckDB, Polars and Spark
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.errors import TableError
-from workers.storage import Store, translated
+from workers.errors import StoreUnavailableError, TableError
+from workers.storage import Store
+from workers.storage_errors import persistently, translated
 
 __all__ = ["Table", "TableFile", "read_partition"]
 
@@ -86,15 +87,7 @@ class Table:
             whole = whole.append(pa.field(name, pa.string(), nullable=False))
         found = self._open()
         if found is None:
-            with translated("create the table", self.store.url(self.path)):
-                try:
-                    deltalake.DeltaTable.create(
-                        self.uri, whole, mode="ignore", partition_by=list(self.partition_by) or None, storage_options=self.store.delta_options or None
-                    )
-                except deltalake.exceptions.DeltaError as error:
-                    # Somebody may have created it between our look and our try; then theirs is compared below.
-                    if self._open() is None:
-                        raise TableError(f"{self.store.url(self.path)} cannot be created: {error}") from error
+            persistently(lambda: self._create(whole), "create the table", self.store.url(self.path))
             found = self._open()
         assert found is not None
         there = {column.name: _column_text(column.type, nullable=column.nullable) for column in found.schema().fields}
@@ -107,6 +100,18 @@ class Table:
                 "Use another root, or remove the table."
             )
         self._add_columns([column for column in deltalake.Schema.from_arrow(whole).fields if column.name not in there])
+
+    def _create(self, schema: pa.Schema) -> None:
+        """Make the table unless it is there."""
+        import deltalake
+
+        partition_by, options = list(self.partition_by) or None, self.store.delta_options or None
+        try:
+            deltalake.DeltaTable.create(self.uri, schema, mode="ignore", partition_by=partition_by, storage_options=options)
+        except deltalake.exceptions.DeltaError as error:
+            # Somebody may have created it between our look and our try; then theirs is compared.
+            if self._open() is None:
+                raise TableError(f"{self.store.url(self.path)} cannot be created: {error}") from error
 
     def _add_columns(self, columns: Sequence[Any]) -> None:
         """Files that were written before have nulls there."""
@@ -127,10 +132,19 @@ class Table:
             try:
                 with translated("add columns to", self.store.url(self.path)):
                     found.alter.add_columns(missing)
-            except deltalake.exceptions.DeltaError as error:  # another writer was faster
+            except (deltalake.exceptions.DeltaError, StoreUnavailableError) as error:  # another writer was faster, or the answer was lost
                 last = error
+                self._delta = None
                 time.sleep(0.05 * 2**attempt)
-        raise TableError(f"{self.store.url(self.path)}: {_COMMIT_TRIES} tries to add columns failed, the last with: {last}. Run again.")
+        raise self._in_vain("add columns", last)
+
+    def _in_vain(self, what: str, last: Exception | None) -> Exception:
+        """After the last try."""
+        if isinstance(last, StoreUnavailableError):
+            return last
+        return TableError(
+            f"{self.store.url(self.path)}: {_COMMIT_TRIES} tries to {what} failed, the last with: {last}. Run again when fewer writers are at it."
+        )
 
     def write_file(
         self,
@@ -250,6 +264,7 @@ class Table:
         from deltalake.transaction import AddAction
 
         last: Exception | None = None
+        tried: Collection[str] = ()
         for attempt in range(_COMMIT_TRIES):
             table = self._open()
             if table is None:
@@ -258,16 +273,17 @@ class Table:
             held = self._held_paths(table)
             new = {file.path: file for file in files if file.path not in held}
             if not new:
-                return 0
+                return len(tried)
             actions = [
                 AddAction(file.path, file.size_bytes, dict(file.partition), int(time.time() * 1000), True, json.dumps({"numRecords": file.num_rows}))
                 for file in new.values()
             ]
-            before = table.version()
+            before, tried = table.version(), new.keys()
             try:
                 with translated("commit to", self.store.url(self.path)):
                     table.create_write_transaction(actions, mode="append", schema=table.schema(), partition_by=list(self.partition_by) or None)
-            except deltalake.exceptions.DeltaError as error:
+            except (deltalake.exceptions.DeltaError, StoreUnavailableError) as error:
+                # Where the answer was lost, the next look at the table tells whether the commit was.
                 last = error
                 self._delta = None
                 time.sleep(0.05 * 2**attempt)
@@ -276,9 +292,7 @@ class Table:
                 self._held |= new.keys()
                 self._held_version = before + 1
             return len(new)
-        raise TableError(
-            f"{self.store.url(self.path)}: {_COMMIT_TRIES} tries to commit failed, the last with: {last}. Run again when fewer writers are at it."
-        )
+        raise self._in_vain("commit", last)
 
     def read(self, partition: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Rows of the committed files, in path order.
@@ -296,11 +310,21 @@ class Table:
         files = self.files(partition)
         if not files:
             return None
-        tables = []
-        for file in files:
-            with translated("read", self.file_url(file)):
-                tables.append(self.open_file(file).read(columns=None if columns is None else list(columns)))
+        tables = [self.read_file(file, columns) for file in files]
         return pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="default")
+
+    def read_file(self, file: TableFile, columns: Sequence[str] | None = None) -> pa.Table:
+        """One committed file, whole.
+
+        Args:
+            file: which.
+            columns: only these.
+
+        Raises:
+            StorageError: it cannot be read, or a page of it does not match its checksum.
+        """
+        wanted = None if columns is None else list(columns)
+        return persistently(lambda: self.open_file(file).read(columns=wanted), "read", self.file_url(file))
 
     def file_url(self, file: TableFile) -> str:
         """Where one of its files lies."""
@@ -343,20 +367,23 @@ class Table:
 
     def _open(self) -> Any:
         """The table as it is now; None when there is none."""
+        # delta-rs asks again by itself where a store is busy, and not where an answer is cut off.
+        return persistently(self._opened, "open the table", self.store.url(self.path))
+
+    def _opened(self) -> Any:
         import deltalake
 
-        with translated("open the table", self.store.url(self.path)):
-            try:
-                if self._delta is not None:
-                    self._delta.update_incremental()
-                else:
-                    self._delta = deltalake.DeltaTable(self.uri, storage_options=self.store.delta_options or None)
-            except deltalake.exceptions.TableNotFoundError:
-                self._delta = None
-            except deltalake.exceptions.DeltaError as error:
-                self._delta = None
-                raise TableError(f"{self.store.url(self.path)} should be a Delta table but cannot be read: {error}") from error
-            return self._delta
+        try:
+            if self._delta is not None:
+                self._delta.update_incremental()
+            else:
+                self._delta = deltalake.DeltaTable(self.uri, storage_options=self.store.delta_options or None)
+        except deltalake.exceptions.TableNotFoundError:
+            self._delta = None
+        except deltalake.exceptions.DeltaError as error:
+            self._delta = None
+            raise TableError(f"{self.store.url(self.path)} should be a Delta table but cannot be read: {error}") from error
+        return self._delta
 
 
 def read_partition(store: Store, path: str, partition: Mapping[str, str]) -> pa.Table | None:

@@ -114,6 +114,31 @@ def test_foreign_errors_and_deaths_on_ray_become_ours(ray_session):
     assert isinstance(died.value, WorkerError)
 
 
+class Hangs:
+    """Makes finishers of which one never comes back."""
+
+    def __call__(self):
+        def finish_or_hang(number):
+            while number == 2:
+                time.sleep(0.1)
+            return number
+
+        return finish_or_hang
+
+
+@pytest.mark.slow
+def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, stall_after_s=8))
+    done = []
+    with pytest.raises(ClusterError, match=r"is stuck: 1 units under way, none ended for \d+ s\. Where its processes were stands in") as stuck:
+        done.extend(cluster.pipeline(square, Hangs(), range(4), finishers=1, in_flight=4))
+    assert stuck.value.retryable
+    (dump,) = (tmp_path / "stalls").iterdir()
+    assert "finish_or_hang" in dump.read_text()
+    assert "time.sleep(0.1)" in dump.read_text()
+
+
 @dataclass
 class Overlaps:
     """A finisher that finishes only when it runs twice at a time."""

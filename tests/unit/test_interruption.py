@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pipelines.interruption import InterruptibleProgress, Interruption, catching_interruptions
+from pipelines.interruption import InterruptibleProgress, Interruption, Terminated, catching_interruptions
 from workers.execution import SilentProgress
 
 
@@ -132,3 +132,23 @@ def test_other_threads_are_left_alone() -> None:
     assert seen == []
     signals.close()
     written.close()
+
+
+def test_a_scheduler_that_wants_its_machine_back_is_told_from_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        with catching_interruptions():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    def terminate_quietly() -> None:
+        with catching_interruptions() as interruption:
+            signal.signal(signal.SIGTERM, lambda number, frame: None)  # as a library might
+            os.kill(os.getpid(), signal.SIGTERM)
+            interruption.check()
+
+    for way in (terminate, terminate_quietly):
+        with pytest.raises(Terminated):
+            way()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -328,8 +328,7 @@ def _keys(images: np.ndarray) -> np.ndarray:
 
 def _read(table: Table, file: TableFile) -> pa.Table:
     try:
-        with translated("read", table.file_url(file)):
-            found = table.open_file(file).read()
+        found = table.read_file(file)
     except StorageError as error:
         if not is_damage(error):
             raise
