@@ -26,7 +26,7 @@ from model.specs._connectors import (
     TextGuidedSelectorSpec,
 )
 from model.specs._exports import ExportForm, StockForm
-from model.specs._features import CalibrationSpec, EncoderFamily, EncoderSpec, FeatureSpec, MapSpec, Precision
+from model.specs._features import CalibrationSpec, Compute, EncoderFamily, EncoderSpec, FeatureSpec, MapSpec, Precision
 from model.specs._fingerprints import UnknownDigest, canonical_json, fingerprint, fingerprint_if_known, spec_differences
 from model.specs._fusions import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
 from model.specs._language_models import ChatTemplate, LanguageModelSpec, LoraSpec
@@ -41,6 +41,7 @@ __all__ = [
     "CalibrationSpec",
     "ChatTemplate",
     "CompressionSpec",
+    "Compute",
     "ConnectorSpec",
     "DCISpec",
     "EncoderFamily",

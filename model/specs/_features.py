@@ -7,7 +7,7 @@ from typing import Literal
 from model.errors import SpecError
 from model.views import ViewSpec
 
-__all__ = ["CalibrationSpec", "EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "Precision", "check_map_pool"]
+__all__ = ["CalibrationSpec", "Compute", "EncoderFamily", "EncoderSpec", "FeatureSpec", "MapSpec", "Precision", "check_map_pool"]
 
 EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
 """Whose architecture an encoder has. SigLIP 2 at a fixed resolution is `siglip`, by its own config; `siglip2` is the NaFlex one."""
@@ -93,6 +93,9 @@ class EncoderSpec:
 Precision = Literal["fp32", "fp16", "int8"]
 """How a map's numbers are stored. `int8`: per token, behind a centre and a scale per channel, see model.quantisation."""
 
+Compute = Literal["fp32", "bf16", "fp16"]
+"""In which type an encoder's weights and hidden states are held. Maps are summed and pooled in fp32 whatever it is."""
+
 _BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 _STEP_BYTES = 2
 """Of int8: each token's step, in fp16."""
@@ -138,6 +141,8 @@ class FeatureSpec:
     """Of int8: digest of the file of centres and scales."""
     fp16_maps: tuple[str, ...] = ()
     """Of int8: maps that it is not good enough for, as `local/layer_7`."""
+    compute: Compute = "fp32"
+    """Of the forward pass. It changes the numbers that are stored, so it is part of the identity."""
     resampling: Literal["bicubic"] = "bicubic"
     format_version: int = 1
 

@@ -297,7 +297,7 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     encoder = known_encoder("openai/clip-vit-base-patch32")
     deepest = 11
     assert plan["views_per_s"] == pytest.approx(2 * 100e12 * 0.5 / encoder_flops(encoder, deepest))
-    assert plan["hardware"].startswith("2 devices of 100 TFLOP/s at 50%, 10 cores, 100 Gbit/s at 80%")
+    assert plan["hardware"].startswith("2 devices of 100 TFLOP/s in fp32 at 50%, 10 cores, 100 Gbit/s at 80%")
     assert (plan["passes"], plan["months"], plan["num_images"]) == (3, 6, 1000)
     assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
     cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from torch import Tensor
 
-from model.encoder import Encoder, load_encoder
+from model.encoder import Encoder, compute_dtype, load_encoder
 from model.errors import MissingMapError, first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
@@ -110,7 +110,7 @@ class LiveFeatures:
         device: `auto`, `cpu`, `cuda` or a torch device.
         global_maps: a choice out of the spec's, in the wanted order; None is all.
         local_maps: the same for local views.
-        batch_views: views in one forward pass.
+        batch_views: views in one forward pass; None is automatic.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LiveFeatures:
         *,
         global_maps: Sequence[MapSpec] | None = None,
         local_maps: Sequence[MapSpec] | None = None,
-        batch_views: int = 64,
+        batch_views: int | None = None,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -166,7 +166,7 @@ class LiveFeatures:
     def _loaded(self) -> Encoder:
         if self._encoder is None:
             deepest = max(layer for maps in self._maps.by_branch.values() for item in maps for layer in item.layers)
-            self._encoder = load_encoder(self._spec.encoder, deepest, self._device)
+            self._encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
         return self._encoder
 
 
