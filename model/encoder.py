@@ -313,7 +313,7 @@ class Encoder(nn.Module):
         """
         if views_uint8.shape[-1] != self.spec.view_px:
             raise EncoderError(f"{self.spec.model} sees views of {self.spec.view_px} px, found {views_uint8.shape[-1]}")
-        deepest = max((layer for item in maps for layer in item.layers), default=0)
+        deepest = max([0, *(layer for item in maps for layer in item.layers)])
         if deepest > self.deepest_layer:
             raise EncoderError(f"this encoder was loaded up to layer {self.deepest_layer}, but a map needs layer {deepest}; load it deeper")
         sums: dict[str, Tensor] = {}

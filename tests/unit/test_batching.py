@@ -317,6 +317,28 @@ def test_a_pass_is_compiled_once_for_each_set_of_maps(encoder, monkeypatch):
     assert EncoderForward(encoder).is_compiled is False
 
 
+def test_a_pass_is_one_graph_to_a_compiler(tiny_encoder_folder):
+    """Whatever breaks it up costs a launch and a guard for each piece, and cannot be recorded. No C++ compiler is needed to look.
+
+    In a process of its own: what checks shapes under test cannot be compiled.
+    """
+    program = f"""
+import torch
+from model.encoder import describe_encoder, load_encoder
+from model.specs import MapSpec
+encoder = load_encoder(describe_encoder({str(tiny_encoder_folder)!r}), 6)
+views = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
+maps = [MapSpec(layers=(5,)), MapSpec(layers=(0, 1, 2)), MapSpec(layers=(1, 4), pool=2)]
+whole = torch.compile(lambda batch: encoder(batch, maps), backend="eager", fullgraph=True)
+with torch.inference_mode():
+    found = whole(views)
+for name, tokens in encoder(views, maps).items():
+    torch.testing.assert_close(found[name], tokens, rtol=0, atol={TOLERANCE})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=170, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_lack_of_memory_is_not_taken_for_a_compilers_failure(encoder, monkeypatch):
     def starved(function, **_):
         def run(views):
