@@ -30,8 +30,8 @@ _CPU_ROWS = 2048
 """Tokens of one forward pass on a CPU: 10 views of ViT-B/16 at 224 px, 31 of 65 tokens. Measured on cores with AVX2, ms of a core for one view, in
 batches of 1, 2, 4, 8, 16, 32 and 64. A block of ViT-B/16 with one thread: 115, 112, 108, 104, 111, 112, 114; with two: 174, 156, 128, 123, 116, 114,
 116. Four blocks of ViT-S/16: 121, 115, 109, 106, 107, 117, 118. Eight blocks of width 192 on 65 tokens with one thread: 30, 24, 21, 20, 19, 19, 20;
-with two: 127, 85, 64, 43, 33, 29, 26. `python tests/benchmark/encoder_on_gpu.py --device cpu --batches` measures it anew. Fewer do not fill a
-product of matrices, more do not stay in the caches."""
+with two: 127, 85, 64, 43, 33, 29, 26. Fewer do not fill a product of matrices, more do not stay in the caches. Anew:
+`python tests/benchmark/encoder_on_gpu.py --device cpu --compute fp32 --shape vit-b16 --batches --views 64 --repeats 3`."""
 _CUDA_ROWS = 2**15
 """Tokens of one forward pass on a GPU: 56 views of CLIP-L/14-336, 166 of ViT-B/16 at 224 px. Enough rows for a matrix product to fill 132
 multiprocessors 16 times over with tiles of 128 x 128 at a width of 1024; an estimate, which tests/benchmark/encoder_on_gpu.py tries."""
@@ -204,7 +204,8 @@ class _Recording:
                 run(self._views)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # What other threads do to other streams meanwhile is no part of it, and no error.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._maps = run(self._views)
 
     def __call__(self, views: Tensor) -> Maps:

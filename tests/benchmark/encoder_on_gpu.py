@@ -2,7 +2,7 @@
 
     python tests/benchmark/encoder_on_gpu.py                                CLIP-L/14-336 of random weights in bf16, under four minutes
     python tests/benchmark/encoder_on_gpu.py --batches                      the bare forward pass alone, in batches of several sizes
-    python tests/benchmark/encoder_on_gpu.py --device cpu --shape vit-b16   whatever there is
+    python tests/benchmark/encoder_on_gpu.py --device cpu --compute fp32 --shape vit-b16 --views 40 --unit-views 40 --repeats 3 --no-compile
 
 Needs torch, transformers, numpy, safetensors and pyarrow, and none of Loupe's other packages: neither Ray nor Delta Lake. Prints JSON: of every rate
 the median of its repeats with the least and the most. Matrix product: the peak that torch reaches here on one large product. Bare: the encoder's

@@ -153,12 +153,18 @@ class ViewEncoder:
         self.batch_size = BatchSize(encoder, batch_views)
         self._encoder = encoder
         self._forward = EncoderForward(encoder, compiled=compiled)
-        self._is_cuda = encoder.device.type == "cuda"
+        self._is_staged = encoder.device.type == "cuda"
+        """Whether views and maps go through buffers between host and device, in batches of one shape. Works on a CPU too, and is a waste there."""
         self._streams = torch.get_device_module(encoder.device)
         """torch.cuda, or torch.cpu, whose streams and events do nothing."""
         self._inward, self._outward = self._streams.Stream(), self._streams.Stream()
         self._slots: list[_Slot] = []
         self._num_batches = 0
+
+    @property
+    def _pins(self) -> bool:
+        """Whether the host's buffers are pinned, without which copies wait for each other."""
+        return self._encoder.device.type == "cuda"
 
     def submit(
         self,
@@ -208,8 +214,8 @@ class ViewEncoder:
     def _free_slot(self, batch_views: int) -> _Slot:
         if len(self._slots) < _SLOTS:
             side = self._encoder.spec.view_px
-            host = torch.zeros((batch_views, 3, side, side), dtype=torch.uint8, pin_memory=self._is_cuda)
-            self._slots.append(_Slot(host_views=host, device_views=torch.empty_like(host, device=self._encoder.device) if self._is_cuda else host))
+            host = torch.zeros((batch_views, 3, side, side), dtype=torch.uint8, pin_memory=self._pins)
+            self._slots.append(_Slot(host_views=host, device_views=torch.empty_like(host, device=self._encoder.device) if self._is_staged else host))
         slot = self._slots[self._num_batches % len(self._slots)] if len(self._slots) == _SLOTS else self._slots[-1]
         self._num_batches += 1
         slot.land()
@@ -234,7 +240,7 @@ class ViewEncoder:
         """A batch on its way: views there, maps computed and rounded, and back."""
         streams, computing = self._streams, self._streams.current_stream()
         num_rows = parts[-1].rows.stop
-        if self._is_cuda:
+        if self._is_staged:
             # One shape, for compiled code and graphs. A CPU compiles nothing, and would compute what nobody wants.
             slot.host_views[num_rows:].zero_()
             with streams.stream(self._inward):
@@ -242,7 +248,7 @@ class ViewEncoder:
             computing.wait_stream(self._inward)
             num_rows = len(slot.device_views)
         # Where shapes are compiled every batch gives all maps that any branch wants, so that there is one shape; else those that it needs.
-        asking = maps if self._is_cuda else [part.branch for part in parts]
+        asking = maps if self._is_staged else [part.branch for part in parts]
         deepest = max(layer for part in parts for item in maps[part.branch] for layer in item.layers)
         union = dict.fromkeys(item for branch in asking for item in maps[branch] if item.layers[-1] <= deepest)
         reduced = self._forward(slot.device_views[:num_rows], list(union))
@@ -274,13 +280,13 @@ class ViewEncoder:
         return _Landing(land)
 
     def _on_host(self, slot: _Slot, part: _Part, item: MapSpec, there: RoundedMap) -> RoundedMap:
-        if not self._is_cuda:
+        if not self._is_staged:
             return there
 
         def copied(kind: str, tensor: Tensor) -> Tensor:
             key = (part.branch, item.name, kind)
             if key not in slot.staging:
-                slot.staging[key] = torch.empty((len(slot.host_views), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+                slot.staging[key] = torch.empty((len(slot.host_views), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=self._pins)
             return slot.staging[key][: len(tensor)].copy_(tensor, non_blocking=True)
 
         return RoundedMap(
