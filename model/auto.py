@@ -42,7 +42,7 @@ from model.chat import IMAGE_PLACE, Conversation
 from model.compression import Resampler, place_codes
 from model.connector import Connector
 from model.decoding import from_json
-from model.encoder import Encoder, encoder_folder
+from model.encoder import Encoder, compute_dtype, encoder_folder
 from model.errors import ExportError
 from model.export import ExportConfig, as_stored
 from model.images import cut_views, decode_image
@@ -158,6 +158,7 @@ class LoupeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         computes = self.config.computes
         language_model = LanguageModel(network=self.language_model, tokenizer=None, max_tokens=0)
         model = VisionLanguageModel(self.connector, language_model, precision=computes.precision, separator_id=self.config.separator_token_id)
+        self.vision_tower.to(compute_dtype(computes.feature_compute, str(self.device), or_wider=True))
         return model, Encoder(self.vision_tower, computes.encoder, self.config.vision_config.num_hidden_layers).to(self.device)
 
     @torch.no_grad()

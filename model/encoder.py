@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width, unknown_text
 from model.errors import EncoderError, HubError, first_line
-from model.specs import EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
+from model.specs import Compute, EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
 from model.weights import absent_shards, cached_snapshot, fetch_snapshot, unreadable_weights
 
-__all__ = ["Encoder", "describe_encoder", "encoder_folder", "load_encoder", "plan_encoder", "resolve_encoder"]
+__all__ = ["Encoder", "compute_dtype", "describe_encoder", "encoder_folder", "load_encoder", "plan_encoder", "resolve_encoder"]
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -290,10 +290,11 @@ class Encoder(nn.Module):
             [batch, 3, view_px, view_px] in the tower's dtype.
         """
         scaled = views_uint8.to(self.device).to(torch.float32) * (1 / 255)
-        return ((scaled - self.mean) / self.std).to(self._dtype)
+        return ((scaled - self.mean) / self.std).to(self.dtype)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """Of weights and hidden states."""
         return next(self.embeddings.parameters()).dtype
 
     @torch.inference_mode()
@@ -312,7 +313,7 @@ class Encoder(nn.Module):
         """
         if views_uint8.shape[-1] != self.spec.view_px:
             raise EncoderError(f"{self.spec.model} sees views of {self.spec.view_px} px, found {views_uint8.shape[-1]}")
-        deepest = max((layer for item in maps for layer in item.layers), default=0)
+        deepest = max([0, *(layer for item in maps for layer in item.layers)])
         if deepest > self.deepest_layer:
             raise EncoderError(f"this encoder was loaded up to layer {self.deepest_layer}, but a map needs layer {deepest}; load it deeper")
         sums: dict[str, Tensor] = {}
@@ -321,16 +322,19 @@ class Encoder(nn.Module):
             wanted = [item for item in maps if layer in item.layers]
             if not wanted:
                 return
-            patches = state[:, self.spec.prefix_tokens :].to(torch.float32)
+            patches = state[:, self.spec.prefix_tokens :]
             for item in wanted:
-                sums[item.name] = patches if item.name not in sums else sums[item.name] + patches
+                if item.name in sums:
+                    sums[item.name].add_(patches)  # in fp32, whatever is added
+                else:
+                    sums[item.name] = patches.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
         state = self._embed(self.normalise(views_uint8))
         reduce(0, state)
         for layer, block in enumerate(list(self.blocks)[:deepest], start=1):
             state = block(state, attention_mask=None)
             reduce(layer, state)
-        return {item.name: _pooled(sums[item.name] / len(item.layers), item.pool).contiguous() for item in maps}
+        return {item.name: _pooled(sums[item.name].div_(len(item.layers)), item.pool) for item in maps}
 
     def _embed(self, pixels: Float[Tensor, "batch 3 px px"]) -> Float[Tensor, "batch tokens width"]:
         """Layer 0, prefix tokens included."""
@@ -374,6 +378,34 @@ def _patchify(pixels: Float[Tensor, "batch 3 px px"], patch_px: int) -> Float[Te
     count, channels, grid = pixels.shape[0], pixels.shape[1], pixels.shape[-1] // patch_px
     cut = pixels.reshape(count, channels, grid, patch_px, grid, patch_px)
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, grid * grid, patch_px * patch_px * channels)
+
+
+_DTYPES: dict[Compute, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_dtype(compute: Compute, device: str, *, or_wider: bool = False) -> torch.dtype:
+    """The type in which an encoder computes.
+
+    Args:
+        compute: of a feature spec.
+        device: torch device.
+        or_wider: fp32 where the device is no good at it: for an export, which has to answer wherever it was carried.
+
+    Returns:
+        torch's type.
+
+    Raises:
+        EncoderError: fp16 on a CPU. Without instructions for it torch goes through fp32 and back: on an AVX2 core, in fp32's time, products of
+            matrices take 5.5 times as long, the patches' convolution 25 times, and its range overflows all the same.
+    """
+    if compute == "fp16" and torch.device(device).type == "cpu":
+        if or_wider:
+            return torch.float32
+        raise EncoderError(
+            "features.compute = 'fp16' needs a GPU: on a CPU torch computes in it several times slower than in fp32; encode on a GPU, or use "
+            "compute = 'fp32' or 'bf16'"
+        )
+    return _DTYPES[compute]
 
 
 def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:

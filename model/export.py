@@ -31,12 +31,12 @@ from torch import Tensor
 from model.chat import Conversation, tokenise_conversation, tokenise_question
 from model.connector import Connector
 from model.decoding import from_json
-from model.encoder import Encoder, load_encoder
+from model.encoder import Encoder, compute_dtype, load_encoder
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
 from model.language_model import describe_folder, hold_rounded, load_language_model, multiplies_bf16
 from model.lora import load_adapters
-from model.specs import ChatTemplate, ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json
+from model.specs import ChatTemplate, Compute, ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json
 from model.views import ViewPlan, ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
 
@@ -93,6 +93,8 @@ class ExportConfig:
     """What adapter/ holds; None without one."""
     selects: bool = False
     """Whether the connector's selector drops local tokens, as it did in the last phase of training."""
+    feature_compute: Compute = "fp32"
+    """In which the encoder computed the maps that the connector was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +208,8 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     model.requires_grad_(requires_grad=False)
     global_maps = config.connector.global_branch.fusion.maps
     local_maps = () if config.connector.local_branch is None else config.connector.local_branch.fusion.maps
-    encoder = load_encoder(encoder_spec, max(layer for map_spec in (*global_maps, *local_maps) for layer in map_spec.layers), device)
+    deepest = max(layer for map_spec in (*global_maps, *local_maps) for layer in map_spec.layers)
+    encoder = load_encoder(encoder_spec, deepest, device, compute_dtype(config.feature_compute, device, or_wider=True))
     return ExportedModel(config=config, model=model, encoder=encoder)
 
 

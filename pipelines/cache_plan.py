@@ -140,10 +140,10 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     prices = recipe.plan.prices.prices()
     local = experiment.store.local_path() is not None
     if stated is not None:
-        cluster = stated.cluster(view_flops)
+        cluster = stated.cluster(view_flops, features.compute)
         hardware = (
-            f"{stated.devices} devices of {stated.device_tflops:g} TFLOP/s at {stated.device_share:.0%}, {stated.cores} cores, "
-            f"{stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
+            f"{stated.devices} devices of {stated.peak_tflops(features.compute):g} TFLOP/s in {features.compute} at {stated.device_share:.0%}, "
+            f"{stated.cores} cores, {stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
         )
     else:
         assert machine.views_per_s is not None

@@ -1,13 +1,14 @@
 """A recipe's `[plan]`: prices and hardware that `loupe plan` counts with. No part of any identity.
 
-Source of the defaults: a large cloud's list prices of 2026 (standard object storage in one region, one H100 by the hour), and an H100's peak in fp32,
-in which the encoder runs.
+Source of the defaults: a large cloud's list prices of 2026 (standard object storage in one region, one H100 by the hour), and an H100's peak in the
+type that the encoder computes in.
 """
 
 from typing import Annotated
 
 from pydantic import Field
 
+from model.specs import Compute
 from pipelines.costs import Cluster, Prices
 from pipelines.recipe_fields import Count, KeptShare, NotNegative, Positive, Table, allowed
 
@@ -30,27 +31,36 @@ class PlanPrices(Table):
         return Prices(**self.model_dump())
 
 
+_PEAK_TFLOPS: dict[Compute, float] = {"fp32": 67.0, "bf16": 989.0, "fp16": 989.0}
+"""Of an H100 (SXM), by its data sheet, without sparsity; fp32 without TF32, which Loupe does not use."""
+
+
 class PlanCluster(Table):
     """Hardware that is to make the cache, in place of the machine at hand."""
 
     devices: Count = 8
-    device_tflops: Positive = 67.0
-    """Peak of matrix products in fp32, of one device."""
+    device_tflops: Positive | None = None
+    """Peak of matrix products of one device, in the type that the encoder computes in; an H100's when absent: 67 in fp32, 989 in bf16 and fp16."""
     device_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.6
     """Of that peak, what the forward pass reaches."""
     cores: Count = 96
     network_gbit_s: Positive = 100.0
     network_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.8
 
-    def cluster(self, view_flops: int) -> Cluster:
+    def peak_tflops(self, compute: Compute) -> float:
+        """Of one device, in a type."""
+        return _PEAK_TFLOPS[compute] if self.device_tflops is None else self.device_tflops
+
+    def cluster(self, view_flops: int, compute: Compute) -> Cluster:
         """As the arithmetic takes it.
 
         Args:
             view_flops: operations of one view's forward pass.
+            compute: in which type.
         """
         return Cluster(
             devices=self.devices,
-            views_per_s=self.devices * self.device_tflops * 1e12 * self.device_share / view_flops,
+            views_per_s=self.devices * self.peak_tflops(compute) * 1e12 * self.device_share / view_flops,
             cores=self.cores,
             network_bytes_per_s=self.network_gbit_s * 1e9 / 8 * self.network_share,
             shares_cores=False,

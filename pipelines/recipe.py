@@ -162,6 +162,8 @@ class Features(Table):
     """Of int8: images that its centres and scales are measured on, one of four to check them."""
     min_snr_db: Annotated[float, Field(ge=20, allow_inf_nan=False), allowed("a finite number from 20 up, below which no cache goes on")] = 30.0
     """Of int8: a map that keeps less signal over rounding is stored in fp16."""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the encoder's weights and hidden states; bf16 is an accelerator's fast one. Maps are summed in fp32 all the same."""
     source: Literal["cached", "live"] = "cached"
     """`live`: nothing is stored; the encoder runs in training and evaluation, on every view whenever it is seen."""
 
@@ -407,6 +409,7 @@ class Recipe(Table):
             precision=self.features.precision,
             calibration=self.calibration_rule() if self.features.precision == "int8" else None,
             calibration_sha256=UNCALIBRATED if self.features.precision == "int8" else None,
+            compute=self.features.compute,
         )
 
     def calibration_rule(self) -> CalibrationRule:

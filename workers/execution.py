@@ -32,8 +32,11 @@ class ExecutionSettings:
     """Processes that encode: one per accelerator."""
     encoder_threads: int | None = None
     """torch threads of an encoding process; None is every CPU of the run, shared among the actors."""
-    encode_batch_views: int = 64
-    """Views in one forward pass."""
+    encode_batch_views: int | None = None
+    """Views in one forward pass; None fits them to the device and the encoder. Halved for the rest of the run where memory ends."""
+    encode_compile: bool | None = None
+    """Whether torch.compile fuses the encoder's forward pass; None does so on CUDA alone. Where it fails the pass runs as it is. On a CPU it gains
+    nothing: two blocks of ViT-B/16 in batches of 8 take 203 to 211 ms a view compiled, 210 to 226 as they are, and minutes to compile."""
     images_in_flight_units: int = 2
     """Work units per worker that may be under way at once: memory against idle time."""
     images_per_build_unit: int = 32

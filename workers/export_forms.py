@@ -194,7 +194,7 @@ def export_form(spec: FormExportSpec, training: TrainingSpec, store: Store, exec
 
 def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> "ExportedModel":
     """The trained model as it was evaluated, adapters beside their base."""
-    from model.encoder import load_encoder
+    from model.encoder import compute_dtype, load_encoder
     from model.export import ExportedModel
     from workers.training.assemble import load_trained
 
@@ -203,7 +203,8 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
     if config.connector.local_branch is not None:
         maps += config.connector.local_branch.fusion.maps
     deepest = max(layer for map_spec in maps for layer in map_spec.layers)
-    return ExportedModel(config=config, model=load_trained(training, store), encoder=load_encoder(config.encoder, deepest))
+    encoder = load_encoder(config.encoder, deepest, dtype=compute_dtype(config.feature_compute, "cpu", or_wider=True))
+    return ExportedModel(config=config, model=load_trained(training, store), encoder=encoder)
 
 
 def _hold_as_written(run: "ExportedModel") -> bool:
@@ -283,15 +284,17 @@ def _without_rounding(run: "ExportedModel") -> "ExportedModel":
     """The run in fp32 throughout; its own model becomes fp32 for it."""
     import torch
 
+    from model.encoder import load_encoder
     from model.export import ExportedModel
     from model.language_model import hold_in
 
     hold_in(run.model.language_model, torch.float32)
+    encoder = run.encoder if run.encoder.dtype == torch.float32 else load_encoder(run.config.encoder, run.encoder.deepest_layer)
     run.model.precision = "fp32"
     return ExportedModel(
-        config=dataclasses.replace(run.config, feature_precision="fp32", precision="fp32", language_model_precision="fp32"),
+        config=dataclasses.replace(run.config, feature_precision="fp32", feature_compute="fp32", precision="fp32", language_model_precision="fp32"),
         model=run.model,
-        encoder=run.encoder,
+        encoder=encoder,
     )
 
 

@@ -192,6 +192,7 @@ def export_config(training: TrainingSpec, trained: TrainingRecord, adapter: "Ada
         language_model_precision="fp32" if tuned_whole else training.precision,
         adapter=adapter,
         selects=training.selects,
+        feature_compute=training.features.compute,
     )
 
 

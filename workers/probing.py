@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from model.architectures import encoder_flops
-from model.encoder import load_encoder
+from model.encoder import compute_dtype, load_encoder
+from model.encoder_execution import automatic_batch_views
 from model.images import cut_views, decode_image
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
 from model.views import plan_views
@@ -48,7 +49,14 @@ class ProbedMachine:
 
 
 def probe_machine(
-    spec: FeatureSpec, images: Sequence[bytes], size_px: tuple[int, int], *, device: str, cores: int | None, batch_views: int, encodes: bool = True
+    spec: FeatureSpec,
+    images: Sequence[bytes],
+    size_px: tuple[int, int],
+    *,
+    device: str,
+    cores: int | None,
+    batch_views: int | None,
+    encodes: bool = True,
 ) -> ProbedMachine:
     """Measure this machine.
 
@@ -58,7 +66,7 @@ def probe_machine(
         size_px: width and height of the one that is made up.
         device: `auto`, `cpu` or `cuda`.
         cores: that may be used; None is all.
-        batch_views: views in one forward pass.
+        batch_views: views in one forward pass; None is automatic.
         encodes: False leaves the encoder out.
 
     Returns:
@@ -101,14 +109,15 @@ def _prepare_s(spec: FeatureSpec, files: Sequence[bytes]) -> float:
     return (time.thread_time() - started) / done
 
 
-def _encode_rate(spec: FeatureSpec, device: str, batch_views: int) -> tuple[float, bool]:
+def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tuple[float, bool]:
     """Views a second, and whether the encoder itself ran."""
-    side, deepest = spec.encoder.view_px, spec.deepest_layer
+    side, deepest, dtype = spec.encoder.view_px, spec.deepest_layer, compute_dtype(spec.compute, device)
+    batch_views = batch_views or automatic_batch_views(spec.encoder, device, dtype)
     if device == "cpu":  # a batch of CLIP-L's 64 views would take minutes
         batch_views = max(1, min(batch_views, _CPU_CALL_FLOPS // max(1, encoder_flops(spec.encoder, deepest))))
     if isinstance(spec.encoder.weights_sha256, UnknownDigest):
-        return _stand_in_rate(spec.encoder, deepest, device, batch_views), False
-    encoder = load_encoder(spec.encoder, deepest, device)
+        return _stand_in_rate(spec.encoder, deepest, device, dtype, batch_views), False
+    encoder = load_encoder(spec.encoder, deepest, device, dtype)
     codec = FeatureCodec(_uncalibrated(spec), {})
     views = np.random.default_rng(0).integers(0, 256, size=(batch_views, 3, side, side), dtype=np.uint8)
     branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
@@ -138,19 +147,19 @@ def _seconds(work: Callable[[], None], device: str) -> float:
     return float(np.median(times))
 
 
-def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, batch_views: int) -> float:
+def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, dtype: torch.dtype, batch_views: int) -> float:
     """Of an encoder whose weights are not here: one block of its shape, as often as it has blocks."""
     tokens, width, mlp = encoder.num_patches + encoder.prefix_tokens, encoder.width, encoder.mlp_width
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         numbers: torch.Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
-        return numbers.to(device)
+        return numbers.to(device, dtype)
 
     qkv, out = matrix(3 * width, width), matrix(width, width)
     up, down = matrix(mlp, width), matrix(width, mlp)
     gate = matrix(mlp, width) if encoder.activation == "swiglu" else None
-    state = torch.randn(batch_views, tokens, width, generator=generator).to(device)
+    state = torch.randn(batch_views, tokens, width, generator=generator).to(device, dtype)
 
     @torch.inference_mode()
     def block() -> None:

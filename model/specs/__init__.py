@@ -26,7 +26,17 @@ from model.specs._connectors import (
     TextGuidedSelectorSpec,
 )
 from model.specs._exports import ExportForm, StockForm
-from model.specs._features import CalibrationRule, CalibrationSpec, EncoderFamily, EncoderSpec, EncodingSpec, FeatureSpec, MapSpec, Precision
+from model.specs._features import (
+    CalibrationRule,
+    CalibrationSpec,
+    Compute,
+    EncoderFamily,
+    EncoderSpec,
+    EncodingSpec,
+    FeatureSpec,
+    MapSpec,
+    Precision,
+)
 from model.specs._fingerprints import UnknownDigest, canonical_json, fingerprint, fingerprint_if_known, spec_differences
 from model.specs._fusions import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
 from model.specs._language_models import ChatTemplate, LanguageModelSpec, LoraSpec
@@ -42,6 +52,7 @@ __all__ = [
     "CalibrationSpec",
     "ChatTemplate",
     "CompressionSpec",
+    "Compute",
     "ConnectorSpec",
     "DCISpec",
     "EncoderFamily",

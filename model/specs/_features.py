@@ -10,6 +10,7 @@ from model.views import ViewSpec
 __all__ = [
     "CalibrationRule",
     "CalibrationSpec",
+    "Compute",
     "EncoderFamily",
     "EncoderSpec",
     "EncodingSpec",
@@ -107,6 +108,9 @@ class EncoderSpec:
 Precision = Literal["fp32", "fp16", "int8"]
 """How a map's numbers are stored. `int8`: per token, behind a centre and a scale per channel, see model.quantisation."""
 
+Compute = Literal["fp32", "bf16", "fp16"]
+"""In which type an encoder's weights and hidden states are held. Maps are summed and pooled in fp32 whatever it is."""
+
 _BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 _STEP_BYTES = 2
 """Of int8: each token's step, in fp16."""
@@ -142,6 +146,7 @@ class EncodingSpec:
     encoder: EncoderSpec
     views: ViewSpec
     precision: Precision
+    compute: Compute
     calibration: CalibrationRule | None
     """Of int8 alone."""
     resampling: Literal["bicubic"] = "bicubic"
@@ -182,6 +187,8 @@ class FeatureSpec:
     """Of int8: digest of the file of centres and scales."""
     fp16_maps: tuple[str, ...] = ()
     """Of int8: maps that it is not good enough for, as `local/layer_7`."""
+    compute: Compute = "fp32"
+    """Of the forward pass. It changes the numbers that are stored, so it is part of the identity."""
     resampling: Literal["bicubic"] = "bicubic"
     format_version: int = 2
 
@@ -192,6 +199,7 @@ class FeatureSpec:
             encoder=self.encoder,
             views=self.views,
             precision=self.precision,
+            compute=self.compute,
             calibration=self.calibration,
             resampling=self.resampling,
             format_version=self.format_version,

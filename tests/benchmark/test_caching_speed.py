@@ -1,7 +1,7 @@
 """Claim guarded: caching a dataset takes little longer than the encoder's bare forward passes over the same views.
 
-`make bench` prints both, alternating in one run: 60 drawn pictures of 672 x 448 px, 1 + 6 views of 112 px, the shipped encoder, batches of 64, one
-process; THREADS sets torch's threads.
+`make bench` prints both, alternating in one run: 60 drawn pictures of 672 x 448 px, 1 + 6 views of 112 px, the shipped encoder, batches as they
+are chosen, one process; THREADS sets torch's threads.
 """
 
 import os
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from model.encoder import describe_encoder, load_encoder
+from model.encoder_execution import automatic_batch_views
 from model.images import cut_views, decode_image
 from model.specs import DCISpec, FeatureSpec, fingerprint
 from model.views import ViewSpec, plan_views
 from workers.caching.build import cache_features
-from workers.caching.encode import deepest_layer
 from workers.dataset.build import build_dataset
 from workers.dataset.samples import read_samples
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
@@ -56,10 +56,11 @@ def test_caching_against_bare_forward_passes(tmp_path):
             global_maps=maps,
             local_maps=maps,
         )
-        encoder = load_encoder(spec.encoder, deepest_layer(spec))
+        encoder = load_encoder(spec.encoder, spec.deepest_layer)
         started = time.monotonic()
-        for start in range(0, len(views), execution.encode_batch_views):
-            encoder(torch.from_numpy(views[start : start + execution.encode_batch_views]), list(maps))
+        batch = automatic_batch_views(spec.encoder, "cpu", torch.float32)
+        for start in range(0, len(views), batch):
+            encoder(torch.from_numpy(views[start : start + batch]), list(maps))
         bare = time.monotonic() - started
         fresh = Store(str(tmp_path / f"run-{run}"))
         build_dataset(dataset, fresh, execution, SilentProgress(), cluster=InlineCluster())

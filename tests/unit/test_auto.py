@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from model.auto import IMAGE_TOKEN_ID, LoupeConfig, LoupeForConditionalGeneration, LoupeProcessor, write_loupe
 from model.connector import build_connector
-from model.encoder import describe_encoder, load_encoder
+from model.encoder import compute_dtype, describe_encoder, load_encoder
 from model.errors import ExportError
 from model.export import ExportConfig, ExportedModel
 from model.language_model import hold_in, load_language_model
@@ -90,7 +90,7 @@ def png(size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def assemble(kind: str, encoder: Path, language_model: Path, precision: str = "fp32") -> ExportedModel:
+def assemble(kind: str, encoder: Path, language_model: Path, precision: str = "fp32", compute: str = "fp32") -> ExportedModel:
     spec, views = KINDS[kind]
     described = describe_encoder(str(encoder))
     loaded = load_language_model(language_model)
@@ -102,9 +102,15 @@ def assemble(kind: str, encoder: Path, language_model: Path, precision: str = "f
     model = VisionLanguageModel(connector, loaded, precision=precision)
     model.requires_grad_(requires_grad=False)
     config = ExportConfig(
-        connector=spec, encoder=described, views=views, feature_precision="fp16", precision=precision, language_model_precision=precision
+        connector=spec,
+        encoder=described,
+        views=views,
+        feature_precision="fp16",
+        precision=precision,
+        language_model_precision=precision,
+        feature_compute=compute,
     )
-    return ExportedModel(config=config, model=model, encoder=load_encoder(described, 6))
+    return ExportedModel(config=config, model=model, encoder=load_encoder(described, 6, dtype=compute_dtype(compute, "cpu", or_wider=True)))
 
 
 def loaded(ours: ExportedModel, folder: Path) -> tuple[Any, Any]:
@@ -144,6 +150,18 @@ def test_every_connector_survives_the_round_trip(kind, tiny_encoder_folder, tiny
             own = ours.model.generate(batch, 6)[0]
             assert new[: len(own)] == own
             assert all(token in ours.model.end_ids() for token in new[len(own) :])
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_an_encoder_computes_as_it_did_in_training(compute, tiny_encoder_folder, tiny_language_model_folder, tmp_path):
+    kind = next(iter(KINDS))
+    ours = assemble(kind, tiny_encoder_folder, tiny_language_model_folder, compute=compute)
+    network, processor = loaded(ours, tmp_path)
+    given = inputs(processor, (100, 60), "What is it?")
+    assert torch.equal(network(**given).logits[0], ours.prompt_logits(png((100, 60)), "What is it?"))
+    exact = assemble(kind, tiny_encoder_folder, tiny_language_model_folder).prompt_logits(png((100, 60)), "What is it?")
+    # fp16 is computed in fp32 on a CPU, which is not good at it.
+    assert torch.equal(network(**given).logits[0], exact) == (compute == "fp16")
 
 
 @pytest.mark.parametrize("mode", ["blind", "global", "local", "both"])

@@ -134,6 +134,31 @@ def test_cached_equals_live_equals_the_encoder_for_every_map(cached, root, preci
             torch.testing.assert_close(cached_image.local_maps[:, place], encoder(views[1:], [item])[item.name], rtol=relative, atol=absolute)
 
 
+def test_a_cache_of_bf16_equals_live_features_of_bf16(built):
+    store, spec, samples = built
+    half = dataclasses.replace(spec, compute="bf16", precision="fp32")
+    cache(store, half)
+    ours = CachedFeatures(store, half).fetch(samples[:4], want_global=True, want_local=True)
+    live = LiveFeatures(store, half).fetch(samples[:4], want_global=True, want_local=True)
+    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples[:4], want_global=True, want_local=True)
+    for cached_image, live_image, exact_image in zip(ours, live, exact, strict=True):
+        for branch in ("global_maps", "local_maps"):
+            stored, now, whole = (getattr(image, branch) for image in (cached_image, live_image, exact_image))
+            # Other batches sum in another order, and hidden states are rounded to 8 bits: a step of the largest value at most.
+            torch.testing.assert_close(stored, now, rtol=0, atol=2**-7 * float(whole.abs().max()))
+            assert 1e-4 < float((stored - whole).norm() / whole.norm()) < 3e-2
+    CachedFeatures(store, half).verify(samples)
+
+
+def test_an_encoder_of_fp16_is_refused_on_a_cpu(built):
+    store, spec, samples = built
+    half = dataclasses.replace(spec, compute="fp16")
+    with pytest.raises(EncoderError, match=r"features\.compute = 'fp16' needs a GPU"):
+        cache(store, half)
+    with pytest.raises(EncoderError, match=r"features\.compute = 'fp16' needs a GPU"):
+        LiveFeatures(store, half).fetch(samples[:1], want_global=True, want_local=False)
+
+
 def test_pooled_local_maps_are_cached_at_a_quarter(built):
     store, spec, samples = built
     local = tuple(dataclasses.replace(item, pool=2) for item in spec.local_maps)

@@ -17,6 +17,7 @@ from pipelines import cli
 from pipelines.cache_plan import cache_options, make_cache_plan
 from pipelines.costs import CacheOption, Cluster, Prices, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
+from pipelines.plan_tables import PlanCluster
 from pipelines.recipe_files import load_recipe
 from pipelines.settings import size_from_word
 from pipelines.stages import Experiment, open_experiment
@@ -303,7 +304,7 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     encoder = known_encoder("openai/clip-vit-base-patch32")
     deepest = 11
     assert plan["views_per_s"] == pytest.approx(2 * 100e12 * 0.5 / encoder_flops(encoder, deepest))
-    assert plan["hardware"].startswith("2 devices of 100 TFLOP/s at 50%, 10 cores, 100 Gbit/s at 80%")
+    assert plan["hardware"].startswith("2 devices of 100 TFLOP/s in fp32 at 50%, 10 cores, 100 Gbit/s at 80%")
     assert (plan["passes"], plan["months"], plan["num_images"]) == (3, 6, 1000)
     assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
     cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])
@@ -311,6 +312,13 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     assert "stored as" in out
     assert "Recommended: " in out
     assert not (tmp_path / "root").exists()
+
+
+def test_stated_hardware_computes_at_the_peak_of_the_encoders_type() -> None:
+    stated = PlanCluster(devices=2, device_share=0.5)
+    assert stated.cluster(10**12, "fp32").views_per_s == pytest.approx(67)
+    assert stated.cluster(10**12, "bf16").views_per_s == stated.cluster(10**12, "fp16").views_per_s == pytest.approx(989)
+    assert PlanCluster(devices=2, device_share=0.5, device_tflops=100).cluster(10**12, "bf16").views_per_s == pytest.approx(100)
 
 
 def test_records_that_are_not_here_need_a_number(experiment: Experiment, tmp_path: Path) -> None:

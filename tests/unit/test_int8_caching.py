@@ -189,16 +189,16 @@ def test_one_token_of_a_view_can_be_cached(built):
 def test_values_that_are_not_finite_are_refused(built, monkeypatch):
     store, spec, samples = built
     packed, _ = calibrated(store, spec)
-    real, seen = FeatureCodec.store, []
+    real, seen = FeatureCodec.rounded, []
 
-    def spoilt(self, branch, item, tokens, place):
+    def spoilt(self, branch, item, tokens):
         if not seen:
             tokens = tokens.clone()
             tokens[0, 3, 5] = float("nan")
         seen.append(branch)
-        return real(self, branch, item, tokens, place)
+        return real(self, branch, item, tokens)
 
-    monkeypatch.setattr(codec.FeatureCodec, "store", spoilt)
+    monkeypatch.setattr(codec.FeatureCodec, "rounded", spoilt)
     record = cache(store, packed, dataclasses.replace(SETTINGS, max_quarantined_fraction=0.5))
     assert (record.num_cached, record.quarantined_by_reason) == (15, {"non_finite_features": 1})
     assert CachedFeatures(store, packed).holds(samples) == [False] + [True] * 15

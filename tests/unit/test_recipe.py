@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from model.errors import SpecError
-from model.specs import BranchMix, EncoderSpec, LoraSpec, MapSpec, fingerprint
+from model.specs import BranchMix, EncoderSpec, FeatureSpec, LoraSpec, MapSpec, fingerprint
 from pipelines.connector_tables import DCIFusion
 from pipelines.errors import RecipeError
 from pipelines.recipe import Execution, Recipe, RenderedSource
@@ -132,6 +132,20 @@ def test_specs_come_out_as_written(tmp_path: Path) -> None:
     assert schedule.sft.train == ("global_mlp", "resampler", "gate", "compression", "language_model")
     assert schedule.sft.steps == 8  # ceil(2 * 30 / 8)
     assert schedule.sft.branch == BranchMix(both=0.5, global_only=0.5)
+
+
+def test_the_encoder_computes_as_the_recipe_says(tmp_path: Path) -> None:
+    encoder = encoder_spec()
+
+    def features(text: str) -> FeatureSpec:
+        recipe = load(tmp_path, text)
+        return recipe.feature_spec(recipe.dataset_spec(encoder, {}), encoder, recipe.connector_spec(encoder))
+
+    plain, half = features(MINIMAL), features(MINIMAL + '\n[features]\ncompute = "bf16"\n')
+    assert (plain.compute, half.compute) == ("fp32", "bf16")
+    assert fingerprint(plain) != fingerprint(half)
+    with pytest.raises(RecipeError, match=r"features\.compute: found 'tf32'"):
+        features(MINIMAL + '\n[features]\ncompute = "tf32"\n')
 
 
 def test_a_phase_s_template_is_the_language_model_s_unless_it_names_one(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ while they are stored. Invariant: what a cache is stored behind is a file named 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 
 from model.encoder import Encoder
+from model.encoder_execution import BatchSize
 from model.quality import MapQuality, recorded_db
 from model.quantisation import ChannelCalibration, ChannelMoments
 from model.specs import CalibrationRule, CalibrationSpec, FeatureSpec, MapSpec
@@ -179,6 +182,7 @@ def _measure(
         global_maps=spec.global_maps,
         local_maps=spec.local_maps,
         precision="fp32",
+        compute=spec.encoding.compute,
         resampling=spec.encoding.resampling,
     )
     maps = [(branch, item) for branch in BRANCHES for item in plain.maps(branch)]
@@ -256,26 +260,34 @@ class _Measurer:
             rule = CalibrationRule(num_images=4, min_snr_db=0.0)  # of no effect: the codec looks at centres and scales alone
             self._codec = FeatureCodec(replace(spec, precision="int8", calibration=rule, calibration_sha256="measured here"), calibrations)
         self._encoder: Encoder | None = None
+        self._batch_size: BatchSize
 
     def __call__(self, prepared: PreparedUnit) -> _Measured:
         """Encode one unit."""
         if self._encoder is None:
             self._encoder = load_unit_encoder(self._spec, self._execution, self._threads)
+            self._batch_size = BatchSize(self._encoder, self._execution.encode_batch_views)
         moments: dict[str, ChannelMoments] = {}
         quality: dict[str, MapQuality] = {}
-        batch = self._execution.encode_batch_views
         for branch in BRANCHES:
             views, maps = prepared.views(branch), self._spec.maps(branch)
             if self._codec is not None:
-                encoded = encode_views(self._encoder, views, branch, maps, self._codec, batch, num_compared=len(views))
+                encoded = encode_views(self._encoder, views, branch, maps, self._codec, self._batch_size.views, num_compared=len(views))
                 quality |= {item.place(branch): encoded.quality[item.name] for item in maps}
                 continue
-            places = {item.name: item.place(branch) for item in maps}
-            for start in range(0, len(views), batch):
-                for name, tokens in self._encoder(torch.from_numpy(views[start : start + batch]), list(maps)).items():
-                    finite = tokens[torch.isfinite(tokens).flatten(1).all(dim=1)]
-                    moments.setdefault(places[name], ChannelMoments(tokens.shape[-1])).update(finite)
+            found = self._batch_size.backing_off(partial(_moments, self._encoder, views, maps))
+            moments |= {item.place(branch): found[item.name] for item in maps if item.name in found}
         return _Measured(number=prepared.job.number, num_images=len(prepared.samples), moments=moments, quality=quality)
+
+
+def _moments(encoder: Encoder, views: np.ndarray, maps: Sequence[MapSpec], batch_views: int) -> dict[str, ChannelMoments]:
+    """Of each map's channels over all views whose numbers are finite."""
+    moments: dict[str, ChannelMoments] = {}
+    for start in range(0, len(views), batch_views):
+        for name, tokens in encoder(torch.from_numpy(views[start : start + batch_views]), list(maps)).items():
+            finite = tokens[torch.isfinite(tokens).flatten(1).all(dim=1)]
+            moments.setdefault(name, ChannelMoments(tokens.shape[-1])).update(finite)
+    return moments
 
 
 @dataclass(frozen=True, kw_only=True)

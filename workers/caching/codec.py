@@ -25,7 +25,16 @@ from model.views import Branch
 from workers.errors import MissingFeaturesError, ObjectNotFoundError
 from workers.storage import Store
 
-__all__ = ["Calibrations", "FeatureCodec", "StoredMap", "calibration_path", "calibrations_to_bytes", "read_calibration_file", "read_calibrations"]
+__all__ = [
+    "Calibrations",
+    "FeatureCodec",
+    "RoundedMap",
+    "StoredMap",
+    "calibration_path",
+    "calibrations_to_bytes",
+    "read_calibration_file",
+    "read_calibrations",
+]
 
 Calibrations = Mapping[str, ChannelCalibration]
 """Centres and scales by branch and map, as `local/layer_7`."""
@@ -117,6 +126,18 @@ class StoredMap:
         return StoredMap(values=self.values[views], steps=None if self.steps is None else self.steps[views])
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundedMap:
+    """One map of some views, rounded, where it was computed."""
+
+    values: Tensor
+    """[views, tokens, width] of the map's precision."""
+    steps: Tensor | None
+    """fp16 [views, tokens]; None where the map is not int8."""
+    finite: Tensor
+    """Per view whether everything that is stored of it is finite: bool [views]."""
+
+
 class FeatureCodec:
     """Rounds the maps of one cache.
 
@@ -144,29 +165,23 @@ class FeatureCodec:
             steps=np.empty((num_views, tokens), dtype=np.float16) if precision == "int8" else None,
         )
 
-    def store(self, branch: Branch, item: MapSpec, tokens: Float[Tensor, "views tokens width"], place: StoredMap) -> np.ndarray:
-        """Round a map on its device, so that few bytes leave it, and put it in its place.
+    def rounded(self, branch: Branch, item: MapSpec, tokens: Float[Tensor, "views tokens width"]) -> RoundedMap:
+        """Round a map on its device, so that few bytes leave it.
 
         Args:
             branch: of the map.
             item: the map.
             tokens: fp32, as the encoder gives it.
-            place: of as many views; filled.
 
         Returns:
-            Per view whether everything that is stored is finite: bool [views].
+            It, on the same device.
         """
         precision = self._spec.stored_as(branch, item)
         if precision == "int8":
             codes, steps = quantise(tokens, self._calibration(branch, item, tokens.device))
-            assert place.steps is not None
-            place.values[:], place.steps[:] = codes.cpu().numpy(), steps.cpu().numpy()
-            kept = steps
-        else:
-            kept = tokens.to(_TORCH_DTYPE[precision])
-            place.values[:] = kept.cpu().numpy()
-        finite: np.ndarray = torch.isfinite(kept).flatten(1).all(dim=1).cpu().numpy()
-        return finite
+            return RoundedMap(values=codes, steps=steps, finite=torch.isfinite(steps).all(dim=1))
+        kept = tokens.to(_TORCH_DTYPE[precision])
+        return RoundedMap(values=kept, steps=None, finite=_finite(kept))
 
     def packed(self, branch: Branch, item: MapSpec, stored: StoredMap) -> PackedMap:
         """A stored map as it travels to its device. Shares the arrays' memory.
@@ -188,7 +203,7 @@ class FeatureCodec:
         Args:
             branch: of the map.
             item: the map.
-            stored: as `store` left it, or as it was read.
+            stored: as it was rounded, or as it was read.
         """
         return self.packed(branch, item, stored).dense()
 
@@ -207,3 +222,8 @@ class FeatureCodec:
         if there not in self._on_device:
             self._on_device[there] = self._calibrations[place].to(device)
         return self._on_device[there]
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Per view whether all of it is finite."""
+    return torch.isfinite(values).flatten(1).all(dim=1)

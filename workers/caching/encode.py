@@ -15,11 +15,10 @@ import pyarrow as pa
 import torch
 from jaxtyping import UInt8
 
-from model.encoder import Encoder, load_encoder
-from model.quality import MapQuality
-from model.quantisation import map_quality
+from model.encoder import Encoder, compute_dtype, load_encoder
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch
+from workers.caching.batching import EncodedViews, ViewEncoder
 from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
 from workers.caching.index import index_rows
 from workers.caching.layout import (
@@ -58,24 +57,13 @@ def choose_device(device: str) -> str:
     return device
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedViews:
-    """The maps of some views of a branch, as they are stored."""
-
-    maps: dict[str, StoredMap]
-    finite: np.ndarray
-    """Per view whether all that is stored of it is finite: bool [views]."""
-    quality: dict[str, MapQuality]
-    """Of the first views, by map."""
-
-
 def encode_views(
     encoder: Encoder,
     views: UInt8[np.ndarray, "views 3 px px"],
     branch: Branch,
     maps: Sequence[MapSpec],
     codec: FeatureCodec,
-    batch_views: int,
+    batch_views: int | None,
     *,
     num_compared: int = 0,
 ) -> EncodedViews:
@@ -87,26 +75,15 @@ def encode_views(
         branch: which.
         maps: which, of the branch.
         codec: of the cache.
-        batch_views: views in one forward pass.
+        batch_views: views in one forward pass; None is automatic.
         num_compared: so many of the first views are read back, to tell how true they are.
 
     Returns:
         The maps by name.
     """
-    stored = {item.name: codec.empty(branch, item, len(views)) for item in maps}
-    quality = {item.name: MapQuality() for item in maps}
-    finite = np.ones(len(views), dtype=np.bool_)
-    for start in range(0, len(views), batch_views):
-        stop = min(start + batch_views, len(views))
-        reduced = encoder(torch.from_numpy(views[start:stop]), list(maps))
-        for item in maps:
-            tokens = reduced[item.name]
-            finite[start:stop] &= codec.store(branch, item, tokens, stored[item.name][start:stop])
-            compared = [view for view in range(start, min(stop, num_compared)) if finite[view]]
-            if compared:
-                back = torch.cat([codec.load(branch, item, stored[item.name][view : view + 1]) for view in compared])
-                quality[item.name] += map_quality(tokens[[view - start for view in compared]], back, codec.calibration(branch, item))
-    return EncodedViews(maps=stored, finite=finite, quality=quality)
+    # Not compiled: a handful of views is encoded in less time than a compiler takes.
+    pending = ViewEncoder(encoder, codec, batch_views, compiled=False).submit({branch: views}, {branch: maps}, {branch: num_compared})
+    return pending.result()[branch]
 
 
 def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: int | None) -> Encoder:
@@ -118,11 +95,12 @@ def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: 
         threads: torch threads; None leaves torch's own choice.
 
     Raises:
-        EncoderError: it cannot be loaded.
+        EncoderError: it cannot be loaded, or its device does not compute as the spec says.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_encoder(spec.encoder, spec.deepest_layer, choose_device(execution.device))
+    device = choose_device(execution.device)
+    return load_encoder(spec.encoder, spec.deepest_layer, device, compute_dtype(spec.compute, device))
 
 
 class UnitEncoder:
@@ -138,15 +116,15 @@ class UnitEncoder:
         self._spec = spec
         self._execution = execution
         self._threads = threads
-        self._encoder: Encoder | None = None
-        self._codec: FeatureCodec
+        self._encoder: ViewEncoder | None = None
         self._forward = threading.Lock()
 
-    def _loaded(self, root: str) -> Encoder:
+    def _loaded(self, root: str) -> ViewEncoder:
         # Loaded with the first unit and not in the constructor: an error in an actor's constructor reaches the driver without its type.
         if self._encoder is None:
-            self._codec = FeatureCodec(self._spec, read_calibrations(Store(root), self._spec))
-            self._encoder = load_unit_encoder(self._spec, self._execution, self._threads)
+            codec = FeatureCodec(self._spec, read_calibrations(Store(root), self._spec))
+            encoder = load_unit_encoder(self._spec, self._execution, self._threads)
+            self._encoder = ViewEncoder(encoder, codec, self._execution.encode_batch_views, compiled=self._execution.encode_compile)
         return self._encoder
 
     def __call__(self, prepared: PreparedUnit) -> UnitOutcome:
@@ -166,20 +144,15 @@ class UnitEncoder:
         with self._forward:
             encoder = self._loaded(prepared.job.root)
             started = time.monotonic()
-            encoded: dict[Branch, EncodedViews] = {}
-            for branch in BRANCHES:
+            pending = encoder.submit(
+                {branch: prepared.views(branch) for branch in BRANCHES},
+                {branch: spec.maps(branch) for branch in BRANCHES},
                 # The first image of every unit is read back: a sample of one in a unit's images, spread over the whole dataset.
-                compared = num_views(spec, prepared.samples[0], branch) if prepared.samples else 0
-                encoded[branch] = encode_views(
-                    encoder,
-                    prepared.views(branch),
-                    branch,
-                    spec.maps(branch),
-                    self._codec,
-                    self._execution.encode_batch_views,
-                    num_compared=compared,
-                )
-            encode_seconds = time.monotonic() - started
+                {branch: num_views(spec, prepared.samples[0], branch) if prepared.samples else 0 for branch in BRANCHES},
+            )
+        # The last batches come back while another thread's first ones compute.
+        encoded = pending.result()
+        encode_seconds = time.monotonic() - started
         started = time.monotonic()
         rows, kept = _image_rows(spec, prepared.samples, {branch: encoded[branch].finite for branch in BRANCHES})
         refused = [

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.encoder import Encoder, load_encoder
+from model.encoder import Encoder, compute_dtype, load_encoder
 from model.errors import MissingMapError, first_line
 from model.quantisation import PackedMap
 from model.specs import FeatureSpec, MapSpec
@@ -111,7 +111,7 @@ class LiveFeatures:
         device: `auto`, `cpu`, `cuda` or a torch device.
         global_maps: a choice out of the spec's, in the wanted order; None is all.
         local_maps: the same for local views.
-        batch_views: views in one forward pass.
+        batch_views: views in one forward pass; None is automatic.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class LiveFeatures:
         *,
         global_maps: Sequence[MapSpec] | None = None,
         local_maps: Sequence[MapSpec] | None = None,
-        batch_views: int = 64,
+        batch_views: int | None = None,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -168,7 +168,7 @@ class LiveFeatures:
     def _loaded(self) -> Encoder:
         if self._encoder is None:
             deepest = max(item.layers[-1] for maps in self._maps.by_branch.values() for item in maps)
-            self._encoder = load_encoder(self._spec.encoder, deepest, self._device)
+            self._encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
         return self._encoder
 
 
