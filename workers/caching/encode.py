@@ -47,6 +47,7 @@ __all__ = [
     "load_unit_encoder",
     "make_unit_encoder",
     "row_groups",
+    "write_features",
 ]
 
 
@@ -160,7 +161,7 @@ class UnitEncoder:
             for sample in prepared.samples
             if sample.image_sha256 not in kept
         ]
-        files, index_files = _write_features(Store(prepared.job.root), spec, rows, {branch: encoded[branch].maps for branch in BRANCHES})
+        files, index_files = write_features(Store(prepared.job.root), spec, rows, {branch: encoded[branch].maps for branch in BRANCHES})
         quarantined = (*prepared.quarantined, *refused)
         quarantine_files = _write_quarantine(Store(prepared.job.root), self._spec, prepared.job.number, quarantined)
         return UnitOutcome(
@@ -212,10 +213,23 @@ def _image_rows(spec: FeatureSpec, samples: Sequence[Sample], finite: Mapping[Br
     return rows, kept
 
 
-def _write_features(
+def write_features(
     store: Store, spec: FeatureSpec, rows: _Rows, stored: Mapping[Branch, Mapping[str, StoredMap]]
 ) -> tuple[tuple[TableFile, ...], tuple[TableFile, ...]]:
-    """A unit's files, and for each the file of the index that tells where in it every image lies."""
+    """Write a unit's files, and for each the file of the index that tells where in it every image lies.
+
+    Args:
+        store: where the tables lie.
+        spec: with the maps that the unit computed.
+        rows: of each branch every image with where its views lie in the maps.
+        stored: the maps, by branch and name.
+
+    Returns:
+        Files of the features table and of its index; they belong to no table yet.
+
+    Raises:
+        StorageError: one cannot be written.
+    """
     table, index = features_table(store, spec), index_table(store, spec.encoding)
     files, index_files = [], []
     for branch in BRANCHES:

@@ -1,0 +1,349 @@
+"""Claims guarded: cached features are read as fast as the file system gives bytes, in any order, and faster than the field's data loaders give the
+same arrays; a table of a million images opens in seconds.
+
+Peers (webdataset, mosaicml-streaming, litdata, datasets) are measured where they are installed; they are no dependencies of Loupe:
+`pip install webdataset mosaicml-streaming litdata datasets`. Each gets the arrays of an image in the way that its documentation shows, and gives them
+as arrays. Rates are of the arrays' bytes, medians of three rounds in turns.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model.architectures import known_encoder
+from model.specs import FeatureSpec, MapSpec
+from model.views import Branch, ViewSpec, plan_views
+from tests.s3_servers import seaweedfs
+from workers.caching.codec import StoredMap
+from workers.caching.encode import write_features
+from workers.caching.index import FeatureIndex
+from workers.caching.layout import BRANCHES, INDEX_SCHEMA, features_table, index_table, map_set, map_sets
+from workers.caching.reader import CachedFeatures
+from workers.caching.units import num_views
+from workers.dataset.samples import ImageRef, Sample
+from workers.storage import Store
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
+
+NUM_IMAGES, PER_UNIT, BATCH, ROUNDS = 160, 16, 16, 3
+MAPS = (MapSpec(layers=(11,)), MapSpec(layers=tuple(range(6))), MapSpec(layers=tuple(range(6, 12))))
+GROWTH = (10_000, 100_000, 1_000_000)
+
+
+def reading_spec() -> FeatureSpec:
+    """ViT-B/16's maps for DCI, fp16, of both branches."""
+    encoder = replace(known_encoder("openai/clip-vit-base-patch16"), weights_sha256="0" * 64)
+    return FeatureSpec(dataset_fingerprint="0" * 64, encoder=encoder, views=ViewSpec(), global_maps=MAPS, local_maps=MAPS)
+
+
+def samples_of(count: int) -> list[Sample]:
+    chance = random.Random(0)
+    made = []
+    for number in range(count):
+        image = ImageRef(sha256=f"{chance.getrandbits(256):064x}", path=f"images/{number}", width_px=448, height_px=448)
+        made.append(
+            Sample(sample_id=str(number), index=number, image=image, family="", source="", split="train", licence="", detail_score=0.0, turns=())
+        )
+    return made
+
+
+def arrays_of(spec: FeatureSpec, sample: Sample) -> dict[str, np.ndarray]:
+    """An image's maps: [maps, tokens, width] and [views, maps, tokens, width] in fp16, a function of the image."""
+    generator = np.random.default_rng(int(sample.image_sha256[:8], 16))
+    found = {}
+    for branch in BRANCHES:
+        shape = (num_views(spec, sample, branch), len(MAPS), spec.encoder.num_patches, spec.encoder.width)
+        found[branch] = generator.integers(0, 15_000, shape, dtype=np.uint16).view(np.float16)
+    return found
+
+
+def stacked(spec: FeatureSpec, branch: Branch, arrays: list[np.ndarray]) -> dict[str, StoredMap]:
+    """Each map over the views of several images."""
+    return {item.name: StoredMap(values=np.concatenate([array[:, place] for array in arrays])) for place, item in enumerate(spec.maps(branch))}
+
+
+def write_ours(store: Store, spec: FeatureSpec, samples: list[Sample]) -> None:
+    table, index = features_table(store, spec), index_table(store, spec.encoding)
+    table.ensure()
+    index.ensure()
+    for start in range(0, len(samples), PER_UNIT):
+        part = samples[start : start + PER_UNIT]
+        arrays = [arrays_of(spec, sample) for sample in part]
+        stored = {branch: stacked(spec, branch, [found[branch] for found in arrays]) for branch in BRANCHES}
+        rows = {}
+        for branch in BRANCHES:
+            stops = np.cumsum([num_views(spec, sample, branch) for sample in part]).tolist()
+            rows[branch] = [(sample, stop - num_views(spec, sample, branch), stop) for sample, stop in zip(part, stops, strict=True)]
+        files, index_files = write_features(store, spec, rows, stored)
+        index.commit(index_files)
+        table.commit(files)
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Tell the kernel to forget the files, as far as a process may."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ours(store: Store, spec: FeatureSpec, samples: list[Sample], *, want_local: bool) -> Iterator[int]:
+    """Reads batches, and tells their bytes."""
+    source = CachedFeatures(store, spec)
+    for start in range(0, len(samples), BATCH):
+        found = source.fetch(samples[start : start + BATCH], want_global=True, want_local=want_local)
+        yield sum(item.values.nbytes for image in found for maps in image.maps.values() for item in maps)
+
+
+def plain_files(folder: Path) -> Iterator[int]:
+    """Every byte of a folder's files, one after the other: what the file system gives."""
+    buffer = bytearray(8 * 2**20)
+    for path in sorted(folder.glob("branch=*/**/*.parquet")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield count
+
+
+def timed(read: Callable[[], Iterator[int]]) -> tuple[float, int]:
+    started = time.perf_counter()
+    num_bytes = sum(read())
+    return time.perf_counter() - started, num_bytes
+
+
+def write_webdataset(folder: Path, spec: FeatureSpec, samples: list[Sample]) -> None:
+    for start in range(0, len(samples), PER_UNIT):
+        with tarfile.open(folder / f"{start // PER_UNIT:06d}.tar", "w") as shard:
+            for sample in samples[start : start + PER_UNIT]:
+                for branch, array in arrays_of(spec, sample).items():
+                    file = io.BytesIO()
+                    np.save(file, array)
+                    info = tarfile.TarInfo(f"{sample.image_sha256}.{branch}.npy")
+                    info.size = len(file.getvalue())
+                    shard.addfile(info, io.BytesIO(file.getvalue()))
+
+
+def webdataset_reader(folder: Path, *, shuffled: bool) -> Iterator[int]:
+    import webdataset
+
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset = webdataset.WebDataset(shards, shardshuffle=100 if shuffled else False)
+    if shuffled:
+        dataset = dataset.shuffle(64)
+    for sample in dataset.decode():
+        yield sample["global.npy"].nbytes + sample["local.npy"].nbytes
+
+
+def write_streaming(folder: Path, spec: FeatureSpec, samples: list[Sample]) -> None:
+    from streaming import MDSWriter
+
+    one = arrays_of(spec, samples[0])
+    columns = {branch: f"ndarray:float16:{','.join(map(str, array.shape))}" for branch, array in one.items()}
+    with MDSWriter(out=str(folder), columns=columns, size_limit=2**26) as writer:
+        for sample in samples:
+            writer.write(arrays_of(spec, sample))
+
+
+def streaming_reader(folder: Path, *, shuffled: bool) -> Iterator[int]:
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    for sample in StreamingDataset(local=str(folder), shuffle=shuffled, batch_size=BATCH):
+        yield sample["global"].nbytes + sample["local"].nbytes
+
+
+def write_datasets(folder: Path, spec: FeatureSpec, samples: list[Sample]) -> None:
+    import datasets
+
+    def rows() -> Iterator[dict[str, bytes]]:
+        for sample in samples:
+            yield {branch: array.tobytes() for branch, array in arrays_of(spec, sample).items()}
+
+    features = datasets.Features({branch: datasets.Value("large_binary") for branch in BRANCHES})
+    datasets.Dataset.from_generator(rows, features=features, cache_dir=str(folder / "cache"), writer_batch_size=4).save_to_disk(str(folder / "data"))
+
+
+def datasets_reader(folder: Path, *, shuffled: bool) -> Iterator[int]:
+    import datasets
+
+    dataset = datasets.load_from_disk(str(folder / "data"))
+    for row in dataset.shuffle(seed=0) if shuffled else dataset:
+        yield sum(np.frombuffer(row[branch], dtype=np.float16).nbytes for branch in BRANCHES)
+
+
+def write_litdata(folder: Path, spec: FeatureSpec, samples: list[Sample]) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_bytes=2**26)
+    for number, sample in enumerate(samples):
+        writer[number] = arrays_of(spec, sample)
+    writer.done()
+    writer.merge(1)
+
+
+def litdata_reader(folder: Path, *, shuffled: bool) -> Iterator[int]:
+    from litdata import StreamingDataset
+
+    for row in StreamingDataset(str(folder), shuffle=shuffled):
+        yield row["global"].nbytes + row["local"].nbytes
+
+
+PEERS = {
+    "webdataset": ("webdataset", write_webdataset, webdataset_reader),
+    "mosaicml-streaming": ("streaming", write_streaming, streaming_reader),
+    "litdata": ("litdata", write_litdata, litdata_reader),
+    "datasets": ("datasets", write_datasets, datasets_reader),
+}
+
+
+def test_features_are_read_at_the_rate_of_the_file_system(tmp_path: Path) -> None:
+    spec, samples = reading_spec(), samples_of(NUM_IMAGES)
+    assert len(plan_views(448, 448, spec.encoder.view_px, spec.views).local_views) == 4
+    shuffled = samples[:]
+    random.Random(1).shuffle(shuffled)
+    store = Store(str(tmp_path / "ours"))
+    write_ours(store, spec, samples)
+    folder = store.local_path(features_table(store, spec).path)
+    assert folder is not None
+    ways: dict[str, tuple[Path, Callable[[], Iterator[int]]]] = {
+        "the file system, sequential": (folder, lambda: plain_files(folder)),
+        "loupe, sequential": (folder, lambda: ours(store, spec, samples, want_local=True)),
+        "loupe, shuffled": (folder, lambda: ours(store, spec, shuffled, want_local=True)),
+        "loupe, global only, sequential": (folder, lambda: ours(store, spec, samples, want_local=False)),
+        "loupe, global only, shuffled": (folder, lambda: ours(store, spec, shuffled, want_local=False)),
+    }
+    for name, (module, write, read) in PEERS.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"{name} is not installed and not measured")
+            continue
+        place = tmp_path / name
+        place.mkdir()
+        try:
+            write(place, spec, samples)
+        except Exception as error:  # noqa: BLE001 - a peer that fails here is told, and is no reason to measure nothing
+            print(f"{name} cannot write these arrays: {type(error).__name__}: {error}")
+            continue
+        for order in (False, True):
+            label = f"{name}, {'shuffled' if order else 'sequential'}"
+            ways[label] = (place, partial(read, place, shuffled=order))
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+    for cold in (True, False):
+        for name in ways:
+            found[name] = []
+        for _ in range(ROUNDS):
+            for name, (place, way) in ways.items():
+                if cold:
+                    drop_page_cache(place)
+                found[name].append(timed(way))
+        reference = median(num_bytes / seconds for seconds, num_bytes in found["the file system, sequential"])
+        print(f"\n{'from the disk' if cold else 'from the page cache'}, {NUM_IMAGES} images of 1 + 4 views, 3 maps of 196 x 768 in fp16")
+        for name, rounds in found.items():
+            rates = sorted(num_bytes / seconds for seconds, num_bytes in rounds)
+            images = NUM_IMAGES / median(seconds for seconds, _ in rounds)
+            middle = median(rates)
+            spread = f"({rates[0] / 1e6:.0f} to {rates[-1] / 1e6:.0f})"
+            print(f"{name:36} {middle / 1e6:7.0f} MB/s {spread:16} {images:6.0f} images/s  {middle / reference:.2f}")
+    assert all(found.values())
+
+
+def test_features_are_read_from_an_object_store() -> None:
+    spec, samples = reading_spec(), samples_of(NUM_IMAGES // 2)
+    shuffled = samples[:]
+    random.Random(1).shuffle(shuffled)
+    with seaweedfs() as bucket:
+        store = Store(f"{bucket}/reading")
+        write_ours(store, spec, samples)
+        for label, order, want_local in (("sequential", samples, True), ("shuffled", shuffled, True), ("global only, shuffled", shuffled, False)):
+            rounds = [timed(partial(ours, store, spec, order, want_local=want_local)) for _ in range(ROUNDS)]
+            rates = sorted(num_bytes / seconds for seconds, num_bytes in rounds)
+            print(f"SeaweedFS, {label:24} {median(rates) / 1e6:7.0f} MB/s ({rates[0] / 1e6:.0f} to {rates[-1] / 1e6:.0f})")
+        assert rates[0] > 0
+
+
+@contextlib.contextmanager
+def grown_index(spec: FeatureSpec, count: int) -> Iterator[tuple[Store, list[str]]]:
+    """A table's index of so many images, committed in files of 1000 as units would; the files that it tells of are not there."""
+    folder = Path(tempfile.mkdtemp(prefix="loupe-growth-"))
+    store = Store(str(folder))
+    table = index_table(store, spec.encoding)
+    table.ensure()
+    digests = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
+    name = map_set(next(iter(map_sets(spec.global_maps))))
+    step = max(1000, count // 100)
+
+    def file_of(place: int) -> str:
+        return f"branch=global/maps={name}/{place // 240 % 256:02x}/{place // 240:032x}.parquet"
+
+    files = []
+    for start in range(0, count, step):
+        part = digests[start : start + step]
+        rows = pa.table(
+            {
+                "image_sha256": pa.array([digest.tobytes() for digest in part], pa.binary()),
+                "file": [
+                    f"branch=global/maps={name}/{(start + place) // 240 % 256:02x}/{(start + place) // 240:032x}.parquet"
+                    for place in range(len(part))
+                ],
+                "row_group": pa.array([(start + place) % 240 for place in range(len(part))], pa.int32()),
+                "num_views": pa.array([1] * len(part), pa.int32()),
+                "offsets": pa.array([bytes(48)] * len(part), pa.binary()),
+                "checksums": pa.array([bytes(24)] * len(part), pa.binary()),
+            },
+            schema=INDEX_SCHEMA,
+        )
+        files.append(table.write_file({"branch": "global", "maps": name}, f"{start}.parquet", [rows], blobs=["image_sha256", "offsets", "checksums"]))
+    table.commit(files)
+    try:
+        yield store, [digest.tobytes().hex() for digest in digests]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_no_step_grows_faster_than_the_number_of_images() -> None:
+    spec = reading_spec()
+    table = {}
+    for count in GROWTH:
+        with grown_index(spec, count) as (store, images):
+            index = index_table(store, spec.encoding)
+            steps = {}
+            started = time.perf_counter()
+            num_files = len(index.files())
+            steps["list"] = time.perf_counter() - started
+            started = time.perf_counter()
+            index.compact({"branch": "global", "maps": index.files()[0].partition["maps"]})
+            steps["compact"] = time.perf_counter() - started
+            opened = []
+            for _ in range(ROUNDS):
+                started = time.perf_counter()
+                found = FeatureIndex(store, spec, {"global": spec.global_maps, "local": ()})
+                opened.append(time.perf_counter() - started)
+            steps["open"] = median(opened)
+            started = time.perf_counter()
+            held = found.held([("global", item) for item in spec.global_maps], images)
+            steps["ask for all"] = time.perf_counter() - started
+            assert all(there.all() for there in held.values())
+            chosen = random.Random(0).sample(images, BATCH * 20)
+            started = time.perf_counter()
+            for image in chosen:
+                assert found.places("global", spec.global_maps, image) is not None
+            steps["find a batch"] = (time.perf_counter() - started) / 20
+        table[count] = steps
+        print(f"{count:9} images, {num_files} files: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in steps.items()))
+    print(json.dumps(table))
