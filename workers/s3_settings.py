@@ -94,6 +94,7 @@ class S3Settings:
         """Storage options for deltalake and polars. delta-rs retries a busy store ten times with jitter, which needs no changing."""
         options = {
             "aws_conditional_put": "etag",
+            "aws_force_credential_load": "true",  # else a profile counts only where no endpoint is named
             "aws_region": self.region,
             "aws_virtual_hosted_style_request": str(self.addressing_style == "virtual").lower(),
         }

@@ -44,9 +44,12 @@ def _partition_folder(partition_by: Sequence[str], partition: Mapping[str, str])
     return "/".join(f"{key}={partition[key]}" for key in partition_by)
 
 
-def _column_text(kind: Any, *, nullable: bool) -> str:
-    name = str(getattr(kind, "type", kind))
-    return f"{name} or null" if nullable else name
+def _column_text(column: Any) -> str:
+    return f"{column.name} or null" if column.nullable else str(column.name)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return bool(one.type == other.type and one.nullable == other.nullable)
 
 
 class Table:
@@ -57,13 +60,15 @@ class Table:
         path: its folder, relative to the root.
         schema: columns of its files, without the partition columns.
         partition_by: names of the partition columns (strings).
+        grows: whether others may have added nullable columns, as this one may; else its columns are those of the schema.
     """
 
-    def __init__(self, store: Store, path: str, schema: pa.Schema, partition_by: Sequence[str] = ()) -> None:
+    def __init__(self, store: Store, path: str, schema: pa.Schema, partition_by: Sequence[str] = (), *, grows: bool = False) -> None:
         self.store = store
         self.path = path
         self.schema = schema
         self.partition_by = tuple(partition_by)
+        self._grows = grows
         self._delta: Any = None
         self._held: set[str] = set()
         """Paths of the files that it holds at `_held_version`."""
@@ -90,16 +95,18 @@ class Table:
             persistently(lambda: self._create(whole), "create the table", self.store.url(self.path))
             found = self._open()
         assert found is not None
-        there = {column.name: _column_text(column.type, nullable=column.nullable) for column in found.schema().fields}
-        asked = {column.name: _column_text(column.type, nullable=column.nullable) for column in deltalake.Schema.from_arrow(whole).fields}
-        differing = {name: f"{there[name]} where {text} is expected" for name, text in asked.items() if there.get(name, text) != text}
-        strange = sorted(name for name in there.keys() - asked.keys() if "or null" not in there[name])
-        if differing or strange or found.metadata().partition_columns != list(self.partition_by):
+        asked, there = deltalake.Schema.from_arrow(whole).fields, {column.name: column for column in found.schema().fields}
+        expected, columns = [_column_text(column) for column in asked], [_column_text(column) for column in there.values()]
+        missing = [column for column in asked if column.name not in there]
+        wrong = [column for column in asked if column.name in there and not _alike(column, there[column.name])]
+        strange = [column for column in there.values() if column not in asked and not (self._grows and column.nullable)]
+        if wrong or strange or (missing and not self._grows) or found.metadata().partition_columns != list(self.partition_by):
+            types = f", the type {there[wrong[0].name].type} of {wrong[0].name} where {wrong[0].type} is expected" if wrong else ""
             raise TableError(
-                f"{self.store.url(self.path)} has the columns {there}, expected {asked}: it was made by another version of Loupe. "
+                f"{self.store.url(self.path)} has the columns {columns}{types}, expected {expected}: it was made by another version of Loupe. "
                 "Use another root, or remove the table."
             )
-        self._add_columns([column for column in deltalake.Schema.from_arrow(whole).fields if column.name not in there])
+        self._add_columns(missing)
 
     def _create(self, schema: pa.Schema) -> None:
         """Make the table unless it is there."""

@@ -336,7 +336,7 @@ def test_a_cache_needs_its_dataset_and_its_encoder(root, built, tiny_encoder_fol
         cache(store, dataclasses.replace(spec, dataset_fingerprint="f" * 64))
     with pytest.raises(EncoderError, match=r"was changed after the spec was made \(weights_sha256"):
         cache(store, dataclasses.replace(spec, encoder=dataclasses.replace(spec.encoder, weights_sha256="0" * 64)))
-    with pytest.raises(MissingFeaturesError, match="holds no such features"):
+    with pytest.raises(MissingFeaturesError, match="holds no features"):
         CachedFeatures(store, dataclasses.replace(spec, precision="fp32"))
 
 

@@ -36,6 +36,8 @@ FROZEN = {
     "recipes": [],
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
     "doctor storage": ["--root", "--megabytes", "--json"],
+    "gc": ["--root", "--older-than", "--superseded", "--delete", "--json"],
+    "verify": ["RECIPE", "--root", "--set", "--encoded", "--json"],
 }
 
 

@@ -198,7 +198,11 @@ def features_table(store: Store, spec: FeatureSpec, folder: str | None = None) -
     """
     fields = {field.name: field for branch in BRANCHES for item in spec.maps(branch) for field in map_fields(spec, branch, item)}
     return Table(
-        store, encoding_folder(spec.encoding) if folder is None else folder, pa.schema([*_VIEW_FIELDS, *fields.values()]), ("branch", "maps")
+        store,
+        encoding_folder(spec.encoding) if folder is None else folder,
+        pa.schema([*_VIEW_FIELDS, *fields.values()]),
+        ("branch", "maps"),
+        grows=True,
     )
 
 

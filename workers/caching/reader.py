@@ -215,7 +215,7 @@ class CachedFeatures:
         self._index = FeatureIndex(store, spec, self._maps.by_branch)
         if not self._index.files():
             raise MissingFeaturesError(
-                f"{store.url(self._folder)} holds no such features. Expected the table that cache-features writes; run it first."
+                f"{store.url(self._folder)} holds no features of these maps. Expected the table that cache-features writes; run it first."
             )
 
     def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
