@@ -68,7 +68,7 @@ format: $(STAMP)  ## put the code into its form
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## measure what the documents claim
-	$(BIN)/python -m pytest -m benchmark -s
+	$(BIN)/python -m pytest -m benchmark -s --jaxtyping-packages=
 
 golden: $(STAMP)  ## write the golden files anew and show what changed
 	LOUPE_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m golden

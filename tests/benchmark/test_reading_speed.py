@@ -2,7 +2,8 @@
 same arrays; a table of a million images opens in seconds.
 
 Peers (webdataset, mosaicml-streaming, litdata, datasets) are measured where they are installed; they are no dependencies of Loupe:
-`pip install webdataset mosaicml-streaming litdata datasets`. Each gets the arrays of an image in the way that its documentation shows, and gives them
+`pip install webdataset mosaicml-streaming litdata datasets`. Run without the checks of types (`--jaxtyping-packages=`, as `make bench` does), which
+cost a read five times its time. Each peer gets the arrays of an image in the way that its documentation shows, and gives them
 as arrays. Rates are of the arrays' bytes, medians of three rounds in turns.
 """
 
