@@ -48,7 +48,7 @@ from model.export import ExportConfig, as_stored
 from model.images import cut_views, decode_image
 from model.language_model import LanguageModel
 from model.llava_hf import anonymous, generation_config, picture_template
-from model.specs import EncoderSpec, canonical_json
+from model.specs import EncoderSpec, canonical_json, deepest_layer
 from model.views import Branch, ViewPlan, ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, lay_out_images, plan_sequences
 
@@ -436,7 +436,7 @@ def write_loupe(folder: Path, config: ExportConfig, model: VisionLanguageModel, 
 
     spec, encoder = config.connector, config.encoder
     maps = [*spec.global_branch.fusion.maps, *(() if spec.local_branch is None else spec.local_branch.fusion.maps)]
-    deepest = max(layer for map_spec in maps for layer in map_spec.layers)
+    deepest = deepest_layer(maps)
     tower: Any = getattr(transformers, TOWERS[encoder.family]).from_pretrained(
         encoder_folder(encoder.model), num_hidden_layers=deepest, dtype=torch.float32, local_files_only=True
     )

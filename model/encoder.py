@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model.architectures import family_mean_std, known_encoder, known_encoders, prefix_tokens, swiglu_width, unknown_text
 from model.errors import EncoderError, HubError, first_line
-from model.specs import Compute, EncoderFamily, EncoderSpec, MapSpec, UnknownDigest
+from model.specs import Compute, EncoderFamily, EncoderSpec, MapSpec, UnknownDigest, deepest_layer
 from model.weights import absent_shards, cached_snapshot, fetch_snapshot, unreadable_weights
 
 __all__ = ["Encoder", "compute_dtype", "describe_encoder", "encoder_folder", "load_encoder", "plan_encoder", "resolve_encoder"]
@@ -313,7 +313,7 @@ class Encoder(nn.Module):
         """
         if views_uint8.shape[-1] != self.spec.view_px:
             raise EncoderError(f"{self.spec.model} sees views of {self.spec.view_px} px, found {views_uint8.shape[-1]}")
-        deepest = max([0, *(layer for item in maps for layer in item.layers)])
+        deepest = deepest_layer(maps)
         if deepest > self.deepest_layer:
             raise EncoderError(f"this encoder was loaded up to layer {self.deepest_layer}, but a map needs layer {deepest}; load it deeper")
         sums: dict[str, Tensor] = {}

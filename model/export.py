@@ -36,7 +36,7 @@ from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
 from model.language_model import describe_folder, hold_rounded, load_language_model, multiplies_bf16
 from model.lora import load_adapters
-from model.specs import ChatTemplate, Compute, ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json
+from model.specs import ChatTemplate, Compute, ConnectorSpec, EncoderSpec, LoraSpec, MapSpec, canonical_json, deepest_layer
 from model.views import ViewPlan, ViewSpec, plan_views
 from model.vision_language import Batch, Mode, VisionLanguageModel, VisualLayout, lay_out_images, plan_sequences, room_for_text
 
@@ -208,7 +208,7 @@ def load_export(folder: Path | str, *, device: str = "cpu") -> "ExportedModel":
     model.requires_grad_(requires_grad=False)
     global_maps = config.connector.global_branch.fusion.maps
     local_maps = () if config.connector.local_branch is None else config.connector.local_branch.fusion.maps
-    deepest = max(layer for map_spec in (*global_maps, *local_maps) for layer in map_spec.layers)
+    deepest = deepest_layer((*global_maps, *local_maps))
     encoder = load_encoder(encoder_spec, deepest, device, compute_dtype(config.feature_compute, device, or_wider=True))
     return ExportedModel(config=config, model=model, encoder=encoder)
 

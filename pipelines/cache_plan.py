@@ -135,7 +135,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         batch_views=experiment.execution.encode_batch_views,
         encodes=stated is None,
     )
-    deepest = max(layer for item in (*features.global_maps, *features.local_maps) for layer in item.layers)
+    deepest = features.deepest_layer
     view_flops = encoder_flops(features.encoder, deepest)
     prices = recipe.plan.prices.prices()
     local = experiment.store.local_path() is not None

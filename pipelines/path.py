@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from model.architectures import num_encoder_parameters
 from model.connector import Connector
 from model.counting import LanguageModelShape, count_by_block, count_fixed_numbers, empty_connector
-from model.specs import EncoderSpec, FusionSpec, MapSpec
+from model.specs import EncoderSpec, FusionSpec, deepest_layer
 from model.views import plan_views
 from pipelines.stages import Experiment
 from workers.language_models import count_adapters
@@ -70,15 +70,11 @@ def path_facts(experiment: Experiment, connector: Connector, shape: LanguageMode
 def _blocks_text(experiment: Experiment) -> str:
     """How many blocks run, in each branch."""
     num_blocks = experiment.encoder.num_blocks
-    deepest = {branch: _deepest(experiment.features.maps(branch)) for branch in ("global", "local") if experiment.features.maps(branch)}
+    deepest = {branch: deepest_layer(experiment.features.maps(branch)) for branch in ("global", "local") if experiment.features.maps(branch)}
     if len(set(deepest.values())) == 1:
         layer = next(iter(deepest.values()))
         return f"{layer} of {num_blocks} blocks run"
     return " and ".join(f"{layer} of {num_blocks} blocks run for {branch} views" for branch, layer in deepest.items())
-
-
-def _deepest(maps: tuple[MapSpec, ...]) -> int:
-    return max(map_spec.layers[-1] for map_spec in maps)
 
 
 def _branch_facts(branch: str, fusion: FusionSpec, encoder: EncoderSpec) -> Iterator[tuple[str, str]]:
@@ -134,8 +130,7 @@ def parameter_facts(experiment: Experiment, connector: Connector, shape: Languag
         yield block, f"{count:,}"
     yield "connector", f"{sum(counts.values()):,}, and {count_fixed_numbers(connector):,} fixed numbers"
     features = experiment.features
-    held = _deepest((*features.global_maps, *features.local_maps))
-    yield "encoder", f"{num_encoder_parameters(experiment.encoder, held):,} held, none trained"
+    yield "encoder", f"{num_encoder_parameters(experiment.encoder, features.deepest_layer):,} held, none trained"
     yield "language model", f"{shape.num_parameters:,}"
     if (lora := experiment.file.recipe.language_model.lora_spec()) is not None:
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)

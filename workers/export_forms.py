@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConversationError
-from model.specs import ExportForm, fingerprint
+from model.specs import ExportForm, deepest_layer, fingerprint
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
 from workers.errors import ExportingError
@@ -202,7 +202,7 @@ def _open_run(training: TrainingSpec, trained: TrainingRecord, store: Store) -> 
     maps = [*config.connector.global_branch.fusion.maps]
     if config.connector.local_branch is not None:
         maps += config.connector.local_branch.fusion.maps
-    deepest = max(layer for map_spec in maps for layer in map_spec.layers)
+    deepest = deepest_layer(maps)
     encoder = load_encoder(config.encoder, deepest, dtype=compute_dtype(config.feature_compute, "cpu", or_wider=True))
     return ExportedModel(config=config, model=load_trained(training, store), encoder=encoder)
 

@@ -29,7 +29,7 @@ from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, cache_folder
 
-__all__ = ["Cluster", "InlineCluster", "RayCluster", "encoding_cluster", "ray_runtime", "translate_ray_error"]
+__all__ = ["Cluster", "InlineCluster", "RayCluster", "encoding_cluster", "ray_runtime", "stream_tasks", "translate_ray_error"]
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -292,6 +292,28 @@ def ray_runtime(execution: ExecutionSettings) -> Iterator[RayCluster]:
 
             ray.shutdown()
         raise
+
+
+def stream_tasks(work: Callable[[Job], Result], jobs: Iterable[Job], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[Result]:
+    """Run `work` on every job, on the cluster that is given or on every CPU of Ray's.
+
+    Args:
+        work: a pure function; may run twice for a job.
+        jobs: small values.
+        execution: images_in_flight_units and Ray's settings count.
+        cluster: where jobs run; None starts Ray.
+
+    Yields:
+        Results as they come, in any order.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    if cluster is not None:
+        yield from cluster.stream(work, jobs, in_flight=execution.images_in_flight_units)
+        return
+    with ray_runtime(execution) as ray_cluster:
+        yield from ray_cluster.stream(work, jobs, in_flight=execution.images_in_flight_units * ray_cluster.num_cpus)
 
 
 @contextlib.contextmanager

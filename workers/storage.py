@@ -196,7 +196,10 @@ class Store:
         with translated("read", self.url(path)):
             file = os.open(self._local / _relative(path), os.O_RDONLY)
             try:
-                got = os.preadv(file, [buffer.data for buffer in buffers], start)
+                got = 0
+                # Linux reads 2 GiB at most in one call, and network file systems may give less than is there.
+                while got < wanted and (count := os.preadv(file, _behind(buffers, got), start + got)):
+                    got += count
             finally:
                 os.close(file)
         if got != wanted:
@@ -239,29 +242,11 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """Paths of all objects in a folder and below, sorted. Empty when there is no such folder."""
-        relative = _relative(prefix)
         if self._local is None:
-            base = self._key("") + "/"
-            folder = self._key(prefix) + "/"
-
-            def find() -> Sequence[str]:
-                try:
-                    keys: Sequence[str] = self._s3.find(self._key(prefix))
-                except FileNotFoundError:
-                    return []
-                return keys
-
-            # A search for a folder that is not there may answer with the folder's own name.
-            found = [key.removeprefix(base) for key in self._ask("list", prefix, find) if key.startswith(folder) and key != folder]
-            return sorted(found)
+            return sorted(self._listed(prefix))
         with translated("list", self.url(prefix)):
-            found = [
-                (Path(directory) / name).relative_to(self._local).as_posix()
-                for directory, _, names in os.walk(self._local / relative, onerror=_raise_unless_missing)
-                for name in names
-                if not name.startswith(TEMPORARY_PREFIX)
-            ]
-        return sorted(found)
+            files = self._files(prefix)
+            return sorted(file.relative_to(self._local).as_posix() for file in files if not file.name.startswith(TEMPORARY_PREFIX))
 
     def list_objects(self, prefix: str = "") -> Sequence[StoredObject]:
         """All objects in a folder and below with size and age, sorted by path; of a local folder also files that were never finished.
@@ -272,32 +257,40 @@ class Store:
         Raises:
             StorageError: it cannot be listed.
         """
-        relative = _relative(prefix)
-        found = []
         if self._local is None:
-            base, folder = self._key("") + "/", self._key(prefix) + "/"
-
-            def find() -> dict[str, dict[str, Any]]:
-                try:
-                    details: dict[str, dict[str, Any]] = self._s3.find(self._key(prefix), detail=True)
-                except FileNotFoundError:
-                    return {}
-                return details
-
-            for key, item in self._ask("list", prefix, find).items():
-                if key.startswith(folder) and key != folder:
-                    modified = item["LastModified"].timestamp()
-                    found.append(StoredObject(path=key.removeprefix(base), size_bytes=item["size"], modified_unix_s=modified))
+            found = [
+                StoredObject(path=path, size_bytes=item["size"], modified_unix_s=item["LastModified"].timestamp())
+                for path, item in self._listed(prefix).items()
+            ]
         else:
+            found = []
             with translated("list", self.url(prefix)):
-                for directory, _, names in os.walk(self._local / relative, onerror=_raise_unless_missing):
-                    for name in names:
-                        file = Path(directory) / name
-                        with contextlib.suppress(FileNotFoundError):  # it was finished, or dropped, a moment ago
-                            status = file.stat()
-                            path = file.relative_to(self._local).as_posix()
-                            found.append(StoredObject(path=path, size_bytes=status.st_size, modified_unix_s=status.st_mtime))
+                for file in self._files(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # it was finished, or dropped, a moment ago
+                        status = file.stat()
+                        path = file.relative_to(self._local).as_posix()
+                        found.append(StoredObject(path=path, size_bytes=status.st_size, modified_unix_s=status.st_mtime))
         return sorted(found, key=lambda item: item.path)
+
+    def _files(self, prefix: str) -> Iterator[Path]:
+        """Every file of a local folder and below."""
+        assert self._local is not None
+        for directory, _, names in os.walk(self._local / _relative(prefix), onerror=_raise_unless_missing):
+            yield from (Path(directory) / name for name in names)
+
+    def _listed(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """What a bucket says of every object in a folder and below, by path."""
+        base, folder = self._key("") + "/", self._key(prefix) + "/"
+
+        def find() -> dict[str, dict[str, Any]]:
+            try:
+                details: dict[str, dict[str, Any]] = self._s3.find(self._key(prefix), detail=True)
+            except FileNotFoundError:
+                return {}
+            return details
+
+        # A search for a folder that is not there may answer with the folder's own name.
+        return {key.removeprefix(base): item for key, item in self._ask("list", prefix, find).items() if key.startswith(folder) and key != folder}
 
     def write_bytes(self, path: str, data: bytes, *, sync: bool = True) -> None:
         """Put an object there, whole, whatever lay there before.
@@ -758,6 +751,16 @@ def _normalise_root(root: str) -> tuple[str, Path | None]:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _behind(buffers: Sequence[np.ndarray], num_bytes: int) -> list[memoryview]:
+    """What is left of buffers behind their first bytes."""
+    left = []
+    for buffer in buffers:
+        if num_bytes < len(buffer):
+            left.append(buffer[num_bytes:].data)
+        num_bytes = max(0, num_bytes - len(buffer))
+    return left
 
 
 def _write_synced(path: Path, data: bytes) -> None:

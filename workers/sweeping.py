@@ -101,14 +101,13 @@ def caches_in_use(store: Store) -> list[CacheInUse]:
     return sorted(found.values(), key=lambda cache: cache.folder)
 
 
-def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: bool = False, now_unix_s: float | None = None) -> list[Leftover]:
+def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: bool = False) -> list[Leftover]:
     """What could go.
 
     Args:
         store: of the root.
         older_than_s: younger objects are left alone.
         superseded: also whole caches that no recipe uses any more.
-        now_unix_s: None is now.
 
     Returns:
         Leftovers by reason and place.
@@ -117,7 +116,7 @@ def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: boo
         StorageError: the store is away.
         TableError: a table cannot be read, so that nothing can be told of its files.
     """
-    before = (time.time() if now_unix_s is None else now_unix_s) - older_than_s
+    before = time.time() - older_than_s
     objects = store.list_objects()
     old = [item for item in objects if item.modified_unix_s < before]
     found = _grouped("unfinished", (item for item in old if item.is_unfinished))

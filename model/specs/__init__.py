@@ -36,6 +36,7 @@ from model.specs._features import (
     FeatureSpec,
     MapSpec,
     Precision,
+    deepest_layer,
 )
 from model.specs._fingerprints import UnknownDigest, canonical_json, fingerprint, fingerprint_if_known, spec_differences
 from model.specs._fusions import DCISpec, FusionSpec, SCISpec, SingleSpec, STISpec
@@ -82,6 +83,7 @@ __all__ = [
     "TextGuidedSelectorSpec",
     "UnknownDigest",
     "canonical_json",
+    "deepest_layer",
     "fingerprint",
     "fingerprint_if_known",
     "sees_text_only",

@@ -1,5 +1,6 @@
 """Encoders, the maps that are read off them, and the identity of a feature cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -18,6 +19,7 @@ __all__ = [
     "MapSpec",
     "Precision",
     "check_map_pool",
+    "deepest_layer",
 ]
 
 EncoderFamily = Literal["clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers"]
@@ -216,7 +218,12 @@ class FeatureSpec:
     @property
     def deepest_layer(self) -> int:
         """The highest layer that any map needs; no block behind it runs."""
-        return max((item.layers[-1] for item in (*self.global_maps, *self.local_maps)), default=0)
+        return deepest_layer((*self.global_maps, *self.local_maps))
+
+    @property
+    def branch_maps(self) -> tuple[tuple[Literal["global", "local"], MapSpec], ...]:
+        """Every map with its branch, global ones first."""
+        return (*(("global", item) for item in self.global_maps), *(("local", item) for item in self.local_maps))
 
     def value_bytes(self, branch: Literal["global", "local"], item: MapSpec) -> int:
         """Bytes of one map of one view, without steps: tokens x width x bytes per number."""
@@ -245,6 +252,15 @@ class FeatureSpec:
                         f"0..{self.encoder.num_blocks}; choose layers within"
                     )
                 check_map_pool(f"the {branch} map {map_spec.name}", map_spec.pool, self.encoder)
+
+
+def deepest_layer(maps: Iterable[MapSpec]) -> int:
+    """The highest layer that any of some maps needs; 0 of none.
+
+    Args:
+        maps: of any branches.
+    """
+    return max([0, *(item.layers[-1] for item in maps)])  # not max(..., default=0): torch.compile, which sees this too, does not know it
 
 
 def check_map_pool(place: str, pool: int, encoder: EncoderSpec) -> None:

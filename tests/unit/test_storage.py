@@ -1,6 +1,7 @@
 import errno
 import os
 
+import numpy as np
 import obstore
 import pytest
 
@@ -182,3 +183,15 @@ def test_nothing_secret_is_in_the_delta_options(monkeypatch):
     assert "hush" not in str(Store("s3://bucket").delta_options)
     assert Store("s3://bucket").delta_options["aws_allow_http"] == "true"
     assert Store("/tmp/x").delta_options == {}
+
+
+def test_a_read_that_gives_less_than_is_there_goes_on(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    store.write_bytes("a", bytes(range(100)))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, start: real(file, [buffers[0][:7]], start))
+    buffers = [np.zeros(count, dtype=np.uint8) for count in (3, 0, 30, 17)]
+    store.read_into("a", 20, buffers)
+    assert np.concatenate(buffers).tolist() == list(range(20, 70))
+    with pytest.raises(StorageError, match="it ends 5 bytes before"):
+        store.read_into("a", 55, buffers)

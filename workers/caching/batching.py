@@ -19,7 +19,7 @@ from model.encoder import Encoder
 from model.encoder_execution import BatchSize, EncoderForward
 from model.quality import MapQuality
 from model.quantisation import map_quality
-from model.specs import MapSpec
+from model.specs import MapSpec, deepest_layer
 from model.views import Branch
 from workers.caching.codec import FeatureCodec, RoundedMap, StoredMap
 
@@ -64,7 +64,7 @@ def _packed(num_views: Mapping[Branch, int], maps: Mapping[Branch, Sequence[MapS
     by_depth: dict[int, list[Branch]] = {}
     for branch, count in num_views.items():
         if count and maps[branch]:
-            by_depth.setdefault(max(layer for item in maps[branch] for layer in item.layers), []).append(branch)
+            by_depth.setdefault(deepest_layer(maps[branch]), []).append(branch)
     batches: list[list[_Part]] = []
     for branches in by_depth.values():
         batch: list[_Part] = []
@@ -249,7 +249,7 @@ class ViewEncoder:
             num_rows = len(slot.device_views)
         # Where shapes are compiled every batch gives all maps that any branch wants, so that there is one shape; else those that it needs.
         asking = maps if self._is_staged else [part.branch for part in parts]
-        deepest = max(layer for part in parts for item in maps[part.branch] for layer in item.layers)
+        deepest = max(deepest_layer(maps[part.branch]) for part in parts)
         union = dict.fromkeys(item for branch in asking for item in maps[branch] if item.layers[-1] <= deepest)
         reduced = self._forward(slot.device_views[:num_rows], list(union))
         rounded = [(part, item, self.codec.rounded(part.branch, item, reduced[item.name][part.rows])) for part in parts for item in maps[part.branch]]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from model.quality import MapQuality, recorded_db
 from model.specs import FeatureSpec, fingerprint
@@ -116,10 +117,10 @@ def cache_features(
     images = distinct_images(read_samples(store, spec.dataset_fingerprint))
     with stage.attempt() as timer:
         lock_encoding(store, spec.encoding)
-        _Books(store, spec).ensure()
+        books = _Books(store, spec)
+        books.ensure()
         plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), execution.feature_unit_bytes)
         outcomes = _read_outcomes(stage)
-        books = _Books(store, spec)
         books.enter(outcomes.values())
         books.commit()
         missing = [unit for unit in plan.units if unit.number not in outcomes]
@@ -146,8 +147,7 @@ def cache_features(
 
 def _held(store: Store, spec: FeatureSpec, images: Sequence[Sample]) -> HeldMaps:
     """Which maps of the images the table has."""
-    asked = [(branch, item) for branch in BRANCHES for item in spec.maps(branch)]
-    return FeatureIndex(store, spec).held(asked, [sample.image_sha256 for sample in images])
+    return FeatureIndex(store, spec).held(spec.branch_maps, [sample.image_sha256 for sample in images])
 
 
 def _check_disk(store: Store, planned: int) -> None:
@@ -159,16 +159,13 @@ def _check_disk(store: Store, planned: int) -> None:
         )
 
 
-def _outcome_path(stage: Stage, number: int) -> str:
-    return stage.path(f"units/unit-{number:06d}.json")
+def _read_outcome(store: Store, path: str) -> UnitOutcome:
+    return from_json(UnitOutcome, store.read_json(path), where=store.url(path))
 
 
 def _read_outcomes(stage: Stage) -> dict[int, UnitOutcome]:
-    def read(path: str) -> UnitOutcome:
-        return from_json(UnitOutcome, stage.store.read_json(path), where=stage.store.url(path))
-
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # one by one, ten thousand units take minutes from an object store
-        return {outcome.number: outcome for outcome in pool.map(read, stage.store.list(stage.path("units")))}
+        return {outcome.number: outcome for outcome in pool.map(partial(_read_outcome, stage.store), stage.store.list(stage.path("units")))}
 
 
 class _Books:
@@ -229,9 +226,7 @@ def _encode(
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
         _check_quality(spec, quality)
         path = stage.path(f"units/unit-{fresh.number:06d}.json")
-        outcome = fresh
-        if not stage.store.create_json(path, to_json(fresh)):
-            outcome = from_json(UnitOutcome, stage.store.read_json(path), where=stage.store.url(path))
+        outcome = fresh if stage.store.create_json(path, to_json(fresh)) else _read_outcome(stage.store, path)
         books.enter([outcome])
         outcomes[outcome.number] = outcome
         yield outcome
@@ -247,7 +242,7 @@ def _add(quarantined: dict[str, list[QuarantineRow]], quality: dict[str, MapQual
 
 def _check_quality(spec: FeatureSpec, found: Mapping[str, MapQuality]) -> None:
     """Stop a cache of int8 that becomes much worse than its calibration promised: then its images are others than those that were measured."""
-    for branch, item in [(one, item) for one in BRANCHES for item in spec.maps(one)]:
+    for branch, item in spec.branch_maps:
         place = item.place(branch)
         quality = found.get(place, MapQuality())
         if spec.stored_as(branch, item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
@@ -285,8 +280,8 @@ def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: Un
     cached = [sample for sample in images if sample.image_sha256 not in refused]
     index = FeatureIndex(store, spec)
     table = features_table(store, spec)
-    held = index.held([(branch, item) for branch in BRANCHES for item in spec.maps(branch)], [sample.image_sha256 for sample in cached])
-    lost = sorted(index.files().keys() - {file.path for file in table.files()})
+    held = index.held(spec.branch_maps, [sample.image_sha256 for sample in cached])
+    lost = sorted(index.files() - {file.path for file in table.files()})
     if lost:
         raise IncompleteError(f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, first {lost[0]}")
     for place, there in held.items():

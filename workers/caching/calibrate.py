@@ -185,7 +185,7 @@ def _measure(
         compute=spec.encoding.compute,
         resampling=spec.encoding.resampling,
     )
-    maps = [(branch, item) for branch in BRANCHES for item in plain.maps(branch)]
+    maps = plain.branch_maps
     measured = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF != _CHECKED_OF - 1]
     checked = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF == _CHECKED_OF - 1]
     in_flight = execution.encoded_units_in_flight

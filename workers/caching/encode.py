@@ -40,7 +40,6 @@ from workers.storage import Store
 from workers.tables import TableFile
 
 __all__ = [
-    "EncodedViews",
     "UnitEncoder",
     "choose_device",
     "encode_views",
@@ -172,7 +171,7 @@ class UnitEncoder:
             index_files=index_files,
             quarantine_files=quarantine_files,
             quarantined=quarantined,
-            quality={item.place(branch): encoded[branch].quality[item.name] for branch in BRANCHES for item in spec.maps(branch)},
+            quality={item.place(branch): encoded[branch].quality[item.name] for branch, item in spec.branch_maps},
             prepare_seconds=prepared.seconds,
             encode_seconds=encode_seconds,
             write_seconds=time.monotonic() - started,
@@ -239,7 +238,7 @@ def write_features(
             columns = {item.name: map_fields(spec, branch, item) for item in maps}
             blobs = [field.name for fields in columns.values() for field in fields]
             groups = row_groups(spec, branch, maps, rows[branch], stored[branch])
-            metadata = file_metadata(spec.encoding, fingerprint(spec.encoding))
+            metadata = file_metadata(spec.encoding)
             file, footer = table.write_mapped_file(partition, name, groups, blobs=blobs, metadata=metadata)
             located = index_rows(file, footer, columns, rows[branch], stored[branch])
             files.append(file)

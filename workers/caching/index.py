@@ -160,7 +160,7 @@ class _Portion:
         self._row_groups = table.column("row_group").to_numpy()
         self._num_views = table.column("num_views").to_numpy()
         files = table.column("file").combine_chunks().dictionary_encode()
-        self._file_names = files.dictionary.to_pylist()
+        self._file_names: list[str] = files.dictionary.to_pylist()
         self._files = files.indices.to_numpy()
         # Of an image's rows, the one whose file comes first by name comes first.
         for start in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
@@ -221,10 +221,9 @@ class _Portion:
             checksum=int(self._checksums[row, place]),
         )
 
-    def files(self) -> dict[str, int]:
-        """How many images each file has rows of."""
-        counts = np.bincount(self._files, minlength=len(self._file_names))
-        return {name: int(count) for name, count in zip(self._file_names, counts, strict=True)}
+    def files(self) -> list[str]:
+        """The files that it has rows of."""
+        return self._file_names
 
 
 class FeatureIndex:
@@ -297,9 +296,9 @@ class FeatureIndex:
             places.append(place)
         return places
 
-    def files(self) -> dict[str, int]:
-        """The files that it knows, with the number of images in each."""
-        return {name: count for portions in self._portions.values() for portion in portions for name, count in portion.files().items()}
+    def files(self) -> set[str]:
+        """The files that it tells of."""
+        return {name for portions in self._portions.values() for portion in portions for name in portion.files()}
 
 
 def compact_index(store: Store, spec: FeatureSpec) -> None:

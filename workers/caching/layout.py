@@ -138,15 +138,14 @@ def file_name(encoding: EncodingSpec, branch: Branch, maps: Sequence[MapSpec], i
     return f"{digest[:2]}/{digest[:32]}.parquet"
 
 
-def file_metadata(encoding: EncodingSpec, digest: str) -> dict[str, str]:
+def file_metadata(encoding: EncodingSpec) -> dict[str, str]:
     """What every file of a table says of itself.
 
     Args:
         encoding: of the table.
-        digest: its fingerprint.
     """
     return {
-        "loupe.encoding": digest,
+        "loupe.encoding": fingerprint(encoding),
         "loupe.encoder_sha256": encoding.encoder.weights_sha256,
         "loupe.format_version": str(encoding.format_version),
     }
@@ -188,18 +187,17 @@ def map_fields(spec: FeatureSpec, branch: Branch, item: MapSpec) -> tuple[pa.Fie
     return values, pa.field(f"{item.name}__steps", pa.binary(spec.step_bytes(branch, item)), metadata=steps)
 
 
-def features_table(store: Store, spec: FeatureSpec, folder: str | None = None) -> Table:
+def features_table(store: Store, spec: FeatureSpec) -> Table:
     """The table of an encoding's features: a row per view and portion of maps, partitioned by branch and by the maps that a file holds.
 
     Args:
         store: where it lies.
         spec: whose maps it must have columns for.
-        folder: where; None is the encoding's own.
     """
     fields = {field.name: field for branch in BRANCHES for item in spec.maps(branch) for field in map_fields(spec, branch, item)}
     return Table(
         store,
-        encoding_folder(spec.encoding) if folder is None else folder,
+        encoding_folder(spec.encoding),
         pa.schema([*_VIEW_FIELDS, *fields.values()]),
         ("branch", "maps"),
         grows=True,

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.encoder import Encoder, compute_dtype, load_encoder
 from model.errors import MissingMapError, first_line
 from model.quantisation import PackedMap
-from model.specs import FeatureSpec, MapSpec
+from model.specs import FeatureSpec, MapSpec, deepest_layer
 from model.views import Branch
 from workers.caching.codec import FeatureCodec, read_calibrations
 from workers.caching.encode import choose_device, encode_views
@@ -167,7 +167,7 @@ class LiveFeatures:
 
     def _loaded(self) -> Encoder:
         if self._encoder is None:
-            deepest = max(item.layers[-1] for maps in self._maps.by_branch.values() for item in maps)
+            deepest = max(map(deepest_layer, self._maps.by_branch.values()))
             self._encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
         return self._encoder
 

@@ -69,13 +69,13 @@ def _overhead(store: Store, spec: FeatureSpec, branch: Branch, count: int, width
     stored = {item.name: codec.empty(branch, item, sum(views)) for item in spec.maps(branch)}
     starts = [sum(views[:place]) for place in range(count)]
     rows = [(sample, start, start + number) for sample, start, number in zip(samples, starts, views, strict=True)]
-    table = features_table(store, spec, folder="sizing")
+    table = features_table(store, spec)
     size = 0
     for maps in map_sets(spec.maps(branch)):
         blobs = [field.name for item in maps for field in map_fields(spec, branch, item)]
         groups = row_groups(spec, branch, maps, rows, stored)
         partition = {"branch": branch, "maps": map_set(maps)}
-        size += table.write_file(partition, f"{count}.parquet", groups, blobs=blobs, metadata=file_metadata(spec.encoding, "0" * 64)).size_bytes
+        size += table.write_file(partition, f"{count}.parquet", groups, blobs=blobs, metadata=file_metadata(spec.encoding)).size_bytes
     return size - sum(views) * spec.view_bytes(branch)
 
 

@@ -175,7 +175,7 @@ def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, uni
     Returns:
         The groups; none when nothing is missing.
     """
-    asked = [(branch, item) for branch in BRANCHES for item in spec.maps(branch)]
+    asked = spec.branch_maps
     missing = np.stack([~held[item.place(branch)] for branch, item in asked], axis=1) if asked else np.zeros((len(images), 0), dtype=np.bool_)
     kinds, kind_of = np.unique(missing, axis=0, return_inverse=True)
     groups = []

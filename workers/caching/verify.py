@@ -13,13 +13,13 @@ from model.errors import first_line
 from model.specs import FeatureSpec
 from model.views import Branch
 from workers.caching.index import FeatureIndex, file_checksums
-from workers.caching.layout import BRANCHES, features_table, maps_in
+from workers.caching.layout import features_table, maps_in
 from workers.caching.units import distinct_images, num_views
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import read_quarantine
-from workers.runtime import Cluster, encoding_cluster
+from workers.runtime import Cluster, stream_tasks
 from workers.storage import Store
 from workers.storage_errors import is_damage
 from workers.tables import TableFile
@@ -107,7 +107,7 @@ def verify_cache(
     expected = {sample.image_sha256: sample for sample in images if sample.image_sha256 not in refused}
     index = FeatureIndex(store, spec)
     faults: list[str] = []
-    held = index.held([(branch, item) for branch in BRANCHES for item in spec.maps(branch)], list(expected))
+    held = index.held(spec.branch_maps, list(expected))
     whole = set(expected)
     for place, there in held.items():
         lacking = [image for image, has in zip(expected, there.tolist(), strict=True) if not has]
@@ -117,23 +117,22 @@ def verify_cache(
     table = features_table(store, spec)
     known = {file.path: file for file in table.files()}
     wanted = index.files()
-    faults += [f"{path} is in the index and not in the table" for path in sorted(wanted.keys() - known.keys())]
-    jobs = [_FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted.keys() & known.keys())]
+    faults += [f"{path} is in the index and not in the table" for path in sorted(wanted - known.keys())]
+    jobs = [_FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted & known.keys())]
     seen: set[tuple[str, str, str]] = set()
     twice: set[str] = set()
     progress.start("reading files", len(jobs), 0)
     try:
-        with encoding_cluster(execution, cluster) as (running, settled, _):
-            for content in running.stream(_read_file, jobs, in_flight=settled.encoded_units_in_flight):
-                if content.fault is not None:
-                    faults.append(f"{content.file.path}: {content.fault}")
-                faults += _differences(spec, index, content, expected)
-                for image, _, _ in content.checksums:
-                    row = (image, content.file.partition["branch"], content.file.partition["maps"])
-                    if row in seen:
-                        twice.add(image)
-                    seen.add(row)
-                progress.advance(1, faults=len(faults))
+        for content in stream_tasks(_read_file, jobs, execution, cluster):
+            if content.fault is not None:
+                faults.append(f"{content.file.path}: {content.fault}")
+            faults += _differences(spec, index, content, expected)
+            for image, _, _ in content.checksums:
+                row = (image, content.file.partition["branch"], content.file.partition["maps"])
+                if row in seen:
+                    twice.add(image)
+                seen.add(row)
+            progress.advance(1, faults=len(faults))
     finally:
         progress.finish()
     chosen = sorted(whole)

@@ -20,7 +20,7 @@ from workers.dataset.spec import DatasetSpec, LlavaJsonSourceSpec, RenderedSourc
 from workers.errors import IncompleteError, ObjectNotFoundError, SourceError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, commit_quarantine
-from workers.runtime import Cluster, ray_runtime
+from workers.runtime import Cluster, stream_tasks
 from workers.storage import Store
 from workers.tables import Table, TableFile
 
@@ -217,7 +217,7 @@ def _stage_units(
         progress.start("building images", num_items, num_done)
         try:
             quarantined: dict[str, list[QuarantineRow]] = {}
-            for report in _run(jobs, execution, cluster):
+            for report in stream_tasks(build_unit, jobs, execution, cluster):
                 staged[_staged_place(report.path)] = report.path
                 for row in report.quarantined:
                     quarantined.setdefault(row.source, []).append(row)
@@ -226,14 +226,6 @@ def _stage_units(
         finally:
             progress.finish()
     return [staged[place] for place in range(num_units)]
-
-
-def _run(jobs: Iterator[_UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[_UnitReport]:
-    if cluster is not None:
-        yield from cluster.stream(build_unit, jobs, in_flight=execution.images_in_flight_units)
-        return
-    with ray_runtime(execution) as ray_cluster:
-        yield from ray_cluster.stream(build_unit, jobs, in_flight=execution.images_in_flight_units * ray_cluster.num_cpus)
 
 
 def build_unit(job: _UnitJob) -> _UnitReport:
