@@ -8,7 +8,6 @@ set the step, and what varies in the others falls below it; behind a centre and 
 inference: here numbers are rounded once, outside of the network, so no error grows from block to block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,17 +57,6 @@ class PackedMap:
     """Of codes alone."""
     calibration: ChannelCalibration | None = None
     """Of codes alone, on the device of the values."""
-
-    @staticmethod
-    def cat(parts: Sequence["PackedMap"]) -> "PackedMap":
-        """One map over the views of several.
-
-        Args:
-            parts: of one map, at least one.
-        """
-        steps = [part.steps for part in parts if part.steps is not None]
-        values = torch.cat([part.values for part in parts])
-        return PackedMap(values=values, steps=torch.cat(steps) if steps else None, calibration=parts[0].calibration)
 
     def to(self, device: torch.device | str) -> "PackedMap":
         """The same on a device, still packed."""

@@ -15,7 +15,7 @@ from pipelines.wording import bytes_text, data_console, print_table
 from workers.storage import Store
 from workers.sweeping import CacheInUse, caches_in_use, find_leftovers, remove_leftovers
 
-__all__ = ["sweep_root", "verify_experiment"]
+__all__ = ["repair_experiment", "sweep_root", "verify_experiment"]
 
 
 def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool = False) -> None:
@@ -62,8 +62,39 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool
             data_console().print(f"  {fault}", soft_wrap=True)
     if num_faults:
         raise PipelineError(
-            f"{num_faults} faults in the cache of recipe {experiment.file.recipe.name!r}. Restore its files, or remove the cache's table and its "
-            "folders in runs/cache-features, and cache again"
+            f"{num_faults} faults in the cache of recipe {experiment.file.recipe.name!r}. With --repair the index is made anew, and what is damaged "
+            "is left to the next `loupe run` to compute"
+        )
+
+
+def repair_experiment(experiment: Experiment, *, as_json: bool = False) -> None:
+    """Make the caches of a recipe whole out of what is left of them, and print what was done.
+
+    Args:
+        experiment: the resolved recipe and its root.
+        as_json: as one JSON object for each table.
+
+    Raises:
+        NothingThereError: the recipe stores nothing.
+        TableError: a table is not there, or cannot be read.
+    """
+    from workers.caching.repair import repair_cache
+
+    if not experiment.caches:
+        raise NothingThereError(f"recipe {experiment.file.path}: features.source is live, so there is no cache to repair")
+    # Of one encoding, and so in one table, whatever the dataset.
+    _, features, _ = experiment.data[0]
+    found = repair_cache(features, experiment.store, experiment.execution, console_progress())
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    console = data_console()
+    console.print(f"The index was made anew out of {found.num_files - len(found.dropped)} of {found.num_files} files.", soft_wrap=True)
+    for fault in found.dropped:
+        console.print(f"  dropped {fault}", soft_wrap=True)
+    if found.reopened:
+        console.print(
+            f"To be completed by the next `loupe run`: the caches {', '.join(found.reopened)}, of which images are missing now.", soft_wrap=True
         )
 
 

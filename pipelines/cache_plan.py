@@ -6,6 +6,7 @@ arithmetic.
 """
 
 import json
+import os
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
@@ -15,21 +16,27 @@ from rich.table import Table
 
 from model.architectures import encoder_flops
 from model.images import DEFAULT_LIMITS
-from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest
+from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, fingerprint
 from model.views import plan_views
 from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import bytes_text, data_console, duration_text, print_table
+from workers.commits import from_json, to_json
 from workers.dataset.spec import LlavaJsonSourceSpec
 
 if TYPE_CHECKING:
     from workers.dataset.samples import Sample
 
-__all__ = ["CachePlan", "ImageSizes", "cache_options", "make_cache_plan", "print_cache_plan"]
+__all__ = ["CachePlan", "ImageSizes", "PlannedCache", "cache_options", "make_cache_plan", "note_cache_plan", "planned_cache", "print_cache_plan"]
 
 _SCANNED = 2000
 _PROBED_IMAGES = 6
+
+_PLAN = "plan.json"
+
+_START_S = 8.0
+"""Until the first view is encoded: Ray and its processes start, torch is imported, the encoder loaded. Two cores take 7 to 9 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +77,17 @@ class CachePlan:
     verdict: Verdict
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedCache:
+    """What a run expected of its cache before it began."""
+
+    num_views: int
+    total_bytes: int
+    seconds: float | None
+    """Wall seconds of the stage; None where another machine does the work."""
+    hardware: str
+
+
 def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
     """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views.
 
@@ -97,13 +115,14 @@ def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[C
     return tuple(options)
 
 
-def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_px: tuple[int, int] | None = None) -> CachePlan:
+def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_px: tuple[int, int] | None = None, at_hand: bool = False) -> CachePlan:
     """Plan a recipe's cache. That of an `[evaluation.dataset]` is not counted.
 
     Args:
-        experiment: opened for a plan.
+        experiment: to be planned.
         images: so many, in place of the dataset's.
         size_px: their width and height.
+        at_hand: for this machine, whatever hardware the recipe states.
 
     Returns:
         The plan.
@@ -125,7 +144,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
     num_local = round(sum(count * weight for count, weight in histogram.items()))
     typical = _typical(sizes)
-    stated = recipe.plan.cluster
+    stated = None if at_hand else recipe.plan.cluster
     machine = probe_machine(
         features,
         [experiment.store.read_reference(sample.image_path) for sample in probed],
@@ -158,14 +177,15 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     overheads = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
     costs = []
     for option, stored in options:
-        overhead = overheads[stored.precision]
+        overhead = [part for branch, part in overheads[stored.precision].items() if option.holds_local or branch == "global"]
         costs.append(
             cache_costs(
                 option,
                 num_images=sizes.num_images,
                 num_local_views=num_local,
                 prepare_core_s=machine.prepare_core_s,
-                overhead_bytes=sum(part.image_bytes for branch, part in overhead.items() if option.holds_local or branch == "global"),
+                overhead_bytes=sum(part.image_bytes for part in overhead),
+                file_bytes=sum(part.file_bytes for part in overhead),
                 unit_bytes=experiment.execution.feature_unit_bytes,
                 months=recipe.plan.months,
                 cluster=cluster,
@@ -191,6 +211,38 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         # What leaves local views out is shown for comparison: a recipe cannot choose it.
         verdict=recommend([cost for cost in costs if cost.option.holds_local], passes),
     )
+
+
+def note_cache_plan(experiment: Experiment) -> None:
+    """Put on record what the cache is expected to take, unless it is begun: the report holds it against what it took.
+
+    Args:
+        experiment: about to cache; its dataset is built.
+    """
+    folder = _run_folder(experiment)
+    if any(experiment.store.exists(f"{folder}/{name}") for name in ("units.json", "COMMITTED.json", _PLAN)):
+        return
+    plan = make_cache_plan(experiment, at_hand=True)
+    elsewhere = "RAY_ADDRESS" in os.environ  # this machine says nothing of how fast that cluster is
+    own = plan.options[0]
+    seconds = None if elsewhere else own.hours.total * 3600 + _START_S
+    experiment.store.create_json(
+        f"{folder}/{_PLAN}", to_json(PlannedCache(num_views=plan.num_views, total_bytes=own.total_bytes, seconds=seconds, hardware=plan.hardware))
+    )
+
+
+def planned_cache(experiment: Experiment) -> PlannedCache | None:
+    """What was on record before the cache was begun, if anything was.
+
+    Args:
+        experiment: whose cache.
+    """
+    path = f"{_run_folder(experiment)}/{_PLAN}"
+    return from_json(PlannedCache, experiment.store.read_json(path)) if experiment.store.exists(path) else None
+
+
+def _run_folder(experiment: Experiment) -> str:
+    return f"runs/cache-features/{fingerprint(experiment.features)[:16]}"
 
 
 def _typical(sizes: ImageSizes) -> tuple[int, int]:
@@ -245,13 +297,13 @@ def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int |
 
 
 def _built_samples(experiment: Experiment) -> "list[Sample] | None":
-    """Those with an image, where the dataset is built."""
+    """One for each image, where the dataset is built."""
     if experiment.record("build-dataset", experiment.dataset) is None:
         return None
-    from model.specs import fingerprint
+    from workers.caching.units import distinct_images
     from workers.dataset.samples import read_samples
 
-    return [sample for sample in read_samples(experiment.store, fingerprint(experiment.dataset)) if not sample.text_only]
+    return distinct_images(read_samples(experiment.store, fingerprint(experiment.dataset)))
 
 
 def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str]:

@@ -364,15 +364,22 @@ def verify(
     root: Root = DEFAULT_ROOT,
     settings: Settings = (),
     encoded: Annotated[int, Parameter(name="--encoded", help="How many cached images are encoded again and compared.")] = 8,
+    repair: Annotated[
+        bool,
+        Parameter(name="--repair", help="Make the index anew from the files, and drop damaged ones; while no run writes to it.", negative=()),
+    ] = False,
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
 ) -> None:
-    """Look whether a recipe's cache is whole and true: every row once, every byte as written, a sample encoded again. Writes nothing."""
-    from pipelines.cache_care import verify_experiment
+    """Look whether a recipe's cache is whole and true: every row once, every byte as written, a sample encoded again. Or repair it."""
+    from pipelines.cache_care import repair_experiment, verify_experiment
     from pipelines.stages import open_experiment
     from workers.storage import Store
 
     file = load_recipe(recipe)
     experiment = open_experiment(file, Store(root), execution_settings(settings_from_words(settings), file.recipe))
+    if repair:
+        repair_experiment(experiment, as_json=as_json)
+        return
     verify_experiment(experiment, num_encoded=encoded, as_json=as_json)
 
 

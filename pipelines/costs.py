@@ -109,6 +109,7 @@ def cache_costs(
     num_local_views: int,
     prepare_core_s: float,
     overhead_bytes: float,
+    file_bytes: float,
     unit_bytes: int,
     months: float,
     cluster: Cluster,
@@ -122,6 +123,7 @@ def cache_costs(
         num_local_views: of all of them.
         prepare_core_s: seconds of one core to read, decode and cut one image.
         overhead_bytes: of the files, for one image: headers, footers, the columns beside the maps.
+        file_bytes: of the files, for one unit: what each has whatever is in it.
         unit_bytes: that one object of each branch is filled with, about.
         months: for which it is kept.
         cluster: what encodes.
@@ -131,16 +133,16 @@ def cache_costs(
         Its costs.
     """
     held_local = num_local_views if option.holds_local else 0
-    total = round(num_images * (option.global_view_bytes + overhead_bytes) + held_local * option.local_view_bytes)
     branches = 2 if held_local else 1
     maps = num_images * option.global_view_bytes + held_local * option.local_view_bytes
     units = math.ceil(num_images / max(1, unit_bytes // max(1, maps // max(1, num_images))))  # as workers.caching.units cuts them
     objects = max(1, units) * branches
+    total = round(maps + num_images * overhead_bytes + units * file_bytes)
     hours = _hours(num_images, num_images + held_local, prepare_core_s, total, cluster)
     compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, cluster, prices)
     live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, cluster, prices)
     left_out = 0.0 if option.holds_local or not num_local_views else _compute_usd(num_images, num_local_views, prepare_core_s, cluster, prices)
-    gets = 2 * num_images * branches  # a row group of each image for its rows, and once more to know where it lies
+    gets = num_images * branches  # the index, which says where they lie, is read once a run
     per_pass = gets / 1000 * prices.get_thousand + left_out
     each = total / objects
     puts = objects * (1 if each < _WHOLE_BYTES else math.ceil(each / _PART_BYTES) + 2)

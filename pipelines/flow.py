@@ -20,6 +20,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from model.errors import first_line
 from model.specs import ExportForm
+from pipelines.cache_plan import note_cache_plan
 from pipelines.interruption import InterruptibleProgress, catching_interruptions
 from pipelines.progress import TeeProgress, console_progress
 from pipelines.recipe_files import load_recipe
@@ -140,6 +141,8 @@ def _stage_task(experiment: Experiment, stage_run: StageRun) -> "Callable[[], St
         key = _artifact_key(experiment.file.recipe.name, stage_run.name)
         progress: Progress = TeeProgress(console_progress(), ArtifactProgress(f"{key}-progress"))
         with catching_interruptions() as interruption:
+            if stage_run.stage == "cache-features" and not stage_run.asked:
+                note_cache_plan(experiment)
             outcome = run_stage(experiment, stage_run, InterruptibleProgress(progress, interruption))
             interruption.check()
         rows, description = _record_rows(outcome), f"{stage_run.name}: {experiment.store.root}"

@@ -166,12 +166,16 @@ class Features(Table):
     """Type of the encoder's weights and hidden states; bf16 is an accelerator's fast one. Maps are summed in fp32 all the same."""
     source: Literal["cached", "live"] = "cached"
     """`live`: nothing is stored; the encoder runs in training and evaluation, on every view whenever it is seen."""
+    table: Annotated[str, Field(pattern=r"^features/[0-9a-f]{16}$"), allowed("a table's folder, such as features/0123456789abcdef")] | None = None
+    """The table that features are to lie in: another one, by another encoder, rule of views or precision, is refused before any work."""
 
     @model_validator(mode="after")
     def _store_what_is_packed(self) -> "Features":
         if self.source == "live" and self.precision == "int8":
             text = "found source = 'live' beside precision = 'int8', which is a way to store; use precision fp16 or fp32, or leave source out"
             raise PydanticCustomError("told", text)
+        if self.source == "live" and self.table is not None:
+            raise PydanticCustomError("told", "found source = 'live' beside table, which names what is stored; leave one of the two out")
         return self
 
 

@@ -31,13 +31,15 @@ from pipelines.report_page import (
     PageSample,
     PageTurn,
     PhaseCurves,
+    PlannedRow,
     ReportPage,
     StageRow,
     data_uri,
     render_page,
 )
 from pipelines.stages import shown_path
-from pipelines.wording import duration_text
+from pipelines.wording import bytes_text, duration_text
+from workers.caching.build import CacheRecord
 from workers.commits import Stage, from_json
 from workers.dataset.samples import Sample, Turn, read_samples
 from workers.evaluation import ClassificationFigure, EvaluationRecord, Score
@@ -172,6 +174,7 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         asked=_asked_words(first),
         samples=shown,
         stages=stages,
+        cache_plan=_planned_rows(experiment),
         ask_command=shlex.join(
             ["loupe", "ask", *(shown_path(store.reference_url(export[name])) for name in ("folder", "check_image")), export["check_question"]]
         ),
@@ -381,6 +384,28 @@ def _stage_rows(experiment: "Experiment", export: dict[str, Any], runs: Sequence
         rows.append(StageRow(name=f"evaluate seed {run.seed}", key=key, seconds=run.evaluation.seconds, num_bytes=None, note=note))
     rows.append(StageRow(name="export", key=fingerprint(experiment.export())[:16], seconds=export["seconds"], num_bytes=export["num_bytes"], note=""))
     return tuple(rows)
+
+
+def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
+    """The cache's plan beside its outcome; nothing where other runs had made some of it before, or where it is no cache."""
+    from pipelines.cache_plan import planned_cache
+
+    if not experiment.caches or (planned := planned_cache(experiment)) is None:
+        return ()
+    made = from_json(CacheRecord, _record(experiment, "cache-features", experiment.features))
+    if made.num_held:
+        return ()
+    found_views = made.num_global_views + made.num_local_views
+    rows: list[tuple[str, float, float, str, str]] = [
+        ("views", planned.num_views, found_views, f"{planned.num_views:,}", f"{found_views:,}"),
+        ("bytes", planned.total_bytes, made.written_bytes, bytes_text(planned.total_bytes), bytes_text(made.written_bytes)),
+    ]
+    if planned.seconds is not None:
+        rows.append(("time", planned.seconds, made.seconds, duration_text(planned.seconds), duration_text(made.seconds)))
+    return tuple(
+        PlannedRow(what=what, planned=shown, found=shown_found, difference=f"{100 * (found / max(plan, 1e-9) - 1):+.1f} %")
+        for what, plan, found, shown, shown_found in rows
+    )
 
 
 def _phase_curves(store: Store, runs: Sequence[_SeedRun]) -> tuple[PhaseCurves, ...]:

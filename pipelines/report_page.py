@@ -23,6 +23,7 @@ __all__ = [
     "PageSample",
     "PageTurn",
     "PhaseCurves",
+    "PlannedRow",
     "ReportPage",
     "StageRow",
     "data_uri",
@@ -55,6 +56,16 @@ class StageRow:
     seconds: float
     num_bytes: int | None
     note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRow:
+    """What was expected of the cache, and what it was."""
+
+    what: str
+    planned: str
+    found: str
+    difference: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +201,8 @@ class ReportPage:
     """Which pictures were asked about, in words."""
     samples: tuple[PageSample, ...]
     stages: tuple[StageRow, ...]
+    cache_plan: tuple[PlannedRow, ...]
+    """Of the cache; empty where nothing was planned or nothing cached."""
     ask_command: str
     recipe_text: str
     seeds: tuple[int, ...]

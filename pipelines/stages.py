@@ -876,6 +876,7 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
         StorageError: the root cannot be written.
         ExecutionError: the settings ask for a GPU, and this machine, which is to do the work, has none.
         DiskSpaceError: dataset and cache together need more than is free.
+        SpecChangedError: the recipe names another feature table than its features would lie in.
         LanguageModelPrepareError: the language model has to be converted, and what that takes is not installed.
     """
     from workers.language_models import check_convertible
@@ -885,6 +886,11 @@ def check_ready(experiment: Experiment, *, write: bool = True) -> None:
     else:
         experiment.store.check_place()
     _check_device(experiment.execution)
+    folder, encoding = experiment.file.recipe.features.table, experiment.planned_features.encoding
+    if folder is not None and not isinstance(fingerprint_if_known(encoding), UnknownDigest):
+        from workers.caching.layout import check_table
+
+        check_table(experiment.store, folder, encoding)
     check_convertible(experiment.language_model.model)
     free = experiment.store.free_bytes()
     # Once something is there, free space says less than needed space asks; caching itself then asks for what is still missing.

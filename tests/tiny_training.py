@@ -126,25 +126,34 @@ class FakeFeatures:
 
         self._spec = spec
         self._maps = needed_maps(spec.connector)
-        self.asked: list[tuple[int, bool, bool]] = []
+        self.asked: list[dict[str, int]] = []
+        self.missing: set[str] = set()
+        self.num_encoded_live = 0
 
-    def fetch(self, images: Any, *, want_global: bool, want_local: bool) -> list[Any]:
+    def fetch(self, images: Any) -> dict[Any, Any]:
         import torch
 
         from model.quantisation import PackedMap
         from model.views import plan_views
-        from workers.caching.reader import ImageFeatures
+        from workers.errors import MissingFeaturesError
 
-        self.asked.append((len(images), want_global, want_local))
+        if any(images.values()):
+            self.asked.append({branch: len(samples) for branch, samples in images.items() if samples})
         encoder = self._spec.features.encoder
-        found = []
-        for sample in images:
-            generator = torch.Generator().manual_seed(int(sample.image_sha256[:8], 16))
-            views = len(plan_views(sample.width_px, sample.height_px, encoder.view_px, self._spec.features.views).local_views)
-            one = torch.randn(len(self._maps[0]), encoder.num_patches, encoder.width, generator=generator)
-            more = torch.randn(views, len(self._maps[1]), encoder.num_patches, encoder.width, generator=generator)
-            maps = {"global": [item[None] for item in one] if want_global else None, "local": more.unbind(1) if want_local else None}
-            found.append(ImageFeatures(maps={branch: tuple(PackedMap(values=item) for item in items) for branch, items in maps.items() if items}))
+        found: dict[Any, Any] = {}
+        for branch, samples in images.items():
+            parts = []
+            for sample in samples:
+                if sample.image_sha256 in self.missing:
+                    raise MissingFeaturesError(f"no features of {sample.image_sha256[:12]}", sample.image_sha256)
+                generator = torch.Generator().manual_seed(int(sample.image_sha256[:8], 16))
+                views = len(plan_views(sample.width_px, sample.height_px, encoder.view_px, self._spec.features.views).local_views)
+                one = torch.randn(len(self._maps[0]), encoder.num_patches, encoder.width, generator=generator)
+                more = torch.randn(views, len(self._maps[1]), encoder.num_patches, encoder.width, generator=generator)
+                parts.append(one[None] if branch == "global" else more)
+            if parts:
+                maps = self._maps[0 if branch == "global" else 1]
+                found[branch] = {item.name: PackedMap(values=torch.cat(parts)[:, place]) for place, item in enumerate(maps)}
         return found
 
 

@@ -117,6 +117,10 @@ class Stage:
         assert stored is not None
         return stored
 
+    def reopen(self) -> None:
+        """Let the stage be done again: what its record says is true no more."""
+        self.store.delete(self.path("COMMITTED.json"))
+
     @contextlib.contextmanager
     def attempt(self) -> Iterator[StageTimer]:
         """Time the work of this process; the account is kept however the block ends.

@@ -159,7 +159,16 @@ class StaleCacheError(WorkerError):
 
 
 class MissingFeaturesError(WorkerError):
-    """The cache does not hold an image's features, or holds them damaged, and the policy is to fail."""
+    """The cache does not hold an image's features, or holds them damaged, and the policy is to fail.
+
+    Args:
+        message: what was expected and found.
+        image_sha256: whose features, where it is a single image's.
+    """
+
+    def __init__(self, message: str, image_sha256: str | None = None) -> None:
+        super().__init__(message)
+        self.image_sha256 = image_sha256
 
 
 class LanguageModelPrepareError(WorkerError):

@@ -219,7 +219,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         # The same connector and encoder over the images that are asked.
         over_asked = replace(training, dataset_fingerprint=spec.dataset_fingerprint, features=asked_features(spec, training))
         trained = read_samples(store, training.dataset_fingerprint, "train")
-        data = training_data(over_asked, store, spec.split, device=device.type)
+        data = training_data(over_asked, store, spec.split, execution, device=device.type)
         shown = _about_images(data.samples)
         samples, left_out = (shown, []) if _of_training_dataset(spec, training) else _without_trained(shown, trained)
         questions = _chosen(samples, spec.max_questions)
@@ -445,28 +445,19 @@ def _answers(
     """Answers, a batch at a time. An image's visual tokens are computed once for all of its questions and modes."""
     from model.vision_language import lay_out_images, plan_sequences
     from workers.caching.units import view_plan
-    from workers.training.batches import needed_maps, stack_maps
+    from workers.training.batches import needed_maps
 
-    global_maps, local_maps = needed_maps(model.connector.spec)
+    _, local_maps = needed_maps(model.connector.spec)
     want_global = any(mode in ("global", "both") for mode in modes)
     want_local = bool(local_maps) and any(mode in ("local", "both") for mode in modes)
     images = list({question.sample.sample_id: question.sample for question in questions}.values())
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         chosen = images[start : start + _IMAGES_AT_ONCE]
         place = {sample.sample_id: number for number, sample in enumerate(chosen)}
-        found = data.source.fetch(chosen, want_global=want_global, want_local=want_local)
-        globals_ = [image.maps["global"] for image in found if "global" in image.maps]
-        locals_ = [image.maps["local"] for image in found if "local" in image.maps]
-        plans = [None if "local" not in image.maps else view_plan(features, sample) for image, sample in zip(found, chosen, strict=True)]
-        layout = lay_out_images(model.connector, ["global" in image.maps for image in found], plans)
-        maps = plan_sequences(
-            [],
-            [],
-            [],
-            layout,
-            global_maps=stack_maps(globals_, global_maps) if globals_ else None,
-            local_maps=stack_maps(locals_, local_maps) if locals_ else None,
-        ).to(model.device)
+        found = data.source.fetch({"global": chosen if want_global else [], "local": chosen if want_local else []})
+        plans = [view_plan(features, sample) if "local" in found else None for sample in chosen]
+        layout = lay_out_images(model.connector, ["global" in found] * len(chosen), plans)
+        maps = plan_sequences([], [], [], layout, global_maps=found.get("global"), local_maps=found.get("local")).to(model.device)
         visual = model.visual_tokens_without_gradient(maps)
         for mode in modes:
             mine = [(question, _prompt(model, question, features, max_new_tokens)) for question in questions if question.sample.sample_id in place]

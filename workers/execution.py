@@ -43,6 +43,9 @@ class ExecutionSettings:
     """Items that one dataset building task handles. Frozen when the dataset's units are planned."""
     feature_unit_bytes: int = 64 * 2**20
     """Feature bytes that one work unit writes. Frozen when the cache's units are planned."""
+    feature_cache_bytes: int = 0
+    """What training reads of features from an object store is kept on the machine's own disk, in `cache_folder()`, up to so many bytes; 0 keeps
+    nothing."""
     max_quarantined_fraction: float = 0.05
     """A source with a larger share of quarantined inputs stops its stage (a handful is always allowed)."""
     train_workers: int = 1
@@ -60,6 +63,9 @@ class ExecutionSettings:
     """Worker deaths that a training run survives."""
     stall_after_s: int = 1800
     """So long after the last unit of work ended, a run is taken for stuck: its processes say where they are, and it is begun anew."""
+    missing_features: Literal["fail", "encode", "substitute"] = "fail"
+    """What training does about an image whose features are gone or damaged. It is no part of the run's identity, so that a run which has met one may
+    go on from its checkpoint by another answer; the record counts what was computed or replaced."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_batch_size: int = 64
     object_store_bytes: int = 256 * 2**20
@@ -92,12 +98,16 @@ class ExecutionSettings:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, found {count}")
+        if self.feature_cache_bytes < 0:
+            raise ValueError(f"feature_cache_bytes must be at least 0, found {self.feature_cache_bytes}")
         if self.max_failures < 0:
             raise ValueError(f"max_failures must be at least 0, found {self.max_failures}")
         if not 0 <= self.max_quarantined_fraction <= 1:
             raise ValueError(f"max_quarantined_fraction must lie in 0..1, found {self.max_quarantined_fraction}")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}")
+        if self.missing_features not in ("fail", "encode", "substitute"):
+            raise ValueError(f"missing_features must be fail, encode or substitute, found {self.missing_features!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, found {self.device!r}")
 

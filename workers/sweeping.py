@@ -9,7 +9,7 @@ day is left alone unless told otherwise, since a run may be about to commit it; 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -22,7 +22,7 @@ from workers.errors import RecordError
 from workers.storage import AbandonedUpload, Store, StoredObject
 from workers.tables import Table
 
-__all__ = ["CacheInUse", "Leftover", "caches_in_use", "find_leftovers", "note_recipe", "remove_leftovers"]
+__all__ = ["CacheInUse", "Leftover", "cache_runs", "caches_in_use", "find_leftovers", "note_recipe", "remove_leftovers"]
 
 Spec = TypeVar("Spec")
 
@@ -70,6 +70,17 @@ def note_recipe(store: Store, name: str, spec: FeatureSpec) -> None:
     store.write_json(f"recipes/{name}.json", {"features": fingerprint(spec), "table": encoding_folder(spec.encoding)})
 
 
+def cache_runs(store: Store) -> Iterator[FeatureSpec]:
+    """The specs of all cache-features runs of a root, done or not; those of an older format are left out.
+
+    Args:
+        store: of the root.
+    """
+    for path in store.list("runs/cache-features"):
+        if path.endswith("/spec.json") and (spec := _spec_of(store, path, FeatureSpec)) is not None:
+            yield spec
+
+
 def caches_in_use(store: Store) -> list[CacheInUse]:
     """Every feature table of a root, with its size, the runs that it serves and the recipes that use it now.
 
@@ -80,15 +91,10 @@ def caches_in_use(store: Store) -> list[CacheInUse]:
         RecordError: a record is damaged.
     """
     found: dict[str, CacheInUse] = {}
-    for path in store.list("runs/cache-features"):
-        if not path.endswith("/spec.json"):
-            continue
-        spec = _spec_of(store, path, FeatureSpec)
-        if spec is None:
-            continue
+    for spec in cache_runs(store):
         folder = encoding_folder(spec.encoding)
         cache = found.setdefault(folder, CacheInUse(folder=folder, encoder=spec.encoder.model, precision=spec.precision))
-        cache.runs.append(path.split("/")[2])
+        cache.runs.append(fingerprint(spec)[:16])
     for path in store.list("recipes"):
         folder = store.read_json(path)["table"]
         if folder in found:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.errors import first_line
 from workers.errors import StoreUnavailableError, TableError
 from workers.storage import Store
 from workers.storage_errors import persistently, translated
@@ -268,7 +269,6 @@ class Table:
             TableError: other writers won every try.
         """
         import deltalake
-        from deltalake.transaction import AddAction
 
         last: Exception | None = None
         tried: Collection[str] = ()
@@ -281,10 +281,7 @@ class Table:
             new = {file.path: file for file in files if file.path not in held}
             if not new:
                 return len(tried)
-            actions = [
-                AddAction(file.path, file.size_bytes, dict(file.partition), int(time.time() * 1000), True, json.dumps({"numRecords": file.num_rows}))
-                for file in new.values()
-            ]
+            actions = [_add_action(file) for file in new.values()]
             before, tried = table.version(), new.keys()
             try:
                 with translated("commit to", self.store.url(self.path)):
@@ -300,6 +297,57 @@ class Table:
                 self._held_version = before + 1
             return len(new)
         raise self._in_vain("commit", last)
+
+    def replace(self, files: Sequence[TableFile], partition: Mapping[str, str] | None = None) -> None:
+        """Let the table, or a partition of it, hold these files and no others, in one transaction. What others add meanwhile stays.
+
+        Args:
+            files: written by `write_file`, none of which it holds.
+            partition: value of every partition column; None is all.
+
+        Raises:
+            TableError: the transaction failed.
+            StorageError: the store is away.
+        """
+        import deltalake
+
+        self._delta = None
+        found = self._open()
+        if found is None:
+            self.commit(files)
+            return
+        filters = None if partition is None else [(name, "=", value) for name, value in partition.items()]
+        try:
+            with translated("write to", self.store.url(self.path)):
+                found.create_write_transaction(
+                    [_add_action(file) for file in files],
+                    mode="overwrite",
+                    schema=found.schema(),
+                    partition_by=list(self.partition_by) or None,
+                    partition_filters=filters,
+                )
+        except deltalake.exceptions.DeltaError as error:
+            raise TableError(f"{self.store.url(self.path)}: its files cannot be replaced: {first_line(error)}. Run again.") from error
+        finally:
+            self._delta = None
+
+    def drop(self, files: Sequence[TableFile]) -> None:
+        """Remove files, and from the table all that are not there.
+
+        Args:
+            files: of the table.
+
+        Raises:
+            StorageError: one cannot be removed.
+        """
+        for file in files:
+            self.store.delete(f"{self.path}/{file.path}")
+        self._delta = None
+        found = self._open()
+        if found is not None:
+            with translated("write to", self.store.url(self.path)):
+                found.repair()
+        self._delta = None
 
     def read(self, partition: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Rows of the committed files, in path order.
@@ -391,6 +439,13 @@ class Table:
             self._delta = None
             raise TableError(f"{self.store.url(self.path)} should be a Delta table but cannot be read: {error}") from error
         return self._delta
+
+
+def _add_action(file: TableFile) -> Any:
+    from deltalake.transaction import AddAction
+
+    statistics = json.dumps({"numRecords": file.num_rows})
+    return AddAction(file.path, file.size_bytes, dict(file.partition), int(time.time() * 1000), True, statistics)
 
 
 def read_partition(store: Store, path: str, partition: Mapping[str, str]) -> pa.Table | None:

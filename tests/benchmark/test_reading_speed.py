@@ -109,8 +109,9 @@ def ours(store: Store, spec: FeatureSpec, samples: list[Sample], *, want_local: 
     """Reads batches, and tells their bytes."""
     source = CachedFeatures(store, spec)
     for start in range(0, len(samples), BATCH):
-        found = source.fetch(samples[start : start + BATCH], want_global=True, want_local=want_local)
-        yield sum(item.values.nbytes for image in found for maps in image.maps.values() for item in maps)
+        batch = samples[start : start + BATCH]
+        found = source.fetch({"global": batch, "local": batch if want_local else []})
+        yield sum(item.values.nbytes for maps in found.values() for item in maps.values())
 
 
 def plain_files(folder: Path) -> Iterator[int]:

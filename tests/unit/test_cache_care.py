@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,11 +11,14 @@ import pytest
 from model.specs import fingerprint
 from tests import small_data
 from workers.caching.build import cache_features
-from workers.caching.layout import features_table, index_table
+from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table
 from workers.caching.reader import CachedFeatures
+from workers.caching.repair import repair_cache
 from workers.caching.verify import verify_cache
 from workers.dataset.samples import read_samples
+from workers.errors import TableError
 from workers.execution import ExecutionSettings, SilentProgress
+from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
 from workers.storage import Store
 from workers.sweeping import DAY_S, caches_in_use, find_leftovers, note_recipe, remove_leftovers
@@ -205,3 +209,98 @@ def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):
     assert "Nothing is left over that is older than 0 hours." in capsys.readouterr().out
     sweep_root(store.root, older_than_h=0, superseded=True, delete=False, as_json=True)
     assert json.loads(capsys.readouterr().out)["leftovers"] == []
+
+
+def repair(store, spec):
+    return repair_cache(spec, store, SETTINGS, SilentProgress(), cluster=InlineCluster())
+
+
+def everything(store, spec):
+    """What a reader gets of every image, in bytes."""
+    samples = read_samples(store, spec.dataset_fingerprint)
+    found = CachedFeatures(store, spec).fetch(dict.fromkeys(BRANCHES, samples))
+    return {(branch, name): packed.values.numpy().tobytes() for branch, maps in found.items() for name, packed in maps.items()}
+
+
+def test_nothing_is_lost_by_repairing_a_whole_cache(cached):
+    store, spec = cached
+    before, files = everything(store, spec), features_table(store, spec).files()
+    found = repair(store, spec)
+    assert (found.num_files, found.dropped, found.reopened) == (8, (), ())
+    assert features_table(store, spec).files() == files
+    assert everything(store, spec) == before
+    assert verify(store, spec, num_encoded=3).num_faults == 0
+    assert repair(store, spec) == found
+
+
+@pytest.mark.parametrize("damage", ["file cut", "file gone", "numbers flipped", "index cut", "index gone", "index log gone"])
+def test_what_is_damaged_is_dropped_and_computed_again(cached, damage):
+    """By the next run, and nothing else is."""
+    store, spec = cached
+    before = everything(store, spec)
+    table, index = features_table(store, spec), index_table(store, spec.encoding)
+    path = file_path(store, spec)
+    kept = {file.path: store.local_path(f"{table.path}/{file.path}").stat().st_mtime_ns for file in table.files()}
+    damaged = path.relative_to(store.local_path(table.path)).as_posix()
+    match damage:
+        case "file cut":
+            path.write_bytes(path.read_bytes()[:-30])
+        case "file gone":
+            path.unlink()
+        case "numbers flipped":
+            column = pq.read_metadata(path).row_group(1).column(9)
+            data = bytearray(path.read_bytes())
+            data[column.data_page_offset + column.total_compressed_size - 5] ^= 4
+            path.write_bytes(bytes(data))
+        case "index cut":
+            file = store.local_path(f"{index.path}/{index.files()[0].path}")
+            file.write_bytes(file.read_bytes()[:-30])
+        case "index gone":
+            shutil.rmtree(store.local_path(index.path))
+        case "index log gone":
+            (store.local_path(index.path) / "_delta_log" / "00000000000000000000.json").write_bytes(b"{")
+    lost = damage.startswith(("file", "numbers"))
+    found = repair(store, spec)
+    assert found.num_files == 8
+    assert [fault.partition(":")[0] for fault in found.dropped] == ([damaged] if lost else [])
+    assert found.reopened == ((fingerprint(spec)[:16],) if lost else ())
+    again = cache(store, spec)
+    assert (again.num_cached, again.num_quarantined) == (16, 0)
+    assert again.num_held == (16 - len(pq.read_table(path, columns=["image_sha256"])["image_sha256"].unique()) if lost else 0)
+    assert everything(store, spec) == before
+    assert verify(store, spec, num_encoded=3).num_faults == 0
+    now = {file.path: store.local_path(f"{table.path}/{file.path}").stat().st_mtime_ns for file in features_table(store, spec).files()}
+    assert {name: time for name, time in now.items() if name != damaged or not lost} == {
+        name: time for name, time in kept.items() if name != damaged or not lost
+    }
+
+
+def test_other_datasets_of_the_table_are_completed_too_and_their_refusals_judged_anew(cached, tiny_encoder_folder):
+    store, spec = cached
+    dataset = small_data.dataset_spec(seed=1)
+    small_data.build(store, dataset)
+    other = small_data.feature_spec(dataset, tiny_encoder_folder)
+    assert encoding_folder(other.encoding) == encoding_folder(spec.encoding)
+    gone = read_samples(store, fingerprint(dataset))[2].image_path
+    bytes_of_it = store.read_bytes(gone)
+    store.delete(gone)
+    assert cache(store, other).num_quarantined == 1
+    table = features_table(store, spec)
+    mine = {sample.image_sha256 for sample in read_samples(store, fingerprint(dataset))}
+    paths = [store.local_path(f"{table.path}/{file.path}") for file in table.files({"branch": "global"})]
+    path = next(path for path in paths if set(pq.read_table(path, columns=["image_sha256"])["image_sha256"].to_pylist()) <= mine)
+    path.unlink()
+    found = repair(store, spec)
+    assert found.reopened == (fingerprint(other)[:16],)
+    store.write_bytes(gone, bytes_of_it)
+    again = cache(store, other)
+    assert (again.num_cached, again.num_quarantined) == (16, 0)
+    assert read_quarantine(store, "cache-features", fingerprint(other)[:16]) == []
+    assert verify(store, other).num_faults == verify(store, spec).num_faults == 0
+
+
+def test_a_table_that_is_not_there_is_not_repaired(root, tiny_encoder_folder):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    with pytest.raises(TableError, match="nothing to repair; run cache-features"):
+        repair(store, small_data.feature_spec(dataset, tiny_encoder_folder))

@@ -15,6 +15,7 @@ from model.encoder import describe_encoder, load_encoder
 from model.errors import EncoderError, MissingMapError
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from tests import small_data
+from tests.features import fetch_images
 from workers.caching import build as caching_build
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, features_table, maps_in
@@ -119,8 +120,8 @@ def test_cached_equals_live_equals_the_encoder_for_every_map(cached, root, preci
         cache(store, spec)
     source, live = CachedFeatures(store, spec), LiveFeatures(store, spec, batch_views=7)
     assert isinstance(source, FeatureSource)
-    ours = source.fetch(samples[:6], want_global=True, want_local=True)
-    theirs = live.fetch(samples[:6], want_global=True, want_local=True)
+    ours = fetch_images(source, samples[:6], want_global=True, want_local=True)
+    theirs = fetch_images(live, samples[:6], want_global=True, want_local=True)
     encoder = load_encoder(spec.encoder, 5)
     for sample, cached_image, live_image in zip(samples[:6], ours, theirs, strict=True):
         assert cached_image.global_maps.shape == (3, 16, 32)
@@ -138,9 +139,9 @@ def test_a_cache_of_bf16_equals_live_features_of_bf16(built):
     store, spec, samples = built
     half = dataclasses.replace(spec, compute="bf16", precision="fp32")
     cache(store, half)
-    ours = CachedFeatures(store, half).fetch(samples[:4], want_global=True, want_local=True)
-    live = LiveFeatures(store, half).fetch(samples[:4], want_global=True, want_local=True)
-    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples[:4], want_global=True, want_local=True)
+    ours = fetch_images(CachedFeatures(store, half), samples[:4], want_global=True, want_local=True)
+    live = fetch_images(LiveFeatures(store, half), samples[:4], want_global=True, want_local=True)
+    exact = fetch_images(LiveFeatures(store, dataclasses.replace(spec, precision="fp32")), samples[:4], want_global=True, want_local=True)
     for cached_image, live_image, exact_image in zip(ours, live, exact, strict=True):
         for branch in ("global_maps", "local_maps"):
             stored, now, whole = (getattr(image, branch) for image in (cached_image, live_image, exact_image))
@@ -156,7 +157,7 @@ def test_an_encoder_of_fp16_is_refused_on_a_cpu(built):
     with pytest.raises(EncoderError, match=r"features\.compute = 'fp16' needs a GPU"):
         cache(store, half)
     with pytest.raises(EncoderError, match=r"features\.compute = 'fp16' needs a GPU"):
-        LiveFeatures(store, half).fetch(samples[:1], want_global=True, want_local=False)
+        fetch_images(LiveFeatures(store, half), samples[:1], want_global=True, want_local=False)
 
 
 def test_pooled_local_maps_are_cached_at_a_quarter(built):
@@ -165,8 +166,8 @@ def test_pooled_local_maps_are_cached_at_a_quarter(built):
     pooled = dataclasses.replace(spec, local_maps=local)
     cache(store, pooled)
     assert feature_bytes(pooled, samples) == 16 * (3 * 16 + 2 * 2 * 4) * 32 * 2
-    found = CachedFeatures(store, pooled).fetch(samples[:3], want_global=True, want_local=True)
-    live = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples[:3], want_global=True, want_local=True)
+    found = fetch_images(CachedFeatures(store, pooled), samples[:3], want_global=True, want_local=True)
+    live = fetch_images(LiveFeatures(store, dataclasses.replace(spec, precision="fp32")), samples[:3], want_global=True, want_local=True)
     for ours, theirs in zip(found, live, strict=True):
         torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
         squares = theirs.local_maps.reshape(2, 2, 2, 2, 2, 2, 32).mean(dim=(3, 5)).flatten(2, 3)
@@ -176,15 +177,15 @@ def test_pooled_local_maps_are_cached_at_a_quarter(built):
 
 def test_only_the_wanted_maps_are_read_in_the_wanted_order(cached):
     store, spec, samples, _ = cached
-    whole = CachedFeatures(store, spec).fetch(samples[3:4], want_global=True, want_local=True)[0]
+    whole = fetch_images(CachedFeatures(store, spec), samples[3:4], want_global=True, want_local=True)[0]
     chosen = CachedFeatures(store, spec, global_maps=spec.global_maps[::-2], local_maps=spec.local_maps[1:])
-    part = chosen.fetch(samples[3:4], want_global=True, want_local=True)[0]
+    part = fetch_images(chosen, samples[3:4], want_global=True, want_local=True)[0]
     assert torch.equal(part.global_maps, whole.global_maps[[2, 0]])
     assert torch.equal(part.local_maps, whole.local_maps[:, 1:])
-    alone = chosen.fetch([samples[3], samples[3]], want_global=False, want_local=True)
+    alone = fetch_images(chosen, [samples[3], samples[3]], want_global=False, want_local=True)
     assert alone[0].global_maps is None
     assert torch.equal(alone[1].local_maps, part.local_maps)
-    assert chosen.fetch([], want_global=True, want_local=True) == []
+    assert fetch_images(chosen, [], want_global=True, want_local=True) == []
     with pytest.raises(MissingMapError, match=r"hold the global maps .*\['layer_6'\] are needed"):
         CachedFeatures(store, spec, global_maps=[MapSpec(layers=(6,))])
 
@@ -276,7 +277,7 @@ def test_bad_images_are_rows_and_the_rest_is_cached(built):
     source = CachedFeatures(store, spec)
     assert source.holds(samples[:3]) == [True, False, True]
     with pytest.raises(MissingFeaturesError, match="may be in quarantine"):
-        source.fetch(samples[:2], want_global=True, want_local=False)
+        fetch_images(source, samples[:2], want_global=True, want_local=False)
 
 
 def test_too_many_bad_images_stop_the_stage_and_a_repair_resumes_it(built):
@@ -307,7 +308,7 @@ def test_values_that_are_not_finite_are_refused(built, tmp_path, tiny_encoder_fo
         cache(store, overflowing)
     assert cache(store, dataclasses.replace(overflowing, precision="fp32")).num_cached == 16
     with pytest.raises(MissingFeaturesError, match="not finite"):
-        LiveFeatures(store, overflowing).fetch(read_samples(store, spec.dataset_fingerprint)[:1], want_global=True, want_local=True)
+        fetch_images(LiveFeatures(store, overflowing), read_samples(store, spec.dataset_fingerprint)[:1], want_global=True, want_local=True)
 
 
 def test_one_branch_alone_can_be_cached(built):
@@ -316,9 +317,9 @@ def test_one_branch_alone_can_be_cached(built):
     record = cache(store, only)
     assert (record.num_global_views, record.num_local_views) == (16, 0)
     source = CachedFeatures(store, only)
-    assert source.fetch(samples[:1], want_global=True, want_local=False)[0].local_maps is None
+    assert fetch_images(source, samples[:1], want_global=True, want_local=False)[0].local_maps is None
     with pytest.raises(MissingMapError, match="no local maps"):
-        source.fetch(samples[:1], want_global=True, want_local=True)
+        fetch_images(source, samples[:1], want_global=True, want_local=True)
     source.verify(samples)
 
 
@@ -389,7 +390,7 @@ def corrupt(path, marker, offset=0):
 def test_damaged_files_follow_the_policy(built, damage):
     store, spec, samples = built
     cache(store, spec)
-    good = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=False)
+    good = fetch_images(CachedFeatures(store, spec), samples, want_global=True, want_local=False)
     table = features_table(store, spec)
     file = max(table.files({"branch": "global"}), key=lambda file: file.num_rows)
     path = store.local_path(f"{table.path}/{file.path}")
@@ -403,9 +404,9 @@ def test_damaged_files_follow_the_policy(built, damage):
     else:
         path.unlink()
     with pytest.raises(MissingFeaturesError, match=r"damaged|cannot be read"):
-        CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=False)
+        fetch_images(CachedFeatures(store, spec), samples, want_global=True, want_local=False)
     lenient = CachedFeatures(store, spec, policy="encode")
-    found = lenient.fetch(samples, want_global=True, want_local=False)
+    found = fetch_images(lenient, samples, want_global=True, want_local=False)
     assert lenient.num_encoded_live == (1 if damage == "flipped bit" else len(inside))
     for ours, theirs in zip(found, good, strict=True):
         torch.testing.assert_close(ours.global_maps, theirs.global_maps, rtol=2**-10, atol=2e-5)
@@ -426,11 +427,11 @@ def test_a_store_that_is_away_is_no_damage(cached, monkeypatch, failure, told):
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", fail)
             with pytest.raises(told, match="cannot read file://"):
-                source.fetch(samples[:1], want_global=True, want_local=False)
+                fetch_images(source, samples[:1], want_global=True, want_local=False)
             patch.setattr(pq.ParquetFile, "read", fail)
             with pytest.raises(told, match="cannot read file://"):
                 CachedFeatures(store, spec, policy=policy)
-        assert len(source.fetch(samples[:1], want_global=True, want_local=False)) == 1
+        assert len(fetch_images(source, samples[:1], want_global=True, want_local=False)) == 1
         assert source.num_encoded_live == 0
 
 
@@ -474,7 +475,7 @@ def test_of_text_alone_nothing_is_cached_and_nothing_expected(mixed):
     assert all(source.holds(samples))
     source.verify(samples, num_images=12)
     with pytest.raises(AssertionError, match="is text alone"):
-        source.fetch([sample for sample in samples if sample.text_only][:1], want_global=True, want_local=True)
+        fetch_images(source, [sample for sample in samples if sample.text_only][:1], want_global=True, want_local=True)
 
 
 def test_an_image_that_is_gone_is_told_from_text_alone(mixed, tmp_path):
@@ -517,8 +518,8 @@ def test_every_family_of_encoders_is_cached_as_it_encodes(family, root, tmp_path
     assert spec.encoder.family == family
     cache(store, spec)
     samples = read_samples(store, fingerprint(dataset))
-    ours = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
-    theirs = LiveFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    ours = fetch_images(CachedFeatures(store, spec), samples, want_global=True, want_local=True)
+    theirs = fetch_images(LiveFeatures(store, spec), samples, want_global=True, want_local=True)
     for cached_image, live_image in zip(ours, theirs, strict=True):
         assert tuple(cached_image.global_maps.shape) == (len(spec.global_maps), 16, 32)
         torch.testing.assert_close(cached_image.global_maps, live_image.global_maps, rtol=0, atol=1e-5)

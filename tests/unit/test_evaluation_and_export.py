@@ -15,8 +15,9 @@ from model.export import load_export
 from model.metrics import anls, exact_match
 from model.specs import LoraSpec, fingerprint
 from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
+from workers.caching.layout import features_table
 from workers.dataset.samples import read_samples
-from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, TrainingError
+from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, MissingFeaturesError, TrainingError
 from workers.evaluation import EvaluationSpec, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.exporting import ExportSpec, export, model_card
@@ -545,3 +546,44 @@ def test_adapters_on_another_base_are_refused(with_adapters, tmp_path):
     write_manifest(folder)
     with pytest.raises(ExportError, match=r"language_model has the digest .*, but the adapters of this export .*put that model's files"):
         load_export(folder)
+
+
+def test_a_run_that_meets_a_damaged_image_goes_on_by_another_answer(trained, tmp_path):
+    """It stops by default, and goes on from there with the image encoded anew, to the same losses, or with another one, and says how often."""
+    store, spec, record = trained
+    assert all(phase.num_missing == 0 for phase in record.phases)
+
+    def damaged_copy(name):
+        copy = type(store)(str(shutil.copytree(store.local_path(), tmp_path / name)))
+        shutil.rmtree(copy.local_path("checkpoints"))
+        shutil.rmtree(copy.local_path("runs/train-connector"))
+        table = features_table(copy, spec.features)
+        for file in table.files():
+            path = copy.local_path(f"{table.path}/{file.path}")
+            footer = pq.read_metadata(path)
+            data = bytearray(path.read_bytes())
+            for group in range(footer.num_row_groups):
+                if group % 3 == 1:
+                    chunk = footer.row_group(group).column(footer.num_columns - 1)
+                    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+            path.write_bytes(bytes(data))
+        return copy
+
+    def trained_with(copy, answer):
+        execution = replace(EXECUTION, missing_features=answer)
+        for stage in ("align", "sft"):
+            train_stage(spec, copy, execution, stage, threads=1)
+        return train_connector(spec, copy, execution, SilentProgress())
+
+    copy = damaged_copy("failing")
+    with pytest.raises(MissingFeaturesError, match=r"is damaged: the bytes of map .* --repair .*missing_features=encode"):
+        trained_with(copy, "fail")
+    # Each goes on in a copy of its own from what was left.
+    again = type(store)(str(shutil.copytree(copy.local_path(), tmp_path / "again")))
+    encoded = trained_with(copy, "encode")
+    assert sum(phase.num_missing for phase in encoded.phases) > 0
+    for mine, theirs in zip(encoded.phases, record.phases, strict=True):
+        assert (mine.first_loss, mine.last_loss) == pytest.approx((theirs.first_loss, theirs.last_loss), rel=1e-4)
+    substituted = trained_with(again, "substitute")
+    assert [phase.steps for phase in substituted.phases] == [phase.steps for phase in record.phases]
+    assert sum(phase.num_missing for phase in substituted.phases) > 0

@@ -10,6 +10,7 @@ from model.errors import SpecError
 from model.quantisation import map_quality
 from model.specs import CalibrationRule, CalibrationSpec, fingerprint
 from tests import small_data
+from tests.features import fetch_images
 from workers.caching import codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
@@ -69,9 +70,9 @@ def test_int8_is_half_of_fp16_and_reads_back_as_live_features_do(built):
     assert [(found.branch, found.name) for found in calibration.maps] == [(branch, item.name) for branch in BRANCHES for item in spec.maps(branch)]
     record = cache(store, packed)
     assert feature_bytes(packed, samples) == 16 * (3 + 2 * 2) * 16 * (32 + 2)
-    found = CachedFeatures(store, packed).fetch(samples, want_global=True, want_local=True)
-    live = LiveFeatures(store, packed, batch_views=7).fetch(samples, want_global=True, want_local=True)
-    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples, want_global=True, want_local=True)
+    found = fetch_images(CachedFeatures(store, packed), samples, want_global=True, want_local=True)
+    live = fetch_images(LiveFeatures(store, packed, batch_views=7), samples, want_global=True, want_local=True)
+    exact = fetch_images(LiveFeatures(store, dataclasses.replace(spec, precision="fp32")), samples, want_global=True, want_local=True)
     for branch in BRANCHES:
         for place, item in enumerate(spec.maps(branch)):
             ours, theirs, computed = (rows_of(images, branch, place) for images in (found, live, exact))
@@ -101,8 +102,8 @@ def test_maps_that_int8_is_not_good_enough_for_stay_fp16(built):
             assert schema.field(item.name).metadata[b"dtype"] == (b"float16" if fp16 else b"int8")
             assert (f"{item.name}__steps" in schema.names) == (not fp16)
             assert (record.quality[f"{branch}/{item.name}"]["snr_db"] > 60) == fp16
-    found = CachedFeatures(store, mixed).fetch(samples, want_global=True, want_local=True)
-    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32")).fetch(samples, want_global=True, want_local=True)
+    found = fetch_images(CachedFeatures(store, mixed), samples, want_global=True, want_local=True)
+    exact = fetch_images(LiveFeatures(store, dataclasses.replace(spec, precision="fp32")), samples, want_global=True, want_local=True)
     for branch in BRANCHES:
         for place, item in enumerate(spec.maps(branch)):
             quality = map_quality(rows_of(exact, branch, place), rows_of(found, branch, place))

@@ -223,6 +223,16 @@ def test_adapters_come_out_as_written(tmp_path: Path) -> None:
 
 
 MISTAKES = [
+    (
+        'name = "tiny"',
+        'name = "tiny"\nfeatures.table = "features/x"',
+        r'features\.table: found "features/x"; allowed: a table.s folder, such as features/0123456789abcdef',
+    ),
+    (
+        'name = "tiny"',
+        'name = "tiny"\nfeatures = { source = "live", table = "features/0123456789abcdef" }',
+        r"features: found source = 'live' beside table",
+    ),
     ("steps = 3", "stepz = 3", r"schedule\.align\[0\]: found the unknown key 'stepz'; did you mean 'steps'\? allowed here: name, train"),
     ('name = "tiny"', 'name = "tiny"\nlearning_rate = 1', r"top level: found the unknown key 'learning_rate'"),
     ("queries = 4", 'queries = "four"', r'connector\.local\.compression\.queries: found "four"; allowed: a whole number from 1 up'),

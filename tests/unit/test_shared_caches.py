@@ -11,12 +11,13 @@ import torch
 
 from model.specs import CalibrationRule, CalibrationSpec, MapSpec, fingerprint
 from tests import small_data
+from tests.features import fetch_images
 from workers.caching import build as caching_build
 from workers.caching import index as caching_index
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.index import FeatureIndex, compact_index
-from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
+from workers.caching.layout import BRANCHES, check_table, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
@@ -52,8 +53,8 @@ def datasets(root, tiny_encoder_folder):
 
 def assert_reads_as_live(store, spec, relative=2**-10):
     samples = read_samples(store, spec.dataset_fingerprint)
-    ours = CachedFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
-    theirs = LiveFeatures(store, spec).fetch(samples, want_global=True, want_local=True)
+    ours = fetch_images(CachedFeatures(store, spec), samples, want_global=True, want_local=True)
+    theirs = fetch_images(LiveFeatures(store, spec), samples, want_global=True, want_local=True)
     for cached, live in zip(ours, theirs, strict=True):
         torch.testing.assert_close(cached.global_maps, live.global_maps, rtol=relative, atol=2e-5)
         torch.testing.assert_close(cached.local_maps, live.local_maps, rtol=relative, atol=2e-5)
@@ -76,8 +77,8 @@ def test_another_map_is_added_and_nothing_is_rewritten(datasets):
     assert_reads_as_live(store, spec)
     mixed = CachedFeatures(store, wider, global_maps=(spec.global_maps[2], MORE))
     samples = read_samples(store, spec.dataset_fingerprint)
-    whole = CachedFeatures(store, wider).fetch(samples[4:5], want_global=True, want_local=False)[0].global_maps
-    assert torch.equal(mixed.fetch(samples[4:5], want_global=True, want_local=False)[0].global_maps, whole[[3, 0]])
+    whole = fetch_images(CachedFeatures(store, wider), samples[4:5], want_global=True, want_local=False)[0].global_maps
+    assert torch.equal(fetch_images(mixed, samples[4:5], want_global=True, want_local=False)[0].global_maps, whole[[3, 0]])
 
 
 def test_other_images_are_added_and_those_that_are_there_are_left(datasets):
@@ -167,12 +168,12 @@ def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets
     assert sum(len(unit.images) for plan in plans.values() for unit in plan.units) == 26
     cache(store, large)
     samples = read_samples(store, small.dataset_fingerprint)
-    before = CachedFeatures(store, small).fetch(samples, want_global=True, want_local=True)
+    before = fetch_images(CachedFeatures(store, small), samples, want_global=True, want_local=True)
     cache(store, small)
     assert sum(file.num_rows for file in features_table(store, small).files({"branch": "global"})) == 26
     for spec in (small, large):
         assert_reads_as_live(store, spec)
-    again = CachedFeatures(store, small).fetch(samples, want_global=True, want_local=True)
+    again = fetch_images(CachedFeatures(store, small), samples, want_global=True, want_local=True)
     assert all(torch.allclose(one.global_maps, other.global_maps, atol=2e-3) for one, other in zip(before, again, strict=True))
 
 
@@ -296,3 +297,17 @@ def test_duckdb_reads_the_maps_side_by_side(datasets):
         "using (image_sha256, branch, view_index) where old.layer_5 is not null and new.layer_2 is not null"
     )
     assert duckdb.sql(query).fetchall() == [(16, 1024, 1024)]
+
+
+def test_a_recipe_that_names_its_table_is_refused_where_its_features_would_lie_in_another(datasets):
+    """With what differs, before anything is computed."""
+    store, spec, _ = datasets
+    cache(store, spec)
+    folder = encoding_folder(spec.encoding)
+    check_table(store, folder, spec.encoding)
+    other = dataclasses.replace(spec, compute="bf16", precision="fp32").encoding
+    with pytest.raises(SpecChangedError, match=rf"{folder}, but .* would lie in {encoding_folder(other)}.*compute.*fp32.*bf16.*precision") as caught:
+        check_table(store, folder, other)
+    assert len(caught.value.differences) == 2
+    with pytest.raises(SpecChangedError, match=r"features/0000000000000000, which .* does not hold.*loupe gc"):
+        check_table(store, "features/0000000000000000", spec.encoding)

@@ -192,7 +192,7 @@ def test_nothing_is_fetched_of_text_alone(spec, tiny_tokenizer):
         builder.source.asked.clear()
         builder.build(0, step)
         num_images = sum(not builder.samples[index].text_only for index in builder._indices(0, step))
-        assert builder.source.asked == ([(num_images, True, True)] if num_images else [])
+        assert builder.source.asked == ([{"global": num_images, "local": num_images}] if num_images else [])
     maps, _ = builder.measuring_maps(64)
     assert {len(packed.dense()) for packed in maps.values()} == {12}
 

@@ -11,11 +11,11 @@ from model.errors import SpecError
 from model.specs import BranchMix, CompressionSpec, PhaseSpec, ScheduleSpec
 from model.views import plan_views
 from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
-from workers.errors import TrainingError
+from workers.errors import MissingFeaturesError, TrainingError
 from workers.training.batches import BatchBuilder, Prefetcher, branch_mode, sample_index
 
 
-def make_builder(tiny_language_model_folder, tiny_tokenizer, *, samples=None, **changes):
+def make_builder(tiny_language_model_folder, tiny_tokenizer, *, samples=None, substitutes=False, **changes):
     spec = tiny_training_spec(tiny_language_model_folder, **changes)
     connector = build_connector(spec.connector, spec.features.encoder, hidden=16, embedding_rms=1.0, seed=0)
     source = FakeFeatures(spec)
@@ -27,6 +27,7 @@ def make_builder(tiny_language_model_folder, tiny_tokenizer, *, samples=None, **
         schedule=spec.schedule,
         tokenizer=tiny_tokenizer,
         max_tokens=2048,
+        substitutes=substitutes,
     )
     return builder, source
 
@@ -77,7 +78,7 @@ def test_only_what_a_phase_looks_at_is_fetched(tiny_language_model_folder, tiny_
     builder, source = make_builder(tiny_language_model_folder, tiny_tokenizer)
     builder.build(0, 0)
     builder.build(2, 0)
-    assert source.asked == [(4, True, False), (4, False, True)]
+    assert source.asked == [{"global": 4}, {"local": 4}]
 
 
 def test_noise_is_drawn_where_the_gate_trains(tiny_language_model_folder, tiny_tokenizer):
@@ -228,3 +229,37 @@ def test_the_selector_s_noise_is_a_function_of_the_position(tiny_language_model_
     off = replace(schedule, sft=replace(schedule.sft, selector=False))
     builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, connector=connector, schedule=off)
     assert not builder.build(0, 0).micro_batches[0].selects
+
+
+def test_an_image_without_features_gives_way_to_the_next_one_and_the_steps_go_on_as_planned(tiny_language_model_folder, tiny_tokenizer):
+    """Whatever was found out before: a run that resumes, and so knows of nothing yet, sees what the first one saw."""
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    planned = [builder.build(2, step) for step in range(6)]
+    images = [sample.image_sha256 for sample in builder.samples]
+    gone = {images[2], images[3], images[-1]}
+    strict, source = make_builder(tiny_language_model_folder, tiny_tokenizer)
+    source.missing = gone
+    affected = next(step for step in range(6) if {2, 3, len(images) - 1} & set(builder._indices(2, step)))
+    with pytest.raises(MissingFeaturesError) as caught:
+        strict.build(2, affected)
+    assert caught.value.image_sha256 in gone
+
+    def lenient(steps):
+        made, source = make_builder(tiny_language_model_folder, tiny_tokenizer, substitutes=True)
+        source.missing = gone
+        return {step: made.build(2, step, micro_batch_size=2) for step in steps}
+
+    forward, backward = lenient(range(6)), lenient(reversed(range(6)))
+    stand_ins = {2: 4, 3: 4, len(images) - 1: 0}
+    for step, before in enumerate(planned):
+        indices = builder._indices(2, step)
+        assert forward[step].supervised == before.supervised
+        assert forward[step].num_missing == sum(index in stand_ins for index in indices)
+        for one, other in zip(forward[step].micro_batches, backward[step].micro_batches, strict=True):
+            equal(one, other)
+    assert sum(batches.num_missing for batches in forward.values()) > 0
+
+    everything, source = make_builder(tiny_language_model_folder, tiny_tokenizer, substitutes=True)
+    source.missing = set(images)
+    with pytest.raises(MissingFeaturesError, match="sees no image any more"):
+        everything.build(2, 0)

@@ -20,7 +20,7 @@ from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch
 from workers.caching.batching import EncodedViews, ViewEncoder
 from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
-from workers.caching.index import index_rows
+from workers.caching.index import index_rows, map_checksum, write_index_rows
 from workers.caching.layout import (
     BRANCHES,
     features_table,
@@ -235,14 +235,14 @@ def write_features(
         images = [sample.image_sha256 for sample, _, _ in rows[branch]]
         for maps in map_sets(spec.maps(branch)) if images else ():
             name, partition = file_name(spec.encoding, branch, maps, images), {"branch": branch, "maps": map_set(maps)}
-            columns = {item.name: map_fields(spec, branch, item) for item in maps}
-            blobs = [field.name for fields in columns.values() for field in fields]
+            blobs = [field.name for item in maps for field in map_fields(spec, branch, item)]
             groups = row_groups(spec, branch, maps, rows[branch], stored[branch])
             metadata = file_metadata(spec.encoding)
             file, footer = table.write_mapped_file(partition, name, groups, blobs=blobs, metadata=metadata)
-            located = index_rows(file, footer, columns, rows[branch], stored[branch])
+            checksums = [[map_checksum(stored[branch][item.name][start:stop].arrays) for item in maps] for _, start, stop in rows[branch]]
+            located = index_rows(file, footer, [(sample.image_sha256, stop - start) for sample, start, stop in rows[branch]], checksums)
             files.append(file)
-            index_files.append(index.write_file(partition, name, [located], blobs=["image_sha256", "offsets", "checksums"]))
+            index_files.append(write_index_rows(index, partition, name, located))
     return tuple(files), tuple(index_files)
 
 

@@ -19,16 +19,14 @@ import xxhash
 from model.errors import first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
-from workers.caching.codec import StoredMap
 from workers.caching.layout import BRANCHES, INDEX_SCHEMA, index_table, maps_in
 from workers.caching.units import HeldMaps
-from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, StorageError
 from workers.storage import Store
 from workers.storage_errors import is_damage, translated
 from workers.tables import Table, TableFile
 
-__all__ = ["FeatureIndex", "MapPlace", "compact_index", "file_checksums", "index_rows", "map_checksum"]
+__all__ = ["FeatureIndex", "MapPlace", "compact_index", "file_checksums", "index_rows", "map_checksum", "rows_of_file", "write_index_rows"]
 
 _DIGEST_BYTES = 32
 _COLUMNS_OF_A_MAP = 2
@@ -51,43 +49,73 @@ def map_checksum(arrays: Iterable[np.ndarray]) -> int:
     return int(digest.intdigest())
 
 
-def index_rows(
-    file: TableFile,
-    footer: pq.FileMetaData,
-    columns: Mapping[str, Sequence[pa.Field]],
-    rows: Sequence[tuple[Sample, int, int]],
-    stored: Mapping[str, StoredMap],
-) -> pa.Table:
+def index_rows(file: TableFile, footer: pq.FileMetaData, images: Sequence[tuple[str, int]], checksums: Sequence[Sequence[int]]) -> pa.Table:
     """The index's rows of a file.
 
     Args:
-        file: that was written.
+        file: of features.
         footer: of it; every chunk of a blob column is one page without compression, so its numbers are the chunk's last bytes.
-        columns: of each map, by name, in the order of the file.
-        rows: each image with where its views lie in the maps.
-        stored: the maps by name.
+        images: per row group the image and its number of views.
+        checksums: per row group that of each map, as `map_checksum` gives it, in the order of the file's columns.
     """
-    names = footer.schema.to_arrow_schema().names
-    offsets = np.zeros((len(rows), len(columns), _COLUMNS_OF_A_MAP), dtype="<i8")
-    checksums = np.empty((len(rows), len(columns)), dtype="<u8")
-    for group, (_, start, stop) in enumerate(rows):
+    maps, schema = maps_in(file.partition["maps"]), footer.schema.to_arrow_schema()
+    offsets = np.zeros((len(images), len(maps), _COLUMNS_OF_A_MAP), dtype="<i8")
+    for group, (_, views) in enumerate(images):
         chunks = footer.row_group(group)
-        for place, (name, fields) in enumerate(columns.items()):
-            for number, field in enumerate(fields):
-                chunk = chunks.column(names.index(field.name))
-                offsets[group, place, number] = chunk.data_page_offset + chunk.total_compressed_size - (stop - start) * field.type.byte_width
-            checksums[group, place] = map_checksum(stored[name][start:stop].arrays)
+        for place, name in enumerate(maps):
+            for number, column in enumerate(_columns_of(name, schema.names)):
+                chunk = chunks.column(schema.names.index(column))
+                num_bytes = views * schema.field(column).type.byte_width
+                offsets[group, place, number] = chunk.data_page_offset + chunk.total_compressed_size - num_bytes
     return pa.table(
         {
-            "image_sha256": pa.array([bytes.fromhex(sample.image_sha256) for sample, _, _ in rows], pa.binary()),
-            "file": pa.array([file.path] * len(rows), pa.string()),
-            "row_group": pa.array(range(len(rows)), pa.int32()),
-            "num_views": pa.array([stop - start for _, start, stop in rows], pa.int32()),
+            "image_sha256": pa.array([bytes.fromhex(image) for image, _ in images], pa.binary()),
+            "file": pa.array([file.path] * len(images), pa.string()),
+            "row_group": pa.array(range(len(images)), pa.int32()),
+            "num_views": pa.array([views for _, views in images], pa.int32()),
             "offsets": pa.array([row.tobytes() for row in offsets], pa.binary()),
-            "checksums": pa.array([row.tobytes() for row in checksums], pa.binary()),
+            "checksums": pa.array([np.array(row, dtype="<u8").tobytes() for row in checksums], pa.binary()),
         },
         schema=INDEX_SCHEMA,
     )
+
+
+def rows_of_file(store: Store, folder: str, file: TableFile) -> pa.Table:
+    """The index's rows of a file, told from the file alone and read whole, with its pages' checksums verified.
+
+    Args:
+        store: where it lies.
+        folder: of its table.
+        file: which.
+
+    Raises:
+        MissingFeaturesError: a row group is of several images, or its views are not in order.
+        StorageError: it cannot be read, or a page does not match its checksum.
+    """
+    found = list(file_checksums(store, folder, file))
+    footer = _opened(store, folder, file).metadata
+    return index_rows(file, footer, [(image, views) for image, views, _ in found], [checksums for _, _, checksums in found])
+
+
+def write_index_rows(table: Table, partition: Mapping[str, str], name: str, rows: pa.Table) -> TableFile:
+    """Write a file of the index; it belongs to the index only once it is committed.
+
+    Args:
+        table: the index.
+        partition: of the files that the rows tell of.
+        name: the file's.
+        rows: as `index_rows` gives them.
+    """
+    return table.write_file(partition, name, [rows], blobs=["image_sha256", "offsets", "checksums"])
+
+
+def _opened(store: Store, folder: str, file: TableFile) -> pq.ParquetFile:
+    return Table(store, folder, pa.schema([]), tuple(file.partition)).open_file(file)
+
+
+def _columns_of(name: str, columns: Sequence[str]) -> list[str]:
+    """A map's columns: its numbers, and of int8 its steps."""
+    return [column for column in (name, f"{name}__steps") if column in columns]
 
 
 def file_checksums(store: Store, folder: str, file: TableFile) -> Iterator[tuple[str, int, tuple[int, ...]]]:
@@ -107,7 +135,7 @@ def file_checksums(store: Store, folder: str, file: TableFile) -> Iterator[tuple
     """
     names = maps_in(file.partition["maps"])
     with translated("read", store.url(f"{folder}/{file.path}")):
-        opened = Table(store, folder, pa.schema([]), tuple(file.partition)).open_file(file)
+        opened = _opened(store, folder, file)
         for group in range(opened.num_row_groups):
             rows = opened.read_row_group(group, use_threads=False)
             images, views = rows.column("image_sha256").to_pylist(), rows.column("view_index").to_pylist()
@@ -117,7 +145,7 @@ def file_checksums(store: Store, folder: str, file: TableFile) -> Iterator[tuple
                 )
             checksums = []
             for name in names:
-                columns = [rows.column(column).combine_chunks() for column in (name, f"{name}__steps") if column in rows.column_names]
+                columns = [rows.column(column).combine_chunks() for column in _columns_of(name, rows.column_names)]
                 checksums.append(map_checksum([_blob(column) for column in columns]))
             yield images[0], len(images), tuple(checksums)
 
@@ -332,8 +360,8 @@ def _read(table: Table, file: TableFile) -> pa.Table:
         if not is_damage(error):
             raise
         raise MissingFeaturesError(
-            f"{table.file_url(file)} of the index is damaged or gone ({first_line(error)}). Remove the folder "
-            f"{table.store.url(table.path)} and cache again: what lies in whole files is found and only entered anew."
+            f"{table.file_url(file)} of the index is damaged or gone ({first_line(error)}). "
+            "Run `loupe verify` with --repair, which makes the index anew out of the files that it tells of."
         ) from error
     return found.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
 

@@ -19,13 +19,14 @@ import pyarrow as pa
 
 from model.specs import EncodingSpec, FeatureSpec, MapSpec, canonical_json, fingerprint, spec_differences
 from model.views import Branch
-from workers.errors import SpecChangedError
+from workers.errors import ObjectNotFoundError, SpecChangedError
 from workers.storage import Store
 from workers.tables import Table
 
 __all__ = [
     "BRANCHES",
     "INDEX_SCHEMA",
+    "check_table",
     "encoding_folder",
     "features_table",
     "file_metadata",
@@ -94,6 +95,35 @@ def lock_encoding(store: Store, encoding: EncodingSpec) -> None:
             "another root.",
             differences,
         )
+
+
+def check_table(store: Store, folder: str, encoding: EncodingSpec) -> None:
+    """Refuse an encoding whose features lie elsewhere than where they are expected.
+
+    Args:
+        store: where the table lies.
+        folder: of the table that is expected, relative to the root.
+        encoding: that is asked for.
+
+    Raises:
+        SpecChangedError: it is of another table; the message tells field by field how that one differs, or that it is not there.
+    """
+    if folder == encoding_folder(encoding):
+        return
+    path = f"{folder}/spec.json"
+    try:
+        stored = store.read_json(path)
+    except ObjectNotFoundError as error:
+        raise SpecChangedError(
+            f"features.table: found {folder}, which {store.root} does not hold; these features would lie in {encoding_folder(encoding)}. `loupe gc` "
+            "lists the tables that are there."
+        ) from error
+    differences = spec_differences(stored, {"type": type(encoding).__name__, "spec": json.loads(canonical_json(encoding))})
+    raise SpecChangedError(
+        f"features.table: found {folder}, but these features are of another encoding and would lie in {encoding_folder(encoding)}. Differences: "
+        f"{'; '.join(differences)}. Change them back, or leave features.table out to compute these anew.",
+        differences,
+    )
 
 
 def map_sets(maps: Sequence[MapSpec]) -> Iterator[tuple[MapSpec, ...]]:

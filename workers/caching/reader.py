@@ -9,70 +9,54 @@ between two.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from model.encoder import Encoder, compute_dtype, load_encoder
 from model.errors import MissingMapError, first_line
 from model.quantisation import PackedMap
 from model.specs import FeatureSpec, MapSpec, deepest_layer
 from model.views import Branch
-from workers.caching.codec import FeatureCodec, read_calibrations
+from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
+from workers.caching.disk_cache import DiskCache
 from workers.caching.encode import choose_device, encode_views
 from workers.caching.index import FeatureIndex, MapPlace, map_checksum
 from workers.caching.layout import BRANCHES, features_table
 from workers.caching.units import load_views, num_views
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
+from workers.execution import cache_folder
 from workers.storage import Store
 from workers.storage_errors import is_damage
 
-__all__ = ["CachedFeatures", "FeatureSource", "ImageFeatures", "LiveFeatures"]
+__all__ = ["CachedFeatures", "FeatureSource", "LiveFeatures"]
 
 _CANARY_TOLERANCE = 5e-3
 """Relative error (L2) of a map. Rounding to fp16 costs about 3e-4, another device type less; other weights or another preprocessing cost 1e-1."""
 
+_OTHER_POLICIES = "go on with --set missing_features=encode (or substitute)"
+
 _NEAR_BYTES = 64 * 2**10
 """Two maps of an image whose numbers lie so near each other are fetched in one read: less than an object store sends in the time of a request."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFeatures:
-    """The maps of one image's views, in the order that was asked for, as they are stored; a branch that was not asked for is not there."""
-
-    maps: Mapping[Branch, tuple[PackedMap, ...]]
-    """Each [views, tokens, width]: one global view, or the local ones row by row."""
-
-    @property
-    def global_maps(self) -> Float[Tensor, "global_maps global_tokens width"] | None:
-        """In fp32, all of as many tokens; None when not asked for."""
-        return torch.cat([item.dense() for item in self.maps["global"]]) if "global" in self.maps else None
-
-    @property
-    def local_maps(self) -> Float[Tensor, "views local_maps local_tokens width"] | None:
-        """In fp32, all of as many tokens; None when not asked for."""
-        return torch.stack([item.dense() for item in self.maps["local"]], dim=1) if "local" in self.maps else None
 
 
 @runtime_checkable
 class FeatureSource(Protocol):
     """Gives the features of images, wherever they come from."""
 
-    def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
-        """Features of some images.
+    num_encoded_live: int
+    """Images so far whose features were not where they should be, and were computed."""
+
+    def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
+        """Maps of images' views, as they are stored.
 
         Args:
-            images: which; an image may stand there twice.
-            want_global: whether the global view's maps are wanted.
-            want_local: whether the local views' maps are wanted.
+            images: by branch, those whose views of it are wanted; an image may stand there twice.
 
         Returns:
-            One per image, in their order.
+            Of every branch that has images, by name, each map [views, tokens, width]: the views of the first image, then those of the second, ...
         """
 
 
@@ -93,13 +77,20 @@ class _Maps:
                 raise MissingMapError(f"the features hold the {branch} maps {held}, but {missing} are needed; add them to the recipe's features")
         return cls(by_branch=chosen)
 
-    def wanted(self, *, want_global: bool, want_local: bool) -> tuple[Branch, ...]:
-        wants: dict[Branch, bool] = {"global": want_global, "local": want_local}
-        wanted = tuple(branch for branch in BRANCHES if wants[branch])
+    def wanted(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, Sequence[Sample]]:
+        wanted = {branch: images[branch] for branch in BRANCHES if images.get(branch)}
         for branch in wanted:
             if not self.by_branch[branch]:
                 raise MissingMapError(f"{branch} features are wanted, but the features hold no {branch} maps; add some to the recipe")
         return wanted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """Where an image's views of a branch belong among those of a batch."""
+
+    branch: Branch
+    views: slice
 
 
 class LiveFeatures:
@@ -113,6 +104,9 @@ class LiveFeatures:
         local_maps: the same for local views.
         batch_views: views in one forward pass; None is automatic.
     """
+
+    num_encoded_live = 0
+    """Nothing is missing where nothing is stored."""
 
     def __init__(
         self,
@@ -132,44 +126,48 @@ class LiveFeatures:
         self._encoder: Encoder | None = None
         self._codec = FeatureCodec(spec, read_calibrations(store, spec))
 
-    def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
+    def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
         """As FeatureSource.fetch.
 
         Args:
-            images: which; an image may stand there twice.
-            want_global: whether the global view's maps are wanted.
-            want_local: whether the local views' maps are wanted.
+            images: by branch, those whose views of it are wanted; an image may stand there twice.
 
         Returns:
-            One per image, in their order.
+            Of every branch that has images, its maps by name.
 
         Raises:
             EncoderError: the encoder cannot be loaded.
             MissingFeaturesError: a value is not finite at the spec's precision.
             ImageError: an image is not the one that the dataset was built from.
         """
-        wanted = self._maps.wanted(want_global=want_global, want_local=want_local)
-        found: list[dict[Branch, tuple[PackedMap, ...]]] = [{} for _ in images]
-        for branch in wanted:
-            views = [load_views(self._spec, sample, self._store, branch) for sample in images]
-            if not views:
-                continue
+        found: dict[Branch, dict[str, PackedMap]] = {}
+        for branch, samples in self._maps.wanted(images).items():
+            views = [load_views(self._spec, sample, self._store, branch) for sample in samples]
             maps = self._maps.by_branch[branch]
-            encoder = self._loaded()
-            encoded = encode_views(encoder, np.concatenate(views), branch, maps, self._codec, self._batch_views)
+            encoded = encode_views(self._loaded(), np.concatenate(views), branch, maps, self._codec, self._batch_views)
             if not encoded.finite.all():
                 raise MissingFeaturesError(f"a {branch} map is not finite at {self._spec.precision}; a cache would have refused that image")
-            stops = np.cumsum([len(item) for item in views])
-            for place, (stop, part) in enumerate(zip(stops, views, strict=True)):
-                mine = slice(int(stop) - len(part), int(stop))
-                found[place][branch] = tuple(self._codec.packed(branch, item, encoded.maps[item.name][mine]) for item in maps)
-        return [ImageFeatures(maps=item) for item in found]
+            found[branch] = {item.name: self._codec.packed(branch, item, encoded.maps[item.name]) for item in maps}
+        return found
 
     def _loaded(self) -> Encoder:
         if self._encoder is None:
             deepest = max(map(deepest_layer, self._maps.by_branch.values()))
             self._encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
         return self._encoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A map of an image: where it lies, and where it is to go."""
+
+    place: MapPlace
+    item: MapSpec
+    room: StoredMap
+
+
+_Rooms = dict[Branch, dict[str, StoredMap]]
+"""Where the maps of a batch are read to: by branch and name, all views one behind the other."""
 
 
 class CachedFeatures:
@@ -180,9 +178,11 @@ class CachedFeatures:
         spec: of the cache.
         global_maps: a choice out of the spec's, in the wanted order; None is all. Only these columns are read.
         local_maps: the same for local views.
-        policy: what to do about an image that is missing or damaged: `fail`, or `encode` it live.
+        policy: what to do about an image that is missing or damaged: `fail`; `encode` it live; or `substitute`, which fails too and leaves it to
+            whoever makes batches to ask for another one.
         device: for `encode` and the canary.
         reads_in_flight: at once.
+        disk_cache_bytes: what was read from an object store is kept on this machine up to so many bytes, in `cache_folder()`; 0 keeps nothing.
 
     Raises:
         MissingMapError: a map that the cache does not hold.
@@ -190,7 +190,7 @@ class CachedFeatures:
     """
 
     num_encoded_live: int
-    """Images that the policy `encode` had to encode so far."""
+    """As of FeatureSource: by the policy `encode`."""
 
     def __init__(
         self,
@@ -199,9 +199,10 @@ class CachedFeatures:
         *,
         global_maps: Sequence[MapSpec] | None = None,
         local_maps: Sequence[MapSpec] | None = None,
-        policy: Literal["fail", "encode"] = "fail",
+        policy: Literal["fail", "encode", "substitute"] = "fail",
         device: str = "cpu",
         reads_in_flight: int = 16,
+        disk_cache_bytes: int = 0,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -211,6 +212,7 @@ class CachedFeatures:
         self._codec = FeatureCodec(spec, read_calibrations(store, spec))
         self._folder = features_table(store, spec).path
         self._pool = ThreadPoolExecutor(reads_in_flight, thread_name_prefix="loupe-read")
+        self._disk = DiskCache(cache_folder() / "features", disk_cache_bytes) if disk_cache_bytes and store.local_path() is None else None
         self.num_encoded_live = 0
         self._index = FeatureIndex(store, spec, self._maps.by_branch)
         if not self._index.files():
@@ -218,35 +220,52 @@ class CachedFeatures:
                 f"{store.url(self._folder)} holds no features of these maps. Expected the table that cache-features writes; run it first."
             )
 
-    def fetch(self, images: Sequence[Sample], *, want_global: bool, want_local: bool) -> list[ImageFeatures]:
+    def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
         """As FeatureSource.fetch.
 
         Args:
-            images: which; an image may stand there twice.
-            want_global: whether the global view's maps are wanted.
-            want_local: whether the local views' maps are wanted.
+            images: by branch, those whose views of it are wanted; an image may stand there twice.
 
         Returns:
-            One per image, in their order.
+            Of every branch that has images, its maps by name.
 
         Raises:
-            MissingFeaturesError: an image is missing or damaged, and the policy is `fail`.
+            MissingFeaturesError: an image is missing or damaged, and the policy is not `encode`; the error names it.
             StorageError: the store is away, or refuses us.
         """
-        wanted = self._maps.wanted(want_global=want_global, want_local=want_local)
-        reads = [self._pool.submit(self._read, sample, wanted) for sample in images]
-        results = []
-        for sample, read in zip(images, reads, strict=True):
+        rooms: _Rooms = {}
+        spans: dict[str, tuple[Sample, list[_Span]]] = {}
+        for branch, samples in self._maps.wanted(images).items():
+            stops = list(accumulate(num_views(self._spec, sample, branch) for sample in samples))
+            # Read to where a batch needs it: a copy less, and memory of many megabytes at once comes in huge pages.
+            rooms[branch] = {item.name: self._codec.empty(branch, item, stops[-1]) for item in self._maps.by_branch[branch]}
+            for sample, start, stop in zip(samples, [0, *stops], stops, strict=False):
+                spans.setdefault(sample.image_sha256, (sample, []))[1].append(_Span(branch=branch, views=slice(start, stop)))
+        reads = [(sample, places, self._pool.submit(self._read, sample, places, rooms)) for sample, places in spans.values()]
+        for sample, places, read in reads:
             try:
-                results.append(read.result())
+                read.result()
             except MissingFeaturesError:
-                if self._policy == "fail":
-                    for other in reads:
+                if self._policy != "encode":
+                    for _, _, other in reads:
                         other.cancel()
                     raise
                 self.num_encoded_live += 1
-                results += self._live.fetch([sample], want_global=want_global, want_local=want_local)
-        return results
+                self._encode(sample, places, rooms)
+        return {
+            branch: {item.name: self._codec.packed(branch, item, found[item.name]) for item in self._maps.by_branch[branch]}
+            for branch, found in rooms.items()
+        }
+
+    def _encode(self, sample: Sample, spans: Sequence[_Span], rooms: _Rooms) -> None:
+        """Compute what cannot be read."""
+        fresh = self._live.fetch({span.branch: [sample] for span in spans})
+        for span in spans:
+            for name, packed in fresh[span.branch].items():
+                room = rooms[span.branch][name][span.views]
+                room.values[:] = packed.values.numpy()
+                if room.steps is not None and packed.steps is not None:
+                    room.steps[:] = packed.steps.numpy()
 
     def holds(self, samples: Sequence[Sample]) -> list[bool]:
         """Whether every branch of the spec has what is asked for of each sample's image; of text alone nothing is expected.
@@ -264,7 +283,8 @@ class CachedFeatures:
         """Encode a few cached images again and compare: proves that the cache still is what its encoder gives.
 
         Args:
-            samples: to choose from, evenly; those without an image, or that the cache does not hold, are skipped.
+            samples: to choose from, evenly; those without an image, or that the cache does not hold, are skipped, and by the policy `substitute`
+                damaged ones.
             num_images: how many.
 
         Raises:
@@ -272,76 +292,90 @@ class CachedFeatures:
         """
         held = [sample for sample, there in zip(samples, self.holds(samples), strict=True) if there and not sample.text_only]
         chosen = held[:: max(1, len(held) // num_images)][:num_images]
-        wants = {f"want_{branch}": bool(self._maps.by_branch[branch]) for branch in BRANCHES}
-        live = self._live.fetch(chosen, want_global=wants["want_global"], want_local=wants["want_local"])
-        for sample, fresh in zip(chosen, live, strict=True):
-            cached = self.fetch([sample], want_global=wants["want_global"], want_local=wants["want_local"])[0]
-            for branch, maps, axis in (("global", self._maps.by_branch["global"], 0), ("local", self._maps.by_branch["local"], 1)):
-                ours, theirs = getattr(cached, f"{branch}_maps"), getattr(fresh, f"{branch}_maps")
-                if ours is None:
+        for sample in chosen:
+            asked = {branch: [sample] for branch in BRANCHES if self._maps.by_branch[branch]}
+            try:
+                cached = self.fetch(asked)
+            except MissingFeaturesError:
+                if self._policy == "substitute":
                     continue
-                for place, item in enumerate(maps):
-                    stored, now = ours.select(axis, place), theirs.select(axis, place)
+                raise
+            fresh = self._live.fetch(asked)
+            for branch, maps in fresh.items():
+                for name, packed in maps.items():
+                    stored, now = cached[branch][name].dense(), packed.dense()
                     error = float((stored - now).norm() / now.norm().clamp_min(1e-12))
                     if not error <= _CANARY_TOLERANCE:  # also when it is not a number
                         raise StaleCacheError(
-                            f"{self._store.url(self._folder)}: the {branch} map {item.name} of image {sample.image_sha256[:12]} "
+                            f"{self._store.url(self._folder)}: the {branch} map {name} of image {sample.image_sha256[:12]} "
                             f"differs from what {self._spec.encoder.model} gives now by {error:.2e} (allowed {_CANARY_TOLERANCE:.0e}). The cache "
                             "does not belong to this encoder or preprocessing any more; cache again under another root."
                         )
 
-    def _read(self, sample: Sample, wanted: Sequence[Branch]) -> ImageFeatures:
-        """One image's maps, checked against their checksums."""
-        found: dict[Branch, tuple[PackedMap, ...]] = {}
-        for branch in wanted:
-            maps, expected = self._maps.by_branch[branch], num_views(self._spec, sample, branch)
+    def _read(self, sample: Sample, spans: Sequence[_Span], rooms: _Rooms) -> None:
+        """One image's maps to where they belong, checked against their checksums."""
+        for span in spans:
+            branch, maps, expected = span.branch, self._maps.by_branch[span.branch], span.views.stop - span.views.start
             places = self._index.places(branch, maps, sample.image_sha256)
             if places is None:
                 raise MissingFeaturesError(
                     f"{self._store.url(self._folder)} holds no {branch} features of image {sample.image_sha256[:12]} ({sample.sample_id}); "
-                    "it may be in quarantine. Finish cache-features, leave the image out, or read with the policy `encode`."
+                    f"it may be in quarantine. Finish cache-features, leave the image out, or {_OTHER_POLICIES}.",
+                    sample.image_sha256,
                 )
-            rooms = [self._codec.empty(branch, item, expected) for item in maps]
-            by_file: dict[str, list[tuple[int, np.ndarray]]] = {}
-            for place, room in zip(places, rooms, strict=True):
-                if place.num_views != expected or len(place.offsets) != len(room.arrays):
-                    raise MissingFeaturesError(self._damaged(place, sample, f"expected {expected} views, the index has {place.num_views}"))
-                by_file.setdefault(place.file, []).extend(zip(place.offsets, room.arrays, strict=True))
-            for file, parts in by_file.items():
-                try:
-                    _fill(self._store, f"{self._folder}/{file}", parts)
-                except StorageError as error:
-                    if not is_damage(error):
-                        raise
-                    place = next(place for place in places if place.file == file)
-                    raise MissingFeaturesError(self._damaged(place, sample, f"cannot be read: {first_line(error)}")) from error
-            for place, room, item in zip(places, rooms, maps, strict=True):
-                if map_checksum(room.arrays) != place.checksum:
-                    raise MissingFeaturesError(self._damaged(place, sample, f"the bytes of map {item.name} are not those that were written"))
-            found[branch] = tuple(self._codec.packed(branch, item, room) for item, room in zip(maps, rooms, strict=True))
-        return ImageFeatures(maps=found)
+            by_file: dict[str, list[_Part]] = {}
+            for place, item in zip(places, maps, strict=True):
+                part = _Part(place=place, item=item, room=rooms[branch][item.name][span.views])
+                if place.num_views != expected or len(place.offsets) != len(part.room.arrays):
+                    raise self._damaged(place, sample, f"expected {expected} views, the index has {place.num_views}")
+                by_file.setdefault(place.file, []).append(part)
+            for parts in by_file.values():
+                self._read_parts(sample, parts)
 
-    def _damaged(self, place: MapPlace, sample: Sample, what: str) -> str:
-        return (
+    def _read_parts(self, sample: Sample, parts: Sequence[_Part]) -> None:
+        """Maps of an image that lie in one file."""
+        place = parts[0].place
+        path = f"{self._folder}/{place.file}"
+        url, reads = self._store.url(path), _joined(parts)
+        if self._disk is not None and all(self._disk.read_into(url, start, buffers) for start, buffers in reads) and not _wrong(parts):
+            return
+        try:
+            for start, buffers in reads:
+                self._store.read_into(path, start, buffers)
+        except StorageError as error:
+            if not is_damage(error):
+                raise
+            raise self._damaged(place, sample, f"cannot be read: {first_line(error)}") from error
+        if wrong := _wrong(parts):
+            raise self._damaged(place, sample, f"the bytes of map {wrong[0]} are not those that were written")
+        if self._disk is not None:
+            for start, buffers in reads:
+                self._disk.write(url, start, buffers)
+
+    def _damaged(self, place: MapPlace, sample: Sample, what: str) -> MissingFeaturesError:
+        return MissingFeaturesError(
             f"{self._store.url(f'{self._folder}/{place.file}')}, row group {place.row_group} (image {sample.image_sha256[:12]}) is damaged: {what}. "
-            "Remove the cache and cache again, or read with the policy `encode`."
+            f"Run `loupe verify` with --repair and then the run again, or {_OTHER_POLICIES}.",
+            sample.image_sha256,
         )
 
 
-def _fill(store: Store, path: str, parts: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Read arrays from places in an object, near ones together."""
-    reads: list[list[tuple[int, np.ndarray]]] = []
-    for offset, array in sorted(parts, key=lambda part: part[0]):
-        last = reads[-1][-1] if reads else None
-        if last is not None and 0 <= offset - (last[0] + last[1].nbytes) <= _NEAR_BYTES:
-            reads[-1].append((offset, array))
-        else:
-            reads.append([(offset, array)])
-    for read in reads:
-        start, (last_offset, last_array) = read[0][0], read[-1]
-        gaps = [offset - (before + array.nbytes) for (before, array), (offset, _) in pairwise(read)]
-        buffers = [read[0][1].reshape(-1).view(np.uint8)]
-        for gap, (_, array) in zip(gaps, read[1:], strict=True):
-            buffers += [np.empty(gap, dtype=np.uint8), array.reshape(-1).view(np.uint8)]
-        assert sum(len(buffer) for buffer in buffers) == last_offset + last_array.nbytes - start
-        store.read_into(path, start, buffers)
+def _wrong(parts: Sequence[_Part]) -> list[str]:
+    """Maps whose bytes are not those that were written."""
+    return [part.item.name for part in parts if map_checksum(part.room.arrays) != part.place.checksum]
+
+
+def _joined(parts: Sequence[_Part]) -> list[tuple[int, list[np.ndarray]]]:
+    """Reads that fill the parts, near ones together: where each begins, and its buffers one behind the other."""
+    places = [(offset, array) for part in parts for offset, array in zip(part.place.offsets, part.room.arrays, strict=True)]
+    reads: list[tuple[int, list[np.ndarray]]] = []
+    behind = 0
+    for offset, array in sorted(places, key=lambda place: place[0]):
+        gap = offset - behind
+        if not reads or not 0 <= gap <= _NEAR_BYTES:
+            reads.append((offset, []))
+        elif gap:
+            reads[-1][1].append(np.empty(gap, dtype=np.uint8))
+        reads[-1][1].append(array.reshape(-1).view(np.uint8))
+        behind = offset + array.nbytes
+    return reads

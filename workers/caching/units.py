@@ -35,6 +35,7 @@ __all__ = [
     "UnitPlan",
     "distinct_images",
     "feature_bytes",
+    "forget_plan",
     "load_views",
     "num_views",
     "plan_groups",
@@ -161,6 +162,16 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
             f"{len(images)} with {digest[:12]}: its table was changed after the cache was begun. Restore the table, or use another root."
         )
     return plan
+
+
+def forget_plan(stage: Stage) -> None:
+    """Let the stage plan anew: without outcomes and then without a plan.
+
+    Args:
+        stage: the cache's stage.
+    """
+    for path in (*stage.store.list(stage.path("units")), stage.path("units.json")):
+        stage.store.delete(path)
 
 
 def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, unit_bytes: int) -> list[UnitGroup]:

@@ -101,12 +101,13 @@ def _multiply_bf16(device: torch.device | str) -> bool:
     return bool(agreed)
 
 
-def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> FeatureSource:
-    """The run's feature source, giving the connector's maps in the order of `needed_maps`.
+def open_features(spec: TrainingSpec, store: Store, execution: ExecutionSettings, device: str = "cpu") -> FeatureSource:
+    """The run's feature source, giving the connector's maps.
 
     Args:
         spec: of the run.
         store: where the cache and the images are.
+        execution: missing_features and feature_cache_bytes count.
         device: for encoding.
 
     Returns:
@@ -118,7 +119,15 @@ def open_features(spec: TrainingSpec, store: Store, device: str = "cpu") -> Feat
     global_maps, local_maps = needed_maps(spec.connector)
     if spec.feature_source == "live":
         return LiveFeatures(store, spec.features, device, global_maps=global_maps, local_maps=local_maps)
-    return CachedFeatures(store, spec.features, global_maps=global_maps, local_maps=local_maps, device=device)
+    return CachedFeatures(
+        store,
+        spec.features,
+        global_maps=global_maps,
+        local_maps=local_maps,
+        device=device,
+        policy=execution.missing_features,
+        disk_cache_bytes=execution.feature_cache_bytes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +139,13 @@ class TrainingData:
 
 
 def training_data(
-    spec: TrainingSpec, store: Store, split: Literal["train", "held_out"], *, device: str = "cpu", verify: bool = False
+    spec: TrainingSpec,
+    store: Store,
+    split: Literal["train", "held_out"],
+    execution: ExecutionSettings,
+    *,
+    device: str = "cpu",
+    verify: bool = False,
 ) -> TrainingData:
     """The samples of a split whose features can be had.
 
@@ -138,6 +153,7 @@ def training_data(
         spec: of the run.
         store: where everything is.
         split: which side of the dataset.
+        execution: as open_features takes it.
         device: for encoding.
         verify: encode a few cached images again and refuse a cache that no longer is what its encoder gives.
 
@@ -148,7 +164,7 @@ def training_data(
         StaleCacheError: the cache does not fit its encoder.
     """
     samples: Sequence[Sample] = read_samples(store, spec.dataset_fingerprint, split)
-    source = open_features(spec, store, device)
+    source = open_features(spec, store, execution, device)
     if isinstance(source, CachedFeatures):
         samples = [
             sample for sample, held in zip(samples, source.holds(samples), strict=True) if held

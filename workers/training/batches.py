@@ -7,9 +7,10 @@ workers, sees the same; the whole state of the data is the step's number.
 Input: samples, a feature source and a tokenizer. Output: micro-batches of one rank, and the number of supervised tokens over all ranks.
 """
 
+import bisect
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -26,12 +27,12 @@ from model.quantisation import PackedMap
 from model.specs import BranchMix, ChatTemplate, ConnectorSpec, FeatureSpec, MapSpec, PhaseSpec, ScheduleSpec
 from model.views import Box, Branch, ViewPlan
 from model.vision_language import MODES, Batch, Mode, VisualLayout, lay_out_images, plan_sequences, room_for_text
-from workers.caching.reader import FeatureSource, ImageFeatures
+from workers.caching.reader import FeatureSource
 from workers.caching.units import view_plan
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, TrainingError
 
-__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_conversation", "sample_index", "stack_maps"]
+__all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_maps", "sample_conversation", "sample_index"]
 
 _ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE, _DROPOUT = 1, 2, 3, 4, 5
 """Streams of random numbers that must not meet."""
@@ -98,19 +99,8 @@ class StepBatches:
     """Supervised tokens over all ranks and micro-batches: what the summed loss is divided by."""
     samples: int
     """Over all ranks."""
-
-
-def stack_maps(features: Sequence[Sequence[PackedMap]], held: Sequence[MapSpec]) -> dict[str, PackedMap]:
-    """One tensor per map, over the views of several images, still packed.
-
-    Args:
-        features: of each image, its maps of one branch.
-        held: which maps those are, in order.
-
-    Returns:
-        By map name.
-    """
-    return {item.name: PackedMap.cat([maps[place] for maps in features]) for place, item in enumerate(held)}
+    num_missing: int = 0
+    """Of this rank: features that were not there, and were computed or replaced by another image's."""
 
 
 def needed_maps(connector: ConnectorSpec) -> tuple[tuple[MapSpec, ...], tuple[MapSpec, ...]]:
@@ -158,6 +148,8 @@ class BatchBuilder:
         schedule: phases and seed.
         tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
+        substitutes: whether an image whose features are gone or damaged gives way to the next one of the phase that has some. All ranks go on in
+            step, and the loss is divided by the tokens that were planned.
 
     Raises:
         TrainingError: there are no samples with an image, or a phase sees none.
@@ -173,12 +165,14 @@ class BatchBuilder:
         schedule: ScheduleSpec,
         tokenizer: Any,
         max_tokens: int,
+        substitutes: bool = False,
     ) -> None:
         if all(sample.text_only for sample in samples):
             raise TrainingError("the dataset's train split holds no image; build a dataset with a smaller held_out_fraction or more images")
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._global_maps, self._local_maps = needed_maps(connector.spec)
+        self._substitutes = substitutes
+        self._missing: set[str] = set()
         self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
         self._seen = {_sight(phase): _seen(samples, phase) for phase in schedule.phases}
         self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
@@ -214,7 +208,7 @@ class BatchBuilder:
 
         Raises:
             TrainingError: the batch cannot be shared evenly.
-            MissingFeaturesError: the source gave an image without a view that was asked for.
+            MissingFeaturesError: an image has no features, and is not to be replaced.
         """
         phases = self.schedule.phases
         phase = phases[phase_index]
@@ -236,10 +230,13 @@ class BatchBuilder:
         mine = range(rank * share, (rank + 1) * share)
         size = share if micro_batch_size is None else min(micro_batch_size, share)
         micro_batches = []
+        num_missing = 0
         for start in range(mine.start, mine.stop, size):
             chosen = range(start, min(start + size, mine.stop))
-            micro_batches.append(self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale))
-        return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size)
+            batch, missing = self._batch(phase_index, [positions[k] for k in chosen], [indices[k] for k in chosen], evidence_scale)
+            micro_batches.append(batch)
+            num_missing += missing
+        return StepBatches(micro_batches=tuple(micro_batches), supervised=supervised, samples=phase.batch_size, num_missing=num_missing)
 
     def _mode(self, phase_index: int, position: int, index: int) -> Mode:
         """What a position shows: text alone is blind, whatever the phase's shares."""
@@ -267,16 +264,16 @@ class BatchBuilder:
         shown = [sample for sample in self.samples if not sample.text_only]
         count = min(num_images, len(shown))
         images = [shown[place * len(shown) // count] for place in range(count)]
-        local = self.connector.spec.local_branch
-        found = self.source.fetch(images, want_global=True, want_local=local is not None)
-        global_maps = stack_maps(
-            [_there(features, image, "global") for features, image in zip(found, images, strict=True)],
-            self._global_maps,
-        )
-        if local is None:
-            return global_maps, None
-        local_features = [_there(features, image, "local") for features, image in zip(found, images, strict=True)]
-        return global_maps, stack_maps(local_features, self._local_maps)
+        while True:
+            try:
+                found = self.source.fetch({"global": images, "local": images if self.connector.spec.local_branch is not None else []})
+            except MissingFeaturesError as error:
+                self._note_missing(error)
+                images = [image for image in images if image.image_sha256 not in self._missing]
+                if not images:
+                    raise
+                continue
+            return found["global"], found.get("local")
 
     def evidence(self, index: int) -> list[tuple[int, int]]:
         """What a sample's local tokens should mean.
@@ -310,22 +307,13 @@ class BatchBuilder:
             self._evidence[index] = list(pairs)
         return self._evidence[index]
 
-    def _batch(self, phase_index: int, positions: Sequence[int], indices: Sequence[int], evidence_scale: float = 0.0) -> Batch:
+    def _batch(self, phase_index: int, positions: Sequence[int], planned: Sequence[int], evidence_scale: float = 0.0) -> tuple[Batch, int]:
+        """A batch, and how many of its samples' features were not there."""
         phase, seed, spec = self.schedule.phases[phase_index], self.schedule.seed, self.connector.spec
-        modes = [self._mode(phase_index, position, index) for position, index in zip(positions, indices, strict=True)]
+        modes = [self._mode(phase_index, position, index) for position, index in zip(positions, planned, strict=True)]
         wants_global = [mode in ("global", "both") for mode in modes]
         wants_local = [mode in ("local", "both") and spec.local_branch is not None for mode in modes]
-        found = self._fetch(indices, wants_global, wants_local)
-        global_features = [
-            _there(features, self.samples[index], "global")
-            for features, index, wanted in zip(found, indices, wants_global, strict=True)
-            if wanted and features is not None
-        ]
-        local_features = [
-            _there(features, self.samples[index], "local")
-            for features, index, wanted in zip(found, indices, wants_local, strict=True)
-            if wanted and features is not None
-        ]
+        indices, found, num_missing = self._features(phase_index, planned, {"global": wants_global, "local": wants_local})
         plans = [self.view_plan(self.samples[index]) if wanted else None for index, wanted in zip(indices, wants_local, strict=True)]
         noise = None
         if "gate" in phase.train and phase.experts == "mixture" and _is_noisy(self.connector):
@@ -336,7 +324,6 @@ class BatchBuilder:
                 if wanted
             ]
             noise = torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, *shape), dtype=np.float32))
-        local = spec.local_branch
         pairs: list[tuple[int, int]] = []
         layout = lay_out_images(self.connector, wants_global, plans)
         if evidence_scale > 0:
@@ -344,13 +331,13 @@ class BatchBuilder:
                 if wanted:
                     start = layout.first_view[place] * layout.tokens_per_local_view
                     pairs += [(start + token, word) for token, word in self.evidence(index)]
-        return plan_sequences(
+        batch = plan_sequences(
             [self.conversation(index, phase.template) for index in indices],
             modes,
             range(len(indices)),
             layout,
-            global_maps=stack_maps(global_features, self._global_maps) if global_features else None,
-            local_maps=stack_maps(local_features, self._local_maps) if local is not None and local_features else None,
+            global_maps=found.get("global"),
+            local_maps=found.get("local"),
             gate_noise=noise,
             selects=phase.selector,
             selector_noise=self._selector_noise(phase_index, positions, layout) if phase.selector else None,
@@ -362,6 +349,44 @@ class BatchBuilder:
             if "language_model" in phase.train
             else None,
         )
+        return batch, num_missing
+
+    def _features(
+        self, phase_index: int, planned: Sequence[int], wants: Mapping[Branch, Sequence[bool]]
+    ) -> tuple[list[int], dict[Branch, dict[str, PackedMap]], int]:
+        """The samples of a batch, those replaced whose features are not there; the features; and how many were not there."""
+        encoded_before = self.source.num_encoded_live
+        while True:
+            shown = [any(wanted) for wanted in zip(*wants.values(), strict=True)]
+            indices = [self._with_features(phase_index, index) if wanted else index for index, wanted in zip(planned, shown, strict=True)]
+            # Nothing is read that nobody looks at.
+            images: dict[Branch, list[Sample]] = {
+                branch: [self.samples[index] for index, wanted in zip(indices, some, strict=True) if wanted] for branch, some in wants.items()
+            }
+            try:
+                found = self.source.fetch(images)
+            except MissingFeaturesError as error:
+                self._note_missing(error)
+                continue
+            replaced = sum(index != wanted for index, wanted in zip(indices, planned, strict=True))
+            return indices, found, replaced + self.source.num_encoded_live - encoded_before
+
+    def _note_missing(self, error: MissingFeaturesError) -> None:
+        """Remember the image that the error is about, or raise it."""
+        if not self._substitutes or error.image_sha256 is None:
+            raise error
+        self._missing.add(error.image_sha256)
+
+    def _with_features(self, phase_index: int, index: int) -> int:
+        """The sample, or where its features are missing the next one in the frozen order that the phase sees and whose are not known to be."""
+        if self.samples[index].image_sha256 not in self._missing:
+            return index
+        seen = self._seen[_sight(self.schedule.phases[phase_index])]
+        start = bisect.bisect(seen, index)
+        for other in (*seen[start:], *seen[:start]):
+            if not self.samples[other].text_only and self.samples[other].image_sha256 not in self._missing:
+                return other
+        raise MissingFeaturesError(f"phase {self.schedule.phases[phase_index].name!r} sees no image any more whose features are there")
 
     def _selector_noise(self, phase_index: int, positions: Sequence[int], layout: VisualLayout) -> Tensor | None:
         """Standard normal numbers for every sequence's local tokens, a function of the position alone."""
@@ -373,17 +398,6 @@ class BatchBuilder:
             generator = _generator(self.schedule.seed, _SELECTOR_NOISE, phase_index, position)
             drawn[row, : len(order)] = generator.standard_normal(len(order), dtype=np.float32)
         return torch.from_numpy(drawn)
-
-    def _fetch(self, indices: Sequence[int], wants_global: Sequence[bool], wants_local: Sequence[bool]) -> list[ImageFeatures | None]:
-        """Features of every sample, one call per combination of wants, so that nothing is read that nobody looks at."""
-        found: list[ImageFeatures | None] = [None] * len(indices)
-        for want_global, want_local in ((True, True), (True, False), (False, True)):
-            places = [k for k in range(len(indices)) if (wants_global[k], wants_local[k]) == (want_global, want_local)]
-            if places:
-                images = [self.samples[indices[k]] for k in places]
-                for place, features in zip(places, self.source.fetch(images, want_global=want_global, want_local=want_local), strict=True):
-                    found[place] = features
-        return found
 
 
 def _sight(phase: PhaseSpec) -> tuple[tuple[str, ...], bool]:
@@ -405,13 +419,6 @@ def _seen(samples: Sequence[Sample], phase: PhaseSpec) -> list[int]:
 def _is_noisy(connector: Connector) -> bool:
     adapters = connector.spec.global_branch.adapters
     return adapters.kind == "gated_mixture" and adapters.noise != "none"
-
-
-def _there(features: ImageFeatures, sample: Sample, branch: Branch) -> tuple[PackedMap, ...]:
-    maps = features.maps.get(branch)
-    if maps is None:
-        raise MissingFeaturesError(f"the feature source gave no {branch} maps for image {sample.image_sha256[:16]}, though they were asked for")
-    return maps
 
 
 Item = TypeVar("Item")

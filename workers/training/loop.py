@@ -59,6 +59,10 @@ class StageState:
     """Of the phase's steps so far."""
     seconds: float = 0.0
     """Of the phase's kept steps."""
+    num_missing: int = 0
+    """Over all ranks, of the phase's steps up to the last checkpoint: features that were not there, and were computed or replaced."""
+    num_missing_since: int = 0
+    """Of this rank alone, of the steps since then."""
     records: list[PhaseRecord] = field(default_factory=list)
     """Of the stage's finished phases."""
 
@@ -70,6 +74,7 @@ def _state_json(state: StageState, context: dict[str, Any]) -> dict[str, Any]:
         "hashes": state.hashes,
         "losses": state.losses,
         "seconds": state.seconds,
+        "num_missing": state.num_missing,
         "records": to_json(state.records),
         "context": context,
     }
@@ -88,6 +93,7 @@ def _state_from(saved: Saved, context: dict[str, Any]) -> StageState:
         hashes=saved.state["hashes"],
         losses=saved.state["losses"],
         seconds=saved.state["seconds"],
+        num_missing=saved.state.get("num_missing", 0),
         records=[from_json(PhaseRecord, record) for record in saved.state["records"]],
     )
 
@@ -137,6 +143,12 @@ def run_stage(
     blocks = proven_parameters(engine.model)
     with_language_model = any("language_model" in schedule.phases[index].train for index in phases)
 
+    def share_missing() -> None:
+        counted = torch.tensor(state.num_missing_since, device=device)
+        if world > 1:
+            dist.all_reduce(counted)
+        state.num_missing, state.num_missing_since = state.num_missing + int(counted), 0
+
     def save(hashes: Mapping[str, str]) -> None:
         optimizer = engine.optimizer_tensors()  # all ranks: what is shared out is gathered
         weights = weights_of(engine.model, with_language_model=with_language_model, whole=engine.whole, keep=rank == 0)
@@ -162,13 +174,15 @@ def run_stage(
                 _step(engine, steps, phase, state, metrics, schedule, device)
                 if state.step % checkpoint_every_steps == 0 and state.step < phase.steps:
                     state.seconds += time.monotonic() - started
+                    share_missing()
                     save({})
                     started = time.monotonic()
             state.seconds += time.monotonic() - started
             after = block_hashes(blocks, engine.whole)
             assert_frozen(state.hashes, after, phase)
+            share_missing()
             state.records.append(_record(phase, state, after))
-            state.phase, state.step, state.hashes, state.losses, state.seconds = state.phase + 1, 0, {}, [], 0.0
+            state.phase, state.step, state.hashes, state.losses, state.seconds, state.num_missing = state.phase + 1, 0, {}, [], 0.0, 0
             save(after)
     finally:
         prefetcher.close()
@@ -215,6 +229,7 @@ def _step(
         )
     seconds = time.monotonic() - started
     state.losses.append(sums.loss)
+    state.num_missing_since += batches.num_missing
     if metrics is not None:
         metrics.add(
             {
@@ -250,4 +265,5 @@ def _record(phase: PhaseSpec, state: StageState, after: dict[str, str]) -> Phase
         samples=phase.steps * phase.batch_size,
         hashes_before=state.hashes,
         hashes_after=after,
+        num_missing=state.num_missing,
     )

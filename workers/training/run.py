@@ -392,7 +392,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     name = "align" if stage == "align" else "sft"
     phases = [spec.schedule.phases[index] for index in stage_phases(spec.schedule, "align" if stage == "align" else "sft")]
     refused = screen(spec, store, execution, SilentProgress()).refused
-    data = training_data(spec, store, "train", device=device.type, verify=rank == 0)
+    data = training_data(spec, store, "train", execution, device=device.type, verify=rank == 0)
     samples = [sample for sample in data.samples if sample.index not in refused]
     num_text_only = sum(sample.text_only for sample in samples)
     counts = {"num_images": len(samples) - num_text_only, "num_text_only": num_text_only}
@@ -405,6 +405,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
         schedule=spec.schedule,
         tokenizer=load_tokenizer(language_model_folder(spec.language_model.model), None),
         max_tokens=spec.longest_sequence(model.max_tokens),
+        substitutes=execution.missing_features == "substitute",
     )
     checkpoints = CheckpointFolder(store, key, name)
     if CheckpointFolder(store, key, "align").latest() is None and checkpoints.latest() is None:

@@ -104,6 +104,8 @@ class PhaseRecord:
     """sha256 of every block's bytes at the phase's start."""
     hashes_after: dict[str, str]
     """At its end: equal for every block that the phase does not train."""
+    num_missing: int = 0
+    """Times that an image's features were gone or damaged, and were computed again or another image's taken (`missing_features`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
