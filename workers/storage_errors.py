@@ -204,12 +204,12 @@ def is_damage(error: StorageError) -> bool:
 
 
 @contextlib.contextmanager
-def translated(doing: str, url: str) -> Iterator[None]:
+def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
     """Foreign errors of a store leave the block as StorageErrors; all others as they are.
 
     Args:
         doing: what is being done, e.g. "read".
-        url: on which object.
+        url: on which object; a function where making the URL takes as long as the work.
 
     Yields:
         Nothing.
@@ -220,11 +220,11 @@ def translated(doing: str, url: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise translate_storage_error(error, doing, url) from error
+        raise translate_storage_error(error, doing, url() if callable(url) else url) from error
     except Exception as error:
         # botocore's errors share no base with OSError, and importing botocore for local roots costs 0.2 s.
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "obstore"}:
-            raise translate_storage_error(error, doing, url) from error
+            raise translate_storage_error(error, doing, url() if callable(url) else url) from error
         raise
 
 

@@ -187,11 +187,11 @@ def test_the_index_finds_every_image_and_no_other(datasets):
     index = FeatureIndex(store, spec)
     held = index.held([("local", spec.local_maps[0])], [*strangers, *images, twin])
     assert held["local/layer_5"].tolist() == [False] * 50 + [True] * 16 + [False]
-    assert index.places("global", [MORE], images[0]) is None
-    assert index.places("global", spec.global_maps, twin) is None
+    assert index.places("global", [MORE.name], images[:1]) == [None]
+    assert index.places("global", [item.name for item in spec.global_maps], [twin]) == [None]
     for branch in BRANCHES:
         table = features_table(store, spec)
-        for place in index.places(branch, spec.maps(branch), images[5]):
+        for place in index.places(branch, [item.name for item in spec.maps(branch)], [images[5]])[0]:
             opened = table.open_file(next(file for file in table.files() if file.path == place.file))
             rows = opened.read_row_group(place.row_group, columns=["image_sha256"]).column(0).to_pylist()
             assert rows == [images[5]] * place.num_views
@@ -213,7 +213,7 @@ def test_images_that_begin_alike_are_told_apart():
         schema=caching_index.INDEX_SCHEMA,
     )
     portion = caching_index._Portion(table, ["layer_1"])
-    assert [portion.map_place(int(row), "layer_1").row_group for row in portion.rows(images)] == [0, 1, 2, 3, 4]
+    assert [place.row_group for place in portion.map_places(portion.rows(images), "layer_1")] == [0, 1, 2, 3, 4]
     images[2, 30] = 1
     assert portion.rows(images)[2] == -1
 

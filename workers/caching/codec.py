@@ -12,6 +12,7 @@ reader gets is what `round_trip` gives, whether it was stored in between or not.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -38,6 +39,15 @@ __all__ = [
 
 Calibrations = Mapping[str, ChannelCalibration]
 """Centres and scales by branch and map, as `local/layer_7`."""
+
+
+@runtime_checkable
+class NewArray(Protocol):
+    """Makes an array with whatever is in its memory."""
+
+    def __call__(self, shape: tuple[int, ...], /, dtype: Any) -> np.ndarray:
+        """As numpy.empty."""
+
 
 _NUMPY_DTYPE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 _TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
@@ -151,18 +161,19 @@ class FeatureCodec:
         self._calibrations = calibrations
         self._on_device: dict[tuple[str, torch.device], ChannelCalibration] = {}
 
-    def empty(self, branch: Branch, item: MapSpec, num_views: int) -> StoredMap:
+    def empty(self, branch: Branch, item: MapSpec, num_views: int, new: NewArray = np.empty) -> StoredMap:
         """Room for a map of so many views.
 
         Args:
             branch: of the map.
             item: the map.
             num_views: how many.
+            new: makes the arrays.
         """
         precision, tokens = self._spec.stored_as(branch, item), item.num_tokens(self._spec.encoder.num_patches)
         return StoredMap(
-            values=np.empty((num_views, tokens, self._spec.encoder.width), dtype=_NUMPY_DTYPE[precision]),
-            steps=np.empty((num_views, tokens), dtype=np.float16) if precision == "int8" else None,
+            values=new((num_views, tokens, self._spec.encoder.width), dtype=_NUMPY_DTYPE[precision]),
+            steps=new((num_views, tokens), dtype=np.float16) if precision == "int8" else None,
         )
 
     def rounded(self, branch: Branch, item: MapSpec, tokens: Float[Tensor, "views tokens width"]) -> RoundedMap:

@@ -176,9 +176,9 @@ def _differences(spec: FeatureSpec, index: FeatureIndex, content: _FileContent, 
     names = maps_in(content.file.partition["maps"])
     maps = [item for item in spec.maps(branch) if item.name in names]
     faults = []
-    for group, (image, views, checksums) in enumerate(content.checksums):
+    located = index.places(branch, [item.name for item in maps], [image for image, _, _ in content.checksums])
+    for group, ((image, views, checksums), places) in enumerate(zip(content.checksums, located, strict=True)):
         where = f"{content.file.path}, row group {group} (image {image[:12]})"
-        places = index.places(branch, maps, image)
         if places is None:
             faults.append(f"{where}: the index has no such image")
             continue
