@@ -2,9 +2,10 @@
 doubles nothing when it is killed.
 
 Peers, each a process of its own in `peers/`: stock transformers in a loop that saves a file for each image; Ray Data's `map_batches` and
-`write_parquet`, as its batch inference guide has them; clip-retrieval's reader, runner and writer around the stock model (where it is installed;
-PEERS_PYTHON names an interpreter that has it). All get ViT-B/16 with random weights, JPEGs of 2 million pixels, 1 + 4 views, three maps in fp16, two
-threads. Each runs once undisturbed, in turns, and once with kill -9 of all its processes at about half of the images, and then again to its end.
+`write_parquet`, as its batch inference guide has them; clip-retrieval's reader, runner and writer around the stock model, where it is installed
+(`pip install --target DIR --no-deps clip-retrieval` and PEERS_PATH=DIR). All get ViT-B/16 with random weights, JPEGs of 2 million pixels, 1 + 4
+views, three maps in fp16, two threads. Each runs undisturbed, in turns, and once with kill -9 of all its processes at about half of the images, and
+then again to its end.
 """
 
 import json
@@ -40,7 +41,7 @@ NUM_IMAGES, ROUNDS, BATCH_IMAGES = int(os.environ.get("IMAGES", "48")), 2, 2
 UNIT_BYTES = 36 * 2**20
 """Eight images, as many as the peers have in a block or a partition."""
 PEERS = Path(__file__).parent / "peers"
-PEERS_PYTHON = os.environ.get("PEERS_PYTHON", sys.executable)
+PEERS_PATH = os.environ.get("PEERS_PATH", "")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ class System:
     """One way to cache."""
 
     name: str
-    python: str
     script: str
     kept: Callable[[Path], Kept]
 
@@ -133,10 +133,10 @@ class Runs:
             "unit_bytes": UNIT_BYTES,
         }
         job.write_text(json.dumps(values))
-        places = [str(PEERS), *([str(Path(__file__).parents[2])] if system.python == sys.executable else [])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "2", "RAY_USAGE_STATS_ENABLED": "0"}
+        path = os.pathsep.join([str(PEERS), str(Path(__file__).parents[2]), *([PEERS_PATH] if system.name == "clip-retrieval" else [])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "RAY_USAGE_STATS_ENABLED": "0"}
         with out.with_suffix(".log").open("ab") as log:
-            command = [system.python, str(PEERS / system.script), str(job)]
+            command = [sys.executable, str(PEERS / system.script), str(job)]
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True), counter
 
     def whole(self, system: System, out: Path) -> float:
@@ -185,15 +185,14 @@ def test_peers_on_the_same_images(tmp_path: Path) -> None:
         return ours(out, spec)
 
     systems = [
-        System("loupe", sys.executable, "loupe_cache.py", kept_by_loupe),
-        System("transformers loop", sys.executable, "transformers_loop.py", kept_by_transformers),
-        System("Ray Data", sys.executable, "ray_data_pipeline.py", kept_by_ray_data),
+        System("loupe", "loupe_cache.py", kept_by_loupe),
+        System("transformers loop", "transformers_loop.py", kept_by_transformers),
+        System("Ray Data", "ray_data_pipeline.py", kept_by_ray_data),
     ]
-    there = subprocess.run([PEERS_PYTHON, "-c", "import clip_retrieval"], capture_output=True, check=False).returncode == 0
-    if there:
-        systems.append(System("clip-retrieval", PEERS_PYTHON, "clip_retrieval_inference.py", kept_by_clip_retrieval))
+    if PEERS_PATH and (Path(PEERS_PATH) / "clip_retrieval").is_dir():
+        systems.append(System("clip-retrieval", "clip_retrieval_inference.py", kept_by_clip_retrieval))
     else:
-        print("clip-retrieval is not installed and not measured")
+        print("clip-retrieval is not below PEERS_PATH and not measured")
     runs = Runs(tmp_path, images, encoder)
 
     def fresh(system: System, name: str) -> Path:

@@ -4,12 +4,11 @@ Its own mapper gives one vector for an image; this one gives the maps that the o
 none is skipped because its files are there.
 """
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-from clip_retrieval.clip_inference.reader import FilesReader
-from clip_retrieval.clip_inference.runner import Runner
-from clip_retrieval.clip_inference.writer import NumpyWriter
 from common import Encoder, count, read_job, views_of_image
 
 
@@ -26,6 +25,19 @@ class Quiet:
         """Nothing."""
 
 
+def part(name: str) -> ModuleType:
+    """A module of its inference package alone: the package's own imports want a web server, an index builder and two towers of weights."""
+    package = importlib.util.find_spec("clip_retrieval")
+    assert package is not None
+    assert package.origin is not None
+    found = importlib.util.spec_from_file_location(f"inference_{name}", Path(package.origin).parent / "clip_inference" / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
     job = read_job()
     num_partitions = max(1, len(job.images) // 8)
@@ -39,8 +51,8 @@ if __name__ == "__main__":
         return {"image_embs": maps.reshape(len(views), -1), "image_filename": item["image_filename"]}
 
     outputs = {"enable_text": False, "enable_image": True, "enable_metadata": False}
-    runner = Runner(
-        reader_builder=lambda sampler: FilesReader(
+    runner = part("runner").Runner(
+        reader_builder=lambda sampler: part("reader").FilesReader(
             sampler,
             preprocess=views_of_image,
             tokenizer=None,
@@ -50,7 +62,7 @@ if __name__ == "__main__":
             **outputs,
         ),
         mapper_builder=lambda: maps_of,
-        writer_builder=lambda number: NumpyWriter(number, job.out, output_partition_count=num_partitions, **outputs),
+        writer_builder=lambda number: part("writer").NumpyWriter(number, job.out, output_partition_count=num_partitions, **outputs),
         logger_builder=lambda number: Quiet(),
         output_partition_count=num_partitions,
     )
