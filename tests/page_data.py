@@ -13,6 +13,7 @@ from pipelines.report_page import (
     PageSample,
     PageTurn,
     PhaseCurves,
+    PlannedRow,
     ReportPage,
     StageRow,
     data_uri,
@@ -135,6 +136,10 @@ def page(*, num_seeds: int = 3, question: str = "Which country is at the left?")
             StageRow(name="build-dataset", key="0123456789abcdef", seconds=61.2, num_bytes=92_000_000, note="1200 images, 7200 questions"),
             StageRow(name="cache-features", key="0123456789abcdef", seconds=75.0, num_bytes=602_000_000, note="8400 views"),
             StageRow(name="train-connector seed 0", key="0123456789abcdef", seconds=311.0, num_bytes=24_000_000, note="760 steps"),
+        ),
+        cache_plan=(
+            PlannedRow(what="views", planned="8,400", found="8,400", difference="+0.0 %"),
+            PlannedRow(what="time", planned="2 min 35 s", found="2 min 43 s", difference="+5.2 %"),
         ),
         ask_command='loupe ask loupe-data/exports/0123456789abcdef picture.png "Which country is at the left?"',
         recipe_text='name = "demo"\n\n[dataset]\nseed = 0\n',

@@ -129,7 +129,7 @@ class Hangs:
 @pytest.mark.slow
 def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("LOUPE_CACHE", str(tmp_path))
-    cluster = RayCluster(ExecutionSettings(num_cpus=2, stall_after_s=8))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, stall_after_s=25))
     done = []
     with pytest.raises(ClusterError, match=r"is stuck: 1 units under way, none ended for \d+ s\. Where its processes were stands in") as stuck:
         done.extend(cluster.pipeline(square, Hangs(), range(4), finishers=1, in_flight=4))
