@@ -148,7 +148,9 @@ def test_a_new_template_is_a_new_report(tmp_path: Path) -> None:
     assert template_sha256() != before
 
 
-def test_the_plan_of_the_cache_stands_beside_its_outcome_where_there_was_one():
+def test_the_plan_of_the_cache_stands_beside_its_outcome_where_there_was_one() -> None:
+    from dataclasses import replace
+
     assert "as planned and as it was" in render_page(page())
     assert "+5.2 %" in render_page(page())
     assert "as planned" not in render_page(replace(page(), cache_plan=()))
