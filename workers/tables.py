@@ -4,10 +4,11 @@ A file that no commit names does not exist for any reader. File names are functi
 committed any number of times: the table holds it once. DuckDB, Polars and Spark read the tables as they are.
 """
 
+import contextlib
 import json
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["Table", "TableFile", "read_partition"]
 
 _COMMIT_TRIES = 8
 _LARGEST_PAGE_BYTES = 2**31 - 1
-_COMPACT_BYTES = 512 * 2**20
+_MOST_PAGE_ROWS = 2**31 - 1
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -221,6 +222,7 @@ class Table:
                             write_statistics=small if blobs else True,
                             write_page_checksum=True,
                             data_page_size=_LARGEST_PAGE_BYTES if blobs else None,
+                            max_rows_per_page=_MOST_PAGE_ROWS if blobs else None,
                             store_schema=True,
                         )
                     if group.num_rows:
@@ -245,8 +247,9 @@ class Table:
             Committed files by path.
         """
         found = self._open()
-        if found is None:
-            return []
+        return [] if found is None else self._files_of(found, partition)
+
+    def _files_of(self, found: Any, partition: Mapping[str, str] | None) -> list[TableFile]:
         with translated("read the table", self.store.url(self.path)):
             rows = pa.table(found.get_add_actions(flatten=True)).to_pylist()
         files = []
@@ -316,6 +319,37 @@ class Table:
         if found is None:
             self.commit(files)
             return
+        try:
+            self._overwrite(found, files, partition)
+        except deltalake.exceptions.DeltaError as error:
+            raise TableError(f"{self.store.url(self.path)}: its files cannot be replaced: {first_line(error)}. Run again.") from error
+
+    def merge(self, partition: Mapping[str, str], merged: Callable[[Sequence[TableFile]], TableFile]) -> None:
+        """Put a file in the place of all that a partition holds, in one transaction.
+
+        What others add meanwhile stays; where others take something away, nothing is done. The old files lie there until they are swept, for whoever
+        is reading them.
+
+        Args:
+            partition: value of every partition column.
+            merged: writes a file that holds what the given ones hold.
+
+        Raises:
+            StorageError: the store is away.
+        """
+        import deltalake
+
+        self._delta = None
+        found = self._open()
+        files = [] if found is None else self._files_of(found, partition)
+        if not files:
+            return
+        # Where somebody else is merging the same files, theirs or the next one's serves as well.
+        with contextlib.suppress(deltalake.exceptions.CommitFailedError):
+            self._overwrite(found, [merged(files)], partition)
+
+    def _overwrite(self, found: Any, files: Sequence[TableFile], partition: Mapping[str, str] | None) -> None:
+        """Let files stand for those that the table, as it was found, holds."""
         filters = None if partition is None else [(name, "=", value) for name, value in partition.items()]
         try:
             with translated("write to", self.store.url(self.path)):
@@ -326,8 +360,6 @@ class Table:
                     partition_by=list(self.partition_by) or None,
                     partition_filters=filters,
                 )
-        except deltalake.exceptions.DeltaError as error:
-            raise TableError(f"{self.store.url(self.path)}: its files cannot be replaced: {first_line(error)}. Run again.") from error
         finally:
             self._delta = None
 
@@ -390,28 +422,6 @@ class Table:
         location = self.store.fs_path(f"{self.path}/{file.path}")
         with translated("read", self.file_url(file)):
             return pq.ParquetFile(location, filesystem=self.store.filesystem, page_checksum_verification=True)
-
-    def compact(self, partition: Mapping[str, str]) -> None:
-        """Put the small files of a partition together into large ones. The old ones stay until they are swept, for whoever is reading them.
-
-        Args:
-            partition: value of every partition column.
-
-        Raises:
-            StorageError: the store is away.
-        """
-        import deltalake
-
-        found = self._open()
-        if found is None:
-            return
-        filters = [(name, "=", value) for name, value in partition.items()]
-        try:
-            with translated("compact", self.store.url(self.path)):
-                found.optimize.compact(partition_filters=filters, target_size=_COMPACT_BYTES)
-        except deltalake.exceptions.CommitFailedError:
-            pass  # somebody else is compacting the same files; theirs or the next one's serves as well
-        self._delta = None
 
     def _held_paths(self, table: Any) -> set[str]:
         """Told anew only when somebody else wrote: listing all files at every commit would take time that grows with the square of their number."""

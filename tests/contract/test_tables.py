@@ -121,3 +121,38 @@ def test_concurrent_processes_lose_nothing_and_double_nothing(store_root):
     table = table_at(store_root)
     assert sorted(table.read({"kind": "own"}).column("id").to_pylist()) == sorted(writer * 10 + number for writer in range(4) for number in range(5))
     assert table.read({"kind": "shared"}).column("id").to_pylist() == list(range(5))
+
+
+def test_a_partition_is_merged_into_one_file_and_others_lose_nothing(store_root):
+    table = table_at(store_root)
+    table.ensure()
+    files = [table.write_file({"kind": kind}, f"{number}.parquet", [rows(number)], blobs=["blob"]) for number, kind in enumerate("aaab")]
+    table.commit(files)
+
+    def merge(found):
+        assert [file.path for file in found] == ["kind=a/0.parquet", "kind=a/1.parquet", "kind=a/2.parquet"]
+        # Others add a file before it is done: it was not merged, and stays.
+        other = table_at(store_root)
+        other.commit([other.write_file({"kind": "a"}, "late.parquet", [rows(9)], blobs=["blob"])])
+        return table.write_file({"kind": "a"}, "merged.parquet", [table.read_file(file) for file in found], blobs=["blob"])
+
+    table.merge({"kind": "a"}, merge)
+    assert [file.path for file in table.files()] == ["kind=a/late.parquet", "kind=a/merged.parquet", "kind=b/3.parquet"]
+    assert sorted(table.read({"kind": "a"}).column("id").to_pylist()) == [0, 1, 2, 9]
+    assert Store(store_root).exists("things/kind=a/0.parquet")  # for whoever is reading it
+    table.merge({"kind": "c"}, merge)  # nothing there, nothing done
+
+
+def test_of_two_that_merge_one_does(store_root):
+    table = table_at(store_root)
+    table.ensure()
+    table.commit([table.write_file({"kind": "a"}, f"{number}.parquet", [rows(number)], blobs=["blob"]) for number in range(3)])
+
+    def merge(name, found, before=lambda: None):
+        before()
+        return table.write_file({"kind": "a"}, name, [table.read_file(file) for file in found], blobs=["blob"])
+
+    other = table_at(store_root)
+    table.merge({"kind": "a"}, lambda found: merge("second.parquet", found, lambda: other.merge({"kind": "a"}, lambda f: merge("first.parquet", f))))
+    assert [file.path for file in table.files()] == ["kind=a/first.parquet"]
+    assert table.read().column("id").to_pylist() == [0, 1, 2]

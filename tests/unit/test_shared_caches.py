@@ -19,6 +19,7 @@ from workers.caching.calibrate import calibrate_features
 from workers.caching.index import FeatureIndex, compact_index
 from workers.caching.layout import BRANCHES, check_table, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
 from workers.caching.reader import CachedFeatures, LiveFeatures
+from workers.caching.sorted_rows import SortedRows
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
 from workers.errors import IncompleteError, MissingFeaturesError, SpecChangedError, TableError
@@ -212,21 +213,39 @@ def test_images_that_begin_alike_are_told_apart():
         },
         schema=caching_index.INDEX_SCHEMA,
     )
-    portion = caching_index._Portion(table, ["layer_1"])
-    assert [place.row_group for place in portion.map_places(portion.rows(images), "layer_1")] == [0, 1, 2, 3, 4]
+    rows = SortedRows.of_table(table, 1)
+    assert [place.row_group for place in rows.places(rows.rows(images), 0)] == [0, 1, 2, 3, 4]
     images[2, 30] = 1
-    assert portion.rows(images)[2] == -1
+    assert rows.rows(images)[2] == -1
 
 
-def test_many_small_index_files_become_few(datasets, monkeypatch):
-    store, _, spec = datasets
-    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=1))  # a unit for every image
+def test_many_small_index_files_become_one_that_is_mapped(datasets, monkeypatch):
+    store, small, spec = datasets
+    cache(store, small, dataclasses.replace(SETTINGS, feature_unit_bytes=1))  # a unit for every image
+    samples = read_samples(store, spec.dataset_fingerprint)
     table = index_table(store, spec.encoding)
-    assert len(table.files()) == 2 * 16
+    assert len(table.files()) == 2 * 10
     monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 4)
+    asked = [(branch, [item.name for item in small.maps(branch)]) for branch in BRANCHES]
+    images = [sample.image_sha256 for sample in samples]
+    before = [FeatureIndex(store, small).places(branch, names, images) for branch, names in asked]
+    assert sum(places is not None for places in before[0]) == 10
+    compact_index(store, small)
+    assert [file.path.rpartition("/")[2][:7] for file in index_table(store, spec.encoding).files()] == ["sorted-", "sorted-"]
+    with monkeypatch.context() as patched:
+        patched.setattr(caching_index, "_read", lambda *_: pytest.fail("a sorted file was read"))
+        assert [FeatureIndex(store, small).places(branch, names, images) for branch, names in asked] == before
+        assert_reads_as_live(store, small)
+    # Small files beside it, and then all in one again.
+    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=10**9))
+    assert len(index_table(store, spec.encoding).files()) == 4
+    assert_reads_as_live(store, spec)
+    whole = [FeatureIndex(store, spec).places(branch, names, images) for branch, names in asked]
+    monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 1)
     compact_index(store, spec)
     assert len(index_table(store, spec.encoding).files()) == 2
-    assert_reads_as_live(store, spec)
+    assert [FeatureIndex(store, spec).places(branch, names, images) for branch, names in asked] == whole
+    assert FeatureIndex(store, spec).files() == {file.path for file in features_table(store, spec).files()}
 
 
 def test_a_damaged_index_is_told(datasets):

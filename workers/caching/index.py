@@ -5,10 +5,13 @@ Invariant: a row tells of a file that was whole before the row was written; an i
 takes the one whose file comes first by name.
 """
 
+import contextlib
+import hashlib
+import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,17 +23,30 @@ from model.errors import first_line
 from model.specs import FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.layout import BRANCHES, INDEX_SCHEMA, index_table, maps_in
+from workers.caching.sorted_rows import COLUMNS_OF_A_MAP, NAME_BYTES_KEY, MapPlace, SortedRows, digest_array, mapped_rows
 from workers.caching.units import HeldMaps
 from workers.errors import MissingFeaturesError, StorageError
+from workers.execution import cache_folder
 from workers.storage import Store
 from workers.storage_errors import is_damage, translated
 from workers.tables import Table, TableFile
 
-__all__ = ["FeatureIndex", "MapPlace", "compact_index", "file_checksums", "index_rows", "map_checksum", "rows_of_file", "write_index_rows"]
+__all__ = [
+    "FeatureIndex",
+    "compact_index",
+    "file_checksums",
+    "index_rows",
+    "map_checksum",
+    "rows_of_file",
+    "write_index_rows",
+    "write_sorted_rows",
+]
 
-_DIGEST_BYTES = 32
-_COLUMNS_OF_A_MAP = 2
-"""Its numbers, and of int8 its steps; 0 stands where there are none."""
+_SORTED = "sorted-"
+"""So begin the names of files that `mapped_rows` maps."""
+
+_UNUSED_S = 30 * 24 * 3600.0
+"""Copies of objects that nobody has opened for so long are removed."""
 
 _FILES_AT_ONCE = 16
 _COMPACT_ABOVE = 32
@@ -59,7 +75,7 @@ def index_rows(file: TableFile, footer: pq.FileMetaData, images: Sequence[tuple[
         checksums: per row group that of each map, as `map_checksum` gives it, in the order of the file's columns.
     """
     maps, schema = maps_in(file.partition["maps"]), footer.schema.to_arrow_schema()
-    offsets = np.zeros((len(images), len(maps), _COLUMNS_OF_A_MAP), dtype="<i8")
+    offsets = np.zeros((len(images), len(maps), COLUMNS_OF_A_MAP), dtype="<i8")
     for group, (_, views) in enumerate(images):
         chunks = footer.row_group(group)
         for place, name in enumerate(maps):
@@ -109,6 +125,26 @@ def write_index_rows(table: Table, partition: Mapping[str, str], name: str, rows
     return table.write_file(partition, name, [rows], blobs=["image_sha256", "offsets", "checksums"])
 
 
+def write_sorted_rows(table: Table, partition: Mapping[str, str], key: str, rows: pa.Table) -> TableFile:
+    """Write a file of the index that readers open without reading it; it belongs to the index only once it is committed.
+
+    Args:
+        table: the index.
+        partition: of the files that the rows tell of.
+        key: the file's name is made of it.
+        rows: as `index_rows` gives them, in any order.
+
+    Raises:
+        MissingFeaturesError: the rows are damaged.
+    """
+    ordered = SortedRows.of_table(rows, len(maps_in(partition["maps"])))
+    names = {len(name) for name in ordered.all_files()}
+    if len(names) > 1:
+        raise MissingFeaturesError(f"the index has names of files of {min(names)} to {max(names)} characters, expected all of one length")
+    metadata = {NAME_BYTES_KEY: str(ordered.files.shape[1])}
+    return table.write_file(partition, f"{_SORTED}{key}.parquet", ordered.to_tables(), blobs=INDEX_SCHEMA.names, metadata=metadata)
+
+
 def _opened(store: Store, folder: str, file: TableFile) -> pq.ParquetFile:
     return Table(store, folder, pa.schema([]), tuple(file.partition)).open_file(file)
 
@@ -156,94 +192,59 @@ def _blob(column: pa.FixedSizeBinaryArray) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype=np.uint8)[column.offset * width : (column.offset + len(column)) * width]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MapPlace:
-    """Where one map of one image lies."""
-
-    file: str
-    """Relative to the table."""
-    row_group: int
-    num_views: int
-    offsets: tuple[int, ...]
-    """In the file: of its numbers, and of its steps where it has some."""
-    checksum: int
-
-
 class _Portion:
-    """The rows of one branch and portion of maps, found by the images' first eight bytes.
+    """The rows of one branch and portion of maps, out of several files of the index.
 
     Args:
-        table: the index's rows.
+        parts: sorted each by itself.
         maps: names, in the order of the files' columns.
     """
 
-    def __init__(self, table: pa.Table, maps: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[SortedRows], maps: Sequence[str]) -> None:
         self.place = {name: place for place, name in enumerate(maps)}
-        self._images = _fixed(table, "image_sha256", _DIGEST_BYTES)
-        keys = _keys(self._images)
-        self._order = np.argsort(keys, kind="stable")
-        self._sorted = keys[self._order]
-        self._offsets = _fixed(table, "offsets", 8 * _COLUMNS_OF_A_MAP * len(maps)).view("<i8")
-        self._checksums = _fixed(table, "checksums", 8 * len(maps)).view("<u8")
-        self._row_groups = table.column("row_group").to_numpy()
-        self._num_views = table.column("num_views").to_numpy()
-        files = table.column("file").combine_chunks().dictionary_encode()
-        self._file_names: list[str] = files.dictionary.to_pylist()
-        self._files = files.indices.to_numpy()
-        # Of an image's rows, the one whose file comes first by name comes first.
-        for start in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
-            run = slice(int(start), int(np.searchsorted(self._sorted, self._sorted[start], side="right")))
-            self._order[run] = sorted(self._order[run], key=lambda row: (self._images[row].tobytes(), self._file_names[self._files[row]]))
+        self._parts = parts
 
-    def rows(self, images: np.ndarray) -> np.ndarray:
-        """The row of each image, -1 where it has none.
+    def find(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each image's row is that counts.
 
         Args:
             images: uint8 [images, 32].
+
+        Returns:
+            Of each its part, -1 where it has none, and its row there: int64 [images] both.
         """
-        keys = _keys(images)
-        found = np.searchsorted(self._sorted, keys)
-        rows = np.full(len(images), -1, dtype=np.int64)
-        inside = np.flatnonzero(found < len(self._sorted))
-        candidates = self._order[found[inside]]
-        same = (self._images[candidates] == images[inside]).all(axis=1)
-        rows[inside[same]] = candidates[same]
-        for place in inside[~same]:
-            rows[place] = self._search(images[place], keys[place], int(found[place]))
-        return rows
+        parts, rows = np.full(len(images), -1, dtype=np.int64), np.zeros(len(images), dtype=np.int64)
+        for number, part in enumerate(self._parts):
+            found = part.rows(images)
+            for twice in np.flatnonzero((found >= 0) & (parts >= 0)):  # few: images that two runs encoded at once
+                mine, theirs = part.file_names(found[[twice]]), self._parts[parts[twice]].file_names(rows[[twice]])
+                found[twice] = found[twice] if mine < theirs else -1
+            parts[found >= 0] = number
+            rows[found >= 0] = found[found >= 0]
+        return parts, rows
 
-    def _search(self, digest: np.ndarray, key: np.uint64, place: int) -> int:
-        """Go on from a place while the first eight bytes agree."""
-        wanted = digest.tobytes()
-        while place < len(self._sorted) and self._sorted[place] == key:
-            row = int(self._order[place])
-            if self._images[row].tobytes() == wanted:
-                return row
-            place += 1
-        return -1
-
-    def map_places(self, rows: np.ndarray, name: str) -> Iterator[MapPlace]:
+    def map_places(self, found: tuple[np.ndarray, np.ndarray], name: str) -> Iterator[tuple[int, MapPlace]]:
         """Where a map of some images lies.
 
         Args:
-            rows: of the images.
+            found: as `find` gives it.
             name: of the map.
-        """
-        place = self.place[name]
-        columns = (
-            self._files[rows],
-            self._row_groups[rows],
-            self._num_views[rows],
-            self._offsets[rows, _COLUMNS_OF_A_MAP * place : _COLUMNS_OF_A_MAP * (place + 1)],
-            self._checksums[rows, place],
-        )
-        for file, row_group, num_views, offsets, checksum in zip(*(column.tolist() for column in columns), strict=True):
-            there = tuple(offset for offset in offsets if offset)
-            yield MapPlace(file=self._file_names[file], row_group=row_group, num_views=num_views, offsets=there, checksum=checksum)
 
-    def files(self) -> list[str]:
+        Yields:
+            An image's number, and the place.
+        """
+        parts, rows = found
+        for number, part in enumerate(self._parts):
+            images = np.flatnonzero(parts == number)
+            if len(images):
+                yield from zip(images.tolist(), part.places(rows[images], self.place[name]), strict=True)
+
+    def files(self) -> set[str]:
         """The files that it has rows of."""
-        return self._file_names
+        return {name for part in self._parts for name in part.all_files()}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
 
 
 class FeatureIndex:
@@ -272,8 +273,11 @@ class FeatureIndex:
         order = sorted(parts, key=lambda part: (-len(names[part[0]].intersection(maps_in(part[1]))), part[1]))
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             for branch, maps in order:
-                tables = list(pool.map(partial(_read, table), parts[branch, maps]))
-                self._portions[branch].append(_Portion(pa.concat_tables(tables), maps_in(maps)))
+                self._portions[branch].append(_Portion(_sorted_parts(table, parts[branch, maps], len(maps_in(maps)), pool), maps_in(maps)))
+
+    def __len__(self) -> int:
+        """Rows: images by branch and portion of maps."""
+        return sum(len(portion) for portions in self._portions.values() for portion in portions)
 
     def held(self, asked: Iterable[tuple[Branch, MapSpec]], images: Sequence[str]) -> HeldMaps:
         """Which images have which maps.
@@ -286,11 +290,11 @@ class FeatureIndex:
             By place, as `local/layer_7`: bool [images].
         """
         asked = list(asked)
-        digests = _digests(images)
+        digests = digest_array(images)
         found = {item.place(branch): np.zeros(len(images), dtype=np.bool_) for branch, item in asked}
         for branch in {branch for branch, _ in asked}:
             for portion in self._portions[branch]:
-                there = portion.rows(digests) >= 0
+                there = portion.find(digests)[0] >= 0
                 for asked_branch, item in asked:
                     if asked_branch == branch and item.name in portion.place:
                         found[item.place(branch)] |= there
@@ -307,16 +311,15 @@ class FeatureIndex:
         Returns:
             Per image a place for every map, or None when one is not there.
         """
-        digests = _digests(images)
+        digests = digest_array(images)
         found: list[list[MapPlace | None]] = [[None] * len(names) for _ in images]
         for portion in self._portions[branch]:
             held = [(number, name) for number, name in enumerate(names) if name in portion.place]
             if not held:
                 continue
-            rows = portion.rows(digests)
-            there = np.flatnonzero(rows >= 0)
+            rows = portion.find(digests)
             for number, name in held:
-                for image, place in zip(there.tolist(), portion.map_places(rows[there], name), strict=True):
+                for image, place in portion.map_places(rows, name):
                     found[image][number] = found[image][number] or place  # the first portion has the most of what is wanted
         whole = ([place for place in places if place is not None] for places in found)
         return [places if len(places) == len(names) else None for places in whole]
@@ -327,27 +330,82 @@ class FeatureIndex:
 
 
 def compact_index(store: Store, spec: FeatureSpec) -> None:
-    """Put the index's many small files together, where there are many.
+    """Put the index's many small files together, where there are many: a reader opens one that is sorted without reading it.
 
     Args:
         store: where it lies.
         spec: whose encoding's index is meant.
+
+    Raises:
+        MissingFeaturesError: a file of the index is damaged or gone.
+        StorageError: the store is away.
     """
     table = index_table(store, spec.encoding)
     counts = Counter(tuple(sorted(file.partition.items())) for file in table.files())
     for partition, count in counts.items():
         if count > _COMPACT_ABOVE:
-            table.compact(dict(partition))
+            table.merge(dict(partition), partial(_merged, table))
 
 
-def _digests(images: Sequence[str]) -> np.ndarray:
-    """uint8 [images, 32]."""
-    return np.frombuffer(bytes.fromhex("".join(images)), dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
+def _merged(table: Table, files: Sequence[TableFile]) -> TableFile:
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        rows = pa.concat_tables(pool.map(partial(_read, table), files))
+    digest = hashlib.sha256("".join(file.path for file in files).encode()).hexdigest()
+    return write_sorted_rows(table, files[0].partition, digest[:32], rows)
 
 
-def _keys(images: np.ndarray) -> np.ndarray:
-    """The first eight bytes as numbers: uint64 [images]."""
-    return np.ascontiguousarray(images[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+def _sorted_parts(table: Table, files: Sequence[TableFile], num_maps: int, pool: ThreadPoolExecutor) -> list[SortedRows]:
+    """The rows of some files of a partition: sorted files as they are, all others together."""
+    parts, loose = [], []
+    for file in files:
+        if _name_of(file).startswith(_SORTED):
+            parts += _mapped(table, file, num_maps)
+        else:
+            loose.append(file)
+    if loose:
+        parts.append(SortedRows.of_table(pa.concat_tables(pool.map(partial(_read, table), loose)), num_maps))
+    return parts
+
+
+def _mapped(table: Table, file: TableFile, num_maps: int) -> list[SortedRows]:
+    local = table.store.local_path(f"{table.path}/{file.path}")
+    try:
+        data = _local_copy(table, file) if local is None else np.memmap(local, dtype=np.uint8, mode="r")
+        return mapped_rows(data, num_maps)
+    except (OSError, ValueError, pa.ArrowException, MissingFeaturesError, StorageError) as error:
+        if isinstance(error, StorageError) and not is_damage(error):
+            raise
+        raise _damaged(table, file, error) from error
+
+
+def _local_copy(table: Table, file: TableFile) -> np.ndarray:
+    """An object's bytes, mapped from this machine's copy, which is made once: such a file is never written again."""
+    url = table.file_url(file)
+    path = cache_folder() / "index" / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.parquet"
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == file.size_bytes:
+            os.utime(path)
+            return np.memmap(path, dtype=np.uint8, mode="r")
+    data = table.store.read_bytes(f"{table.path}/{file.path}")
+    with translated("read", url):  # once, and then never again: whether every page is what was written
+        pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    with contextlib.suppress(OSError, StorageError):  # a machine without room for it has it in memory
+        Store(path.parent.absolute().as_uri()).write_bytes(path.name, data, sync=False)
+        for old in path.parent.iterdir():
+            if time.time() - old.stat().st_mtime > _UNUSED_S:
+                old.unlink(missing_ok=True)
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _name_of(file: TableFile) -> str:
+    return file.path.rpartition("/")[2]
+
+
+def _damaged(table: Table, file: TableFile, error: Exception) -> MissingFeaturesError:
+    return MissingFeaturesError(
+        f"{table.file_url(file)} of the index is damaged or gone ({first_line(error)}). "
+        "Run `loupe verify` with --repair, which makes the index anew out of the files that it tells of."
+    )
 
 
 def _read(table: Table, file: TableFile) -> pa.Table:
@@ -356,22 +414,5 @@ def _read(table: Table, file: TableFile) -> pa.Table:
     except StorageError as error:
         if not is_damage(error):
             raise
-        raise MissingFeaturesError(
-            f"{table.file_url(file)} of the index is damaged or gone ({first_line(error)}). "
-            "Run `loupe verify` with --repair, which makes the index anew out of the files that it tells of."
-        ) from error
+        raise _damaged(table, file, error) from error
     return found.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
-
-
-def _fixed(table: pa.Table, name: str, width: int) -> np.ndarray:
-    """A column of values of one width as uint8 [rows, width]."""
-    parts = [np.zeros((0, width), dtype=np.uint8)]
-    for chunk in table.column(name).chunks:
-        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        if len(chunk) and (np.diff(offsets) != width).any():
-            raise MissingFeaturesError(
-                f"the index of features has values of {name} that are not {width} bytes wide: it is damaged or of another version"
-            )
-        if len(chunk):
-            parts.append(np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]].reshape(-1, width))
-    return parts[1] if len(parts) == 2 else np.concatenate(parts)

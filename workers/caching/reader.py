@@ -27,8 +27,9 @@ from model.views import Branch
 from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
 from workers.caching.disk_cache import DiskCache
 from workers.caching.encode import choose_device, encode_views
-from workers.caching.index import FeatureIndex, MapPlace, map_checksum
+from workers.caching.index import FeatureIndex, map_checksum
 from workers.caching.layout import BRANCHES, features_table
+from workers.caching.sorted_rows import MapPlace
 from workers.caching.units import load_views, num_views
 from workers.dataset.samples import Sample
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
@@ -280,7 +281,7 @@ class CachedFeatures:
         self._disk = DiskCache(cache_folder() / "features", disk_cache_bytes) if disk_cache_bytes and store.local_path() is None else None
         self.num_encoded_live = 0
         self._index = FeatureIndex(store, spec, self._maps.by_branch)
-        if not self._index.files():
+        if not len(self._index):
             raise MissingFeaturesError(
                 f"{store.url(self._folder)} holds no features of these maps. Expected the table that cache-features writes; run it first."
             )

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from model.errors import first_line
 from model.specs import FeatureSpec, fingerprint
-from workers.caching.index import FeatureIndex, rows_of_file, write_index_rows
+from workers.caching.index import FeatureIndex, rows_of_file, write_sorted_rows
 from workers.caching.layout import encoding_folder, features_table, index_table
 from workers.caching.units import distinct_images, forget_plan
 from workers.commits import Stage
@@ -121,8 +121,8 @@ def _write_index(store: Store, spec: FeatureSpec, parts: Mapping[tuple[tuple[str
             store.delete(path)
         index = index_table(store, spec.encoding)
         index.ensure()
-    name = f"repaired-{uuid.uuid4().hex}.parquet"  # of its own: a transaction may not remove and add one path
-    index.replace([write_index_rows(index, dict(partition), name, pa.concat_tables(rows)) for partition, rows in parts.items()])
+    key = uuid.uuid4().hex  # a name of its own: a transaction may not remove and add one path
+    index.replace([write_sorted_rows(index, dict(partition), key, pa.concat_tables(rows)) for partition, rows in parts.items()])
 
 
 def _reopen(store: Store, spec: FeatureSpec) -> list[str]:
