@@ -423,6 +423,7 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
     Raises:
         EncoderError: the folder is incomplete, its weights or its config are others than the spec's, or tensors are missing in them.
     """
+    import transformers
     from transformers.utils import logging
 
     transformers_logging: Any = logging
@@ -445,7 +446,8 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tower, report = _classes(spec.family)[1].from_pretrained(
+        model_class = getattr(transformers, _MODEL_CLASSES[spec.family])
+        tower, report = model_class.from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -508,29 +510,29 @@ def _family(config: dict[str, Any], folder: Path) -> EncoderFamily:
     return _FAMILIES[model_type]
 
 
-def _classes(family: EncoderFamily) -> tuple[Any, Any]:
-    """The classes in transformers of the vision part: its config and its model."""
-    import transformers
-
-    match family:
-        case "clip":
-            return transformers.CLIPVisionConfig, transformers.CLIPVisionModel
-        case "siglip":
-            return transformers.SiglipVisionConfig, transformers.SiglipVisionModel
-        case "siglip2":
-            return transformers.Siglip2VisionConfig, transformers.Siglip2VisionModel
-        case "dinov2":
-            return transformers.Dinov2Config, transformers.Dinov2Model
-        case "dinov2_with_registers":
-            return transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel
-        case _:
-            assert_never(family)
+_CONFIG_CLASSES: dict[EncoderFamily, str] = {
+    "clip": "CLIPVisionConfig",
+    "siglip": "SiglipVisionConfig",
+    "siglip2": "Siglip2VisionConfig",
+    "dinov2": "Dinov2Config",
+    "dinov2_with_registers": "Dinov2WithRegistersConfig",
+}
+_MODEL_CLASSES: dict[EncoderFamily, str] = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}
+"""In transformers, of the vision part. By name, since asking for a model imports it, which takes two seconds that a description has no need of."""
 
 
 def _vision_config(folder: Path, family: EncoderFamily) -> Any:
+    import transformers
+
     try:
         # A full model's config.json holds the vision part in `vision_config`; from_pretrained takes it out.
-        return _classes(family)[0].from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, _CONFIG_CLASSES[family]).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(f"{folder}/config.json describes no {family} vision tower: {first_line(error)}") from error
 

@@ -186,7 +186,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
                 prepare_core_s=machine.prepare_core_s,
                 overhead_bytes=sum(part.image_bytes for part in overhead),
                 file_bytes=sum(part.file_bytes for part in overhead),
-                unit_bytes=experiment.execution.feature_unit_bytes,
+                unit_bytes=experiment.execution.unit_bytes(on_gpu=stated is not None or machine.device != "cpu"),
                 months=recipe.plan.months,
                 cluster=cluster,
                 prices=prices,

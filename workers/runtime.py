@@ -29,7 +29,7 @@ from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, cache_folder
 
-__all__ = ["Cluster", "InlineCluster", "RayCluster", "encoding_cluster", "ray_runtime", "stream_tasks", "translate_ray_error"]
+__all__ = ["Cluster", "InlineCluster", "RayCluster", "encodes_on_gpu", "encoding_cluster", "ray_runtime", "stream_tasks", "translate_ray_error"]
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -338,6 +338,28 @@ def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> I
         yield ray_cluster, execution, execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
 
 
+def encodes_on_gpu(execution: ExecutionSettings) -> bool:
+    """Whether encoders will have GPUs: a cluster of somebody else's is asked, this machine is looked at without a library that takes seconds to load.
+
+    Args:
+        execution: of the run.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    if execution.device != "auto":
+        return execution.device == "cuda"
+    if "RAY_ADDRESS" in os.environ:
+        with ray_runtime(execution) as cluster:
+            return cluster.device(execution.encoder_actors, "encoder_actors") == "cuda"
+    return _has_gpu()
+
+
+def _has_gpu() -> bool:
+    """Devices of CUDA's driver; a container without GPUs has none of them."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def _start_ray(execution: ExecutionSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of work that nobody waits for any more
@@ -366,7 +388,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
                 address="local",
                 num_cpus=execution.num_cpus,
                 include_dashboard=False,
-                object_store_memory=execution.object_store_bytes,
+                object_store_memory=execution.object_store_bytes or (execution.encoder_actors * 2**30 if _has_gpu() else 256 * 2**20),
                 _temp_dir=str(temp_dir),
                 _node_ip_address="127.0.0.1",
                 **quiet,

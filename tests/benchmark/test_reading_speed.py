@@ -1,5 +1,5 @@
 """Claims guarded: cached features are read as fast as the file system gives bytes, in any order, and faster than the field's data loaders give the
-same arrays; a table of a million images opens in seconds.
+same arrays.
 
 Peers (webdataset, mosaicml-streaming, litdata, datasets) are measured where they are installed; they are no dependencies of Loupe:
 `pip install webdataset mosaicml-streaming litdata datasets`. Run without the checks of types (`--jaxtyping-packages=`, as `make bench` does), which
@@ -8,15 +8,11 @@ batches, one array for each branch. Loupe also compares the checksum of every ma
 five rounds in turns.
 """
 
-import contextlib
 import importlib.util
 import io
-import json
 import os
 import random
-import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +22,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from model.architectures import known_encoder
@@ -35,8 +30,7 @@ from model.views import Branch, ViewSpec, plan_views
 from tests.s3_servers import seaweedfs
 from workers.caching.codec import StoredMap
 from workers.caching.encode import write_features
-from workers.caching.index import FeatureIndex
-from workers.caching.layout import BRANCHES, INDEX_SCHEMA, features_table, index_table, map_set, map_sets
+from workers.caching.layout import BRANCHES, features_table, index_table
 from workers.caching.reader import CachedFeatures
 from workers.caching.units import num_views
 from workers.dataset.samples import ImageRef, Sample
@@ -49,7 +43,6 @@ MAPS = (MapSpec(layers=(11,)), MapSpec(layers=tuple(range(6))), MapSpec(layers=t
 NUM_TOKENS, WIDTH = 196, 768
 Arrays = dict[str, np.ndarray]
 """Of an image, by branch: [views, maps, tokens, width]."""
-GROWTH = (10_000, 100_000, 1_000_000)
 
 
 def reading_spec() -> FeatureSpec:
@@ -287,76 +280,3 @@ def test_features_are_read_from_an_object_store() -> None:
             rates = sorted(num_bytes / seconds for seconds, num_bytes in rounds)
             print(f"SeaweedFS, {label:24} {median(rates) / 1e6:7.0f} MB/s ({rates[0] / 1e6:.0f} to {rates[-1] / 1e6:.0f})")
         assert rates[0] > 0
-
-
-@contextlib.contextmanager
-def grown_index(spec: FeatureSpec, count: int) -> Iterator[tuple[Store, list[str]]]:
-    """A table's index of so many images, committed in files of 1000 as units would; the files that it tells of are not there."""
-    folder = Path(tempfile.mkdtemp(prefix="loupe-growth-"))
-    store = Store(str(folder))
-    table = index_table(store, spec.encoding)
-    table.ensure()
-    digests = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
-    name = map_set(next(iter(map_sets(spec.global_maps))))
-    step = max(1000, count // 100)
-
-    def file_of(place: int) -> str:
-        return f"branch=global/maps={name}/{place // 240 % 256:02x}/{place // 240:032x}.parquet"
-
-    files = []
-    for start in range(0, count, step):
-        part = digests[start : start + step]
-        rows = pa.table(
-            {
-                "image_sha256": pa.array([digest.tobytes() for digest in part], pa.binary()),
-                "file": [
-                    f"branch=global/maps={name}/{(start + place) // 240 % 256:02x}/{(start + place) // 240:032x}.parquet"
-                    for place in range(len(part))
-                ],
-                "row_group": pa.array([(start + place) % 240 for place in range(len(part))], pa.int32()),
-                "num_views": pa.array([1] * len(part), pa.int32()),
-                "offsets": pa.array([bytes(48)] * len(part), pa.binary()),
-                "checksums": pa.array([bytes(24)] * len(part), pa.binary()),
-            },
-            schema=INDEX_SCHEMA,
-        )
-        files.append(table.write_file({"branch": "global", "maps": name}, f"{start}.parquet", [rows], blobs=["image_sha256", "offsets", "checksums"]))
-    table.commit(files)
-    try:
-        yield store, [digest.tobytes().hex() for digest in digests]
-    finally:
-        shutil.rmtree(folder)
-
-
-def test_no_step_grows_faster_than_the_number_of_images() -> None:
-    spec = reading_spec()
-    table = {}
-    for count in GROWTH:
-        with grown_index(spec, count) as (store, images):
-            index = index_table(store, spec.encoding)
-            steps = {}
-            started = time.perf_counter()
-            num_files = len(index.files())
-            steps["list"] = time.perf_counter() - started
-            started = time.perf_counter()
-            index.compact({"branch": "global", "maps": index.files()[0].partition["maps"]})
-            steps["compact"] = time.perf_counter() - started
-            opened = []
-            for _ in range(ROUNDS):
-                started = time.perf_counter()
-                found = FeatureIndex(store, spec, {"global": spec.global_maps, "local": ()})
-                opened.append(time.perf_counter() - started)
-            steps["open"] = median(opened)
-            started = time.perf_counter()
-            held = found.held([("global", item) for item in spec.global_maps], images)
-            steps["ask for all"] = time.perf_counter() - started
-            assert all(there.all() for there in held.values())
-            names = [item.name for item in spec.global_maps]
-            chosen = random.Random(0).sample(images, BATCH * 20)
-            started = time.perf_counter()
-            for place in range(0, len(chosen), BATCH):
-                assert None not in found.places("global", names, chosen[place : place + BATCH])
-            steps["find a batch"] = (time.perf_counter() - started) / 20
-        table[count] = steps
-        print(f"{count:9} images, {num_files} files: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in steps.items()))
-    print(json.dumps(table))

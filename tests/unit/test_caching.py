@@ -208,7 +208,7 @@ def test_a_finished_cache_is_found_without_work(cached, monkeypatch):
     assert cache(store, spec) == record
 
 
-def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_path):
+def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_path, monkeypatch):
     store, spec, _ = built
 
     class Interrupts(SilentProgress):
@@ -230,8 +230,9 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_p
             self.calls.append(count)
 
     counts = Counts()
-    # Another unit size now: the plan on record counts.
-    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=10**9), progress=counts)
+    # Another unit size now: the plan on record counts, and nobody is asked for one.
+    monkeypatch.setattr(caching_build, "encodes_on_gpu", lambda _: pytest.fail("asked"))
+    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=None), progress=counts)
     assert counts.calls == [(16, 5), 5, 5, 1]
     other = Store(str(tmp_path / "undisturbed"))
     small_data.build(other, small_data.dataset_spec())

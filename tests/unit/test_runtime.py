@@ -80,3 +80,23 @@ def test_a_local_ray_that_was_lost_is_stopped_and_nothing_else(monkeypatch, erro
     with pytest.raises(type(error)), runtime.ray_runtime(ExecutionSettings()):
         raise error
     assert bool(shutdowns) == stopped
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "address", "expected"),
+    [("cpu", 8, None, False), ("cuda", 0, None, True), ("auto", 0, None, False), ("auto", 2, None, True), ("auto", 8, "there:6379", False)],
+)
+def test_where_encoders_will_compute_is_known_before_they_start(monkeypatch, device, gpus, address, expected):
+    monkeypatch.setattr(runtime, "_has_gpu", lambda: gpus > 0)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:  # a cluster of somebody else's says what it has, whatever this machine has
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(runtime, "_start_ray", lambda execution: None)
+        monkeypatch.setattr(runtime.RayCluster, "device", lambda self, num_processes, setting: "cpu")
+    assert runtime.encodes_on_gpu(ExecutionSettings(device=device)) is expected
+
+
+def test_a_unit_fills_batches_where_gpus_encode_and_is_as_told_where_somebody_says():
+    assert [ExecutionSettings().unit_bytes(on_gpu=on_gpu) for on_gpu in (False, True)] == [64 * 2**20, 2 * 2**30]
+    assert [ExecutionSettings(feature_unit_bytes=7).unit_bytes(on_gpu=on_gpu) for on_gpu in (False, True)] == [7, 7]

@@ -165,7 +165,8 @@ def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets
         images = caching_build.distinct_images(read_samples(store, spec.dataset_fingerprint))
         caching_build._Books(store, spec).ensure()
         held = caching_build._held(store, spec, images)
-        plans[spec] = caching_build.plan_units(stage, spec, images, lambda held=held: held, 40_000 if spec is large else 24_000)
+        unit_bytes = 40_000 if spec is large else 24_000
+        plans[spec] = caching_build.plan_units(stage, spec, images, lambda held=held: held, lambda size=unit_bytes: size)
     assert sum(len(unit.images) for plan in plans.values() for unit in plan.units) == 26
     cache(store, large)
     samples = read_samples(store, small.dataset_fingerprint)

@@ -7,10 +7,9 @@ computed. Invariant at the end: every image of the dataset has every map, or is 
 part in this.
 """
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from workers.caching.index import FeatureIndex, compact_index
 from workers.caching.layout import BRANCHES, features_table, index_table, lock_encoding
 from workers.caching.units import (
     HeldMaps,
+    PreparedUnit,
     UnitJob,
     UnitOutcome,
     UnitPlan,
@@ -36,7 +36,7 @@ from workers.dataset.samples import Sample, read_samples
 from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table
-from workers.runtime import Cluster, encoding_cluster
+from workers.runtime import Cluster, encodes_on_gpu, encoding_cluster
 from workers.storage import Store
 
 __all__ = ["CacheRecord", "cache_features"]
@@ -119,7 +119,7 @@ def cache_features(
         lock_encoding(store, spec.encoding)
         books = _Books(store, spec)
         books.ensure()
-        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), execution.feature_unit_bytes)
+        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), partial(_unit_bytes, execution))
         outcomes = _read_outcomes(stage)
         books.enter(outcomes.values())
         books.commit()
@@ -143,6 +143,10 @@ def cache_features(
         compact_index(store, spec)
         record = _balance(stage, spec, images, plan, outcomes)
         return stage.commit(replace(record, seconds=timer.seconds))
+
+
+def _unit_bytes(execution: ExecutionSettings) -> int:
+    return execution.feature_unit_bytes or execution.unit_bytes(on_gpu=encodes_on_gpu(execution))
 
 
 def _held(store: Store, spec: FeatureSpec, images: Sequence[Sample]) -> HeldMaps:
@@ -253,15 +257,25 @@ def _check_quality(spec: FeatureSpec, found: Mapping[str, MapQuality]) -> None:
             )
 
 
-def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
-    # torch takes seconds to import on a busy machine, Ray to start: side by side.
-    importing = threading.Thread(target=__import__, args=("workers.caching.encode",))
-    importing.start()
-    with encoding_cluster(execution, cluster) as (running, settled, threads):
-        importing.join()
-        from workers.caching.encode import make_unit_encoder
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _UnitEncoderFactory:
+    """Makes a UnitEncoder in the process that will use it, and imports torch there alone: an import takes a core for seconds."""
 
-        factory = make_unit_encoder(spec=spec, execution=settled, threads=threads)
+    spec: FeatureSpec
+    root: str
+    execution: ExecutionSettings
+    threads: int | None
+
+    def __call__(self) -> Callable[[PreparedUnit], UnitOutcome]:
+        """A fresh encoder."""
+        from workers.caching.encode import UnitEncoder
+
+        return UnitEncoder(self.spec, self.root, self.execution, self.threads)
+
+
+def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
+    with encoding_cluster(execution, cluster) as (running, settled, threads):
+        factory = _UnitEncoderFactory(spec=spec, root=jobs[0].root, execution=settled, threads=threads)
         in_flight = settled.encoded_units_in_flight
         yield from running.pipeline(prepare_unit, factory, jobs, finishers=settled.encoder_actors, in_flight=in_flight)
 

@@ -8,7 +8,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,6 @@ __all__ = [
     "choose_device",
     "encode_views",
     "load_unit_encoder",
-    "make_unit_encoder",
     "row_groups",
     "write_features",
 ]
@@ -108,24 +107,27 @@ class UnitEncoder:
 
     Args:
         spec: of the cache.
+        root: where everything is.
         execution: device, threads and batch size count.
         threads: torch threads; None leaves torch's own choice.
     """
 
-    def __init__(self, spec: FeatureSpec, execution: ExecutionSettings, threads: int | None) -> None:
+    def __init__(self, spec: FeatureSpec, root: str, execution: ExecutionSettings, threads: int | None) -> None:
         self._spec = spec
+        self._root = root
         self._execution = execution
         self._threads = threads
-        self._encoder: ViewEncoder | None = None
         self._forward = threading.Lock()
+        # While the first unit is prepared. What goes wrong is told with a unit: an error in an actor's constructor reaches the driver without
+        # its type.
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loupe-load")
+        self._encoder = loader.submit(self._load)
+        loader.shutdown(wait=False)
 
-    def _loaded(self, root: str) -> ViewEncoder:
-        # Loaded with the first unit and not in the constructor: an error in an actor's constructor reaches the driver without its type.
-        if self._encoder is None:
-            codec = FeatureCodec(self._spec, read_calibrations(Store(root), self._spec))
-            encoder = load_unit_encoder(self._spec, self._execution, self._threads)
-            self._encoder = ViewEncoder(encoder, codec, self._execution.encode_batch_views, compiled=self._execution.encode_compile)
-        return self._encoder
+    def _load(self) -> ViewEncoder:
+        codec = FeatureCodec(self._spec, read_calibrations(Store(self._root), self._spec))
+        encoder = load_unit_encoder(self._spec, self._execution, self._threads)
+        return ViewEncoder(encoder, codec, self._execution.encode_batch_views, compiled=self._execution.encode_compile)
 
     def __call__(self, prepared: PreparedUnit) -> UnitOutcome:
         """Encode one unit and write its files.
@@ -142,7 +144,7 @@ class UnitEncoder:
         """
         spec = prepared.job.spec
         with self._forward:
-            encoder = self._loaded(prepared.job.root)
+            encoder = self._encoder.result()
             started = time.monotonic()
             pending = encoder.submit(
                 {branch: prepared.views(branch) for branch in BRANCHES},
@@ -176,19 +178,6 @@ class UnitEncoder:
             encode_seconds=encode_seconds,
             write_seconds=time.monotonic() - started,
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class make_unit_encoder:  # noqa: N801 - used as a function; a class, so that it can be sent to another process
-    """Makes a UnitEncoder in the process that will use it."""
-
-    spec: FeatureSpec
-    execution: ExecutionSettings
-    threads: int | None
-
-    def __call__(self) -> UnitEncoder:
-        """A fresh encoder."""
-        return UnitEncoder(self.spec, self.execution, self.threads)
 
 
 _Rows = dict[Branch, list[tuple[Sample, int, int]]]

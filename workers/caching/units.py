@@ -129,7 +129,7 @@ def distinct_images(samples: Iterable[Sample]) -> list[Sample]:
     return list(found.values())
 
 
-def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], unit_bytes: int) -> UnitPlan:
+def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], unit_bytes: Callable[[], int]) -> UnitPlan:
     """The plan that is on record, or a new one put on record.
 
     Args:
@@ -137,7 +137,7 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
         spec: of the cache.
         images: as `distinct_images` gives them.
         held: tells which maps of these images the table has, by place (`local/layer_7`): bool [images] each. Asked for a new plan only.
-        unit_bytes: feature bytes per unit, for a new plan.
+        unit_bytes: tells the feature bytes per unit. Asked for a new plan only.
 
     Returns:
         The plan that holds from now on.
@@ -148,7 +148,7 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
     digest = hashlib.sha256("".join(sample.image_sha256 for sample in images).encode()).hexdigest()
     path = stage.path("units.json")
     if not stage.store.exists(path):
-        groups = plan_groups(spec, images, held(), unit_bytes)
+        groups = plan_groups(spec, images, held(), unit_bytes())
         planned_bytes = sum(feature_bytes(_narrowed(spec, group), [images[place] for place in group.places]) for group in groups)
         num_missing = sum(stop - start for group in groups for start, stop in group.spans)
         fresh = UnitPlan(
