@@ -75,6 +75,8 @@ class Table:
         self._held: set[str] = set()
         """Paths of the files that it holds at `_held_version`."""
         self._held_version = -1
+        self._added: set[str] = set()
+        """Paths of the version behind that one, where it was committed here."""
 
     @property
     def uri(self) -> str:
@@ -295,9 +297,8 @@ class Table:
                 self._delta = None
                 time.sleep(0.05 * 2**attempt)
                 continue
-            if self._held_version == before and table.version() == before + 1:  # nobody else wrote between
-                self._held |= new.keys()
-                self._held_version = before + 1
+            if self._held_version == before:
+                self._added = set(new)
             return len(new)
         raise self._in_vain("commit", last)
 
@@ -425,9 +426,13 @@ class Table:
 
     def _held_paths(self, table: Any) -> set[str]:
         """Told anew only when somebody else wrote: listing all files at every commit would take time that grows with the square of their number."""
-        if table.version() != self._held_version:
+        version = table.version()
+        if self._added and version == self._held_version + 1:  # nobody else wrote since
+            self._held, self._held_version = self._held | self._added, version
+        elif version != self._held_version:
             rows = pa.table(table.get_add_actions(flatten=True))
-            self._held, self._held_version = set(rows.column("path").to_pylist()), table.version()
+            self._held, self._held_version = set(rows.column("path").to_pylist()), version
+        self._added = set()
         return self._held
 
     def _open(self) -> Any:
