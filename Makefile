@@ -18,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-STUDY := dci single sti sci global-only mixture alternating authors-runs selector learnable-selector
+STUDY := dci single sti sci global-only mixture alternating authors-runs selector learnable-selector int8 pooled
 
 .PHONY: help install demo study test test-fast test-all check format bench golden clean
 
@@ -41,9 +41,9 @@ install: $(STAMP)  ## create .venv with the pinned versions (the others do it by
 demo: $(STAMP)  ## the whole path on the demo recipe: ten minutes and more on two cores, seconds when it is all there
 	$(BIN)/loupe run demo --root $(ROOT)
 
-study: $(STAMP)  ## the component study, into ROOT/study: ten recipes, three seeds each, hours; goes on where it stopped
+study: $(STAMP)  ## the component study, into ROOT/study: twelve recipes, three seeds each, hours; goes on where it stopped
 	for recipe in $(STUDY); do $(BIN)/loupe run components/$$recipe --root $(ROOT)/study; done
-	for pair in "dci single" "dci sci" "single sti" "dci mixture" "dci global-only" "dci selector" "dci learnable-selector" \
+	for pair in "dci single" "dci sci" "single sti" "dci mixture" "dci global-only" "dci selector" "dci learnable-selector" "dci int8" "dci pooled" \
 	  "mixture alternating" "mixture authors-runs"; do \
 	  set -- $$pair; $(BIN)/loupe compare components/$$1 components/$$2 --root $(ROOT)/study; \
 	done

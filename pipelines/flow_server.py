@@ -40,6 +40,9 @@ def flow_environment() -> dict[str, str]:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints its own errors, in one paragraph; the server keeps Prefect's
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        # SQLite on a disk that is busy with features; by default the server gives up after 10 and 5 s, and the run with it.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "120",
+        "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "120",
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 

@@ -1,24 +1,26 @@
 """Caches in int8: half the bytes, calibrated first, as good as was measured, and as live features are."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from model.encoder import load_encoder
-from model.errors import SpecError
+from model.errors import EncoderError, SpecError
 from model.quantisation import map_quality
 from model.specs import CalibrationRule, CalibrationSpec, fingerprint
 from tests import small_data
 from tests.features import fetch_images
-from workers.caching import codec
+from workers.caching import calibrate, codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
-from workers.caching.encode import encode_views
+from workers.caching.encode import begin_loading, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, features_table
 from workers.caching.reader import CachedFeatures, LiveFeatures
-from workers.caching.units import feature_bytes
+from workers.caching.units import UnitJob, feature_bytes, prepare_unit
 from workers.dataset.samples import read_samples
 from workers.errors import CalibrationError, MissingFeaturesError
 from workers.execution import ExecutionSettings, SilentProgress
@@ -210,3 +212,31 @@ def test_int8_and_its_calibration_go_together(built):
     for changes in ({"precision": "int8"}, {"calibration_sha256": "0" * 64}, {"fp16_maps": ("local/layer_5",)}):
         with pytest.raises(SpecError, match="int8 needs a calibration, and nothing else has one"):
             dataclasses.replace(spec, **changes)
+
+
+def test_an_encoder_is_loaded_once_for_all_threads_of_its_process(built, monkeypatch):
+    """Two units reach a process at once; loaded by both, transformers was imported by two threads, and one saw half of it."""
+    store, spec, samples = built
+    loads = []
+
+    def load(*arguments):
+        loads.append(arguments)
+        time.sleep(0.3)
+        return load_unit_encoder(*arguments)
+
+    monkeypatch.setattr(calibrate, "load_unit_encoder", load)
+    measurer = calibrate._Measurer(spec, SETTINGS, None, None)
+    units = [prepare_unit(UnitJob(spec=spec, root=store.root, number=number, samples=tuple(samples[number : number + 2]))) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert [measured.num_images for measured in pool.map(measurer, units)] == [2, 2]
+    assert len(loads) == 1
+
+
+def test_an_encoder_that_cannot_be_loaded_is_told_with_every_unit():
+    def load():
+        raise EncoderError("it is gone")
+
+    loading = begin_loading(load)
+    for _ in range(2):
+        with pytest.raises(EncoderError, match="it is gone"):
+            loading.result()

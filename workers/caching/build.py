@@ -47,8 +47,8 @@ LEAST_SNR_DB = 20.0
 _READS_AT_ONCE = 16
 _COMMIT_UNITS, _COMMIT_EVERY_S = 16, 10.0
 _COMMIT_SHARE = 0.05
-"""Of a run's time: a commit takes 3 us for every file that a table holds, 0.4 s for those of a million images in units of 64 MiB, so that commits of as
-many units each would take time that grows with the square of the images."""
+"""Of a run's time: a commit takes 3 us for every file that a table holds, 0.4 s for those of a million images in units of 64 MiB, so that commits of
+as many units each would take time that grows with the square of the images."""
 
 _DISK_MARGIN = 1.05
 """File overhead, the Delta log and a file that is being replaced."""

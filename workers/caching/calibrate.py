@@ -24,7 +24,7 @@ from model.quantisation import ChannelCalibration, ChannelMoments
 from model.specs import CalibrationRule, CalibrationSpec, FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes, read_calibration_file
-from workers.caching.encode import encode_views, load_unit_encoder
+from workers.caching.encode import begin_loading, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, encoding_folder, lock_encoding
 from workers.caching.units import PreparedUnit, UnitJob, distinct_images, prepare_unit
 from workers.commits import Stage, from_json, to_json
@@ -259,23 +259,24 @@ class _Measurer:
         if calibrations is not None:
             rule = CalibrationRule(num_images=4, min_snr_db=0.0)  # of no effect: the codec looks at centres and scales alone
             self._codec = FeatureCodec(replace(spec, precision="int8", calibration=rule, calibration_sha256="measured here"), calibrations)
-        self._encoder: Encoder | None = None
-        self._batch_size: BatchSize
+        self._loaded = begin_loading(self._load)
+
+    def _load(self) -> tuple[Encoder, BatchSize]:
+        encoder = load_unit_encoder(self._spec, self._execution, self._threads)
+        return encoder, BatchSize(encoder, self._execution.encode_batch_views)
 
     def __call__(self, prepared: PreparedUnit) -> _Measured:
-        """Encode one unit."""
-        if self._encoder is None:
-            self._encoder = load_unit_encoder(self._spec, self._execution, self._threads)
-            self._batch_size = BatchSize(self._encoder, self._execution.encode_batch_views)
+        """Encode one unit. May be called from two threads."""
+        encoder, batch_size = self._loaded.result()
         moments: dict[str, ChannelMoments] = {}
         quality: dict[str, MapQuality] = {}
         for branch in BRANCHES:
             views, maps = prepared.views(branch), self._spec.maps(branch)
             if self._codec is not None:
-                encoded = encode_views(self._encoder, views, branch, maps, self._codec, self._batch_size.views, num_compared=len(views))
+                encoded = encode_views(encoder, views, branch, maps, self._codec, batch_size.views, num_compared=len(views))
                 quality |= {item.place(branch): encoded.quality[item.name] for item in maps}
                 continue
-            found = self._batch_size.backing_off(partial(_moments, self._encoder, views, maps))
+            found = batch_size.backing_off(partial(_moments, encoder, views, maps))
             moments |= {item.place(branch): found[item.name] for item in maps if item.name in found}
         return _Measured(number=prepared.job.number, num_images=len(prepared.samples), moments=moments, quality=quality)
 

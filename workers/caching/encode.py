@@ -7,8 +7,9 @@ driver. Batches are formed within a unit, so a unit's numbers do not depend on w
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +42,16 @@ from workers.tables import TableFile
 
 __all__ = [
     "UnitEncoder",
+    "begin_loading",
     "choose_device",
     "encode_views",
     "load_unit_encoder",
     "row_groups",
     "write_features",
 ]
+
+
+_Loaded = TypeVar("_Loaded")
 
 
 def choose_device(device: str) -> str:
@@ -102,6 +107,23 @@ def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: 
     return load_encoder(spec.encoder, spec.deepest_layer, device, compute_dtype(spec.compute, device))
 
 
+def begin_loading(load: Callable[[], _Loaded]) -> "Future[_Loaded]":
+    """Load what units need while the first of them is prepared, in a thread of its own.
+
+    What goes wrong is told with a unit: an error in an actor's constructor reaches the driver without its type.
+
+    Args:
+        load: called once.
+
+    Returns:
+        For any number of threads to wait for.
+    """
+    loader = ThreadPoolExecutor(1, thread_name_prefix="loupe-load")
+    future = loader.submit(load)
+    loader.shutdown(wait=False)
+    return future
+
+
 class UnitEncoder:
     """Encodes units and writes their files. May be called from two threads: one computes while the other writes.
 
@@ -118,11 +140,7 @@ class UnitEncoder:
         self._execution = execution
         self._threads = threads
         self._forward = threading.Lock()
-        # While the first unit is prepared. What goes wrong is told with a unit: an error in an actor's constructor reaches the driver without
-        # its type.
-        loader = ThreadPoolExecutor(1, thread_name_prefix="loupe-load")
-        self._encoder = loader.submit(self._load)
-        loader.shutdown(wait=False)
+        self._encoder = begin_loading(self._load)
 
     def _load(self) -> ViewEncoder:
         codec = FeatureCodec(self._spec, read_calibrations(Store(self._root), self._spec))

@@ -6,6 +6,7 @@ Only what a peer's own environment holds is imported: torch, transformers, numpy
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Job:
     encoder: str
     out: str
     counter: str
-    """A file that gets a line for every image that is encoded."""
+    """A file that gets a line for every image that is encoded, with the time."""
     threads: int
     batch_images: int
     unit_bytes: int
@@ -40,7 +41,7 @@ def read_job() -> Job:
 def count(job: Job, image: str) -> None:
     """Note that an image is encoded; one write, so that processes do not cut each other's lines."""
     file = os.open(job.counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(file, f"{image}\n".encode())
+    os.write(file, f"{image} {time.time()}\n".encode())
     os.close(file)
 
 
