@@ -19,7 +19,7 @@ import pytest
 
 from model.specs import fingerprint
 from tests import small_data
-from tests.fault.test_killed_caching import UNDISTURBED, rows, start
+from tests.fault.cache_runs import UNDISTURBED, rows, start
 from tests.s3_faults import every, fault_proxy
 from tests.s3_servers import SeaweedServer, credentials, new_bucket
 from workers.caching.build import cache_features
@@ -35,17 +35,6 @@ FEW = 2
 CASES = [pytest.param(number, marks=[] if number < FEW else [pytest.mark.heavy]) for number in range(100)]
 TRIES = 4
 """Of a driver: a server that is away for seconds may outlast a run's own retries, never the next run."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_encoder_folder):
-    """The spec, and the rows that every case must end with."""
-    store = Store(str(tmp_path_factory.mktemp("undisturbed")))
-    dataset = small_data.dataset_spec()
-    small_data.build(store, dataset)
-    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
-    cache_features(spec, store, UNDISTURBED, SilentProgress(), cluster=InlineCluster())
-    return spec, rows(store, spec)
 
 
 def assert_whole(store, undisturbed):

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -12,52 +10,16 @@ import pytest
 
 from model.specs import fingerprint
 from tests import small_data
-from tests.commands import REPOSITORY
+from tests.fault.cache_runs import UNDISTURBED, rows, start, wait_for
 from workers.caching.build import CacheRecord, cache_features
-from workers.caching.layout import BRANCHES, features_table
 from workers.commits import Stage
-from workers.execution import ExecutionSettings, SilentProgress
+from workers.execution import SilentProgress
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
 pytestmark = [pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_IMAGES = 16
-UNDISTURBED = ExecutionSettings(feature_unit_bytes=16_000, encoder_threads=1)
-
-
-def start(root, encoder, stop_after):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / "tests" / "fault" / "cache_driver.py"), root, str(encoder), str(stop_after)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, start_new_session=True
-    )
-
-
-def wait_for(process, line):
-    for found in process.stdout:
-        if found.strip().startswith(line):
-            return found.strip()
-    raise AssertionError(f"the driver ended with {process.wait()} before it said {line!r}")
-
-
-def rows(store, spec):
-    found = []
-    for branch in BRANCHES:
-        table = features_table(store, spec).read({"branch": branch})
-        found += [(branch, row["image_sha256"], row["view_index"], *(row[item.name] for item in spec.maps(branch))) for row in table.to_pylist()]
-    return sorted(found)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_encoder_folder):
-    """The rows that every run must end with."""
-    store = Store(str(tmp_path_factory.mktemp("undisturbed")))
-    dataset = small_data.dataset_spec()
-    small_data.build(store, dataset)
-    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
-    cache_features(spec, store, UNDISTURBED, SilentProgress(), cluster=InlineCluster())
-    return spec, rows(store, spec)
 
 
 @pytest.fixture
