@@ -318,7 +318,6 @@ def datasets_from_store(url: str, names: list[str], local: Path, *, shuffled: bo
 def litdata_from_store(url: str, names: list[str], local: Path, *, shuffled: bool) -> Iterator[Arrays]:
     from litdata import StreamingDataset
 
-    os.environ["AWS_ALLOW_HTTP"] = "true"
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     yield from StreamingDataset(url, cache_dir=str(local), storage_options=options, shuffle=shuffled)
 
