@@ -446,7 +446,7 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model_class = getattr(transformers, _MODEL_CLASSES[spec.family])
+        model_class = getattr(transformers, _class_names(spec.family)[1])
         tower, report = model_class.from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
         )
@@ -510,21 +510,24 @@ def _family(config: dict[str, Any], folder: Path) -> EncoderFamily:
     return _FAMILIES[model_type]
 
 
-_CONFIG_CLASSES: dict[EncoderFamily, str] = {
-    "clip": "CLIPVisionConfig",
-    "siglip": "SiglipVisionConfig",
-    "siglip2": "Siglip2VisionConfig",
-    "dinov2": "Dinov2Config",
-    "dinov2_with_registers": "Dinov2WithRegistersConfig",
-}
-_MODEL_CLASSES: dict[EncoderFamily, str] = {
-    "clip": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "siglip2": "Siglip2VisionModel",
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-}
-"""In transformers, of the vision part. By name, since asking for a model imports it, which takes two seconds that a description has no need of."""
+def _class_names(family: EncoderFamily) -> tuple[str, str]:
+    """The classes in transformers of the vision part: its config and its model.
+
+    By name, since asking for a model imports it, which takes two seconds that a description has no need of.
+    """
+    match family:
+        case "clip":
+            return "CLIPVisionConfig", "CLIPVisionModel"
+        case "siglip":
+            return "SiglipVisionConfig", "SiglipVisionModel"
+        case "siglip2":
+            return "Siglip2VisionConfig", "Siglip2VisionModel"
+        case "dinov2":
+            return "Dinov2Config", "Dinov2Model"
+        case "dinov2_with_registers":
+            return "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"
+        case _:
+            assert_never(family)
 
 
 def _vision_config(folder: Path, family: EncoderFamily) -> Any:
@@ -532,7 +535,7 @@ def _vision_config(folder: Path, family: EncoderFamily) -> Any:
 
     try:
         # A full model's config.json holds the vision part in `vision_config`; from_pretrained takes it out.
-        return getattr(transformers, _CONFIG_CLASSES[family]).from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, _class_names(family)[0]).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(f"{folder}/config.json describes no {family} vision tower: {first_line(error)}") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model.specs import FeatureSpec
 from tests import small_data
 from workers.caching import index as caching_index
 from workers.caching.build import cache_features
@@ -19,11 +20,12 @@ from workers.execution import ExecutionSettings, SilentProgress, cache_folder
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
+Cached = tuple[Store, FeatureSpec]
 
-@pytest.mark.slow
-def test_a_copy_is_made_once_and_again_when_it_is_cut_off(
-    bucket_of: Callable[[str], str], tmp_path: Path, tiny_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.fixture
+def sorted_index(bucket_of: Callable[[str], str], tmp_path: Path, tiny_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Cached:
+    """A cache in an object store whose index is put together, and a machine without copies."""
     monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "cache"))
     store, dataset = Store(f"{bucket_of('seaweedfs')}/{uuid.uuid4().hex}"), small_data.dataset_spec()
     small_data.build(store, dataset)
@@ -31,6 +33,12 @@ def test_a_copy_is_made_once_and_again_when_it_is_cut_off(
     cache_features(spec, store, ExecutionSettings(feature_unit_bytes=1), SilentProgress(), cluster=InlineCluster())
     monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 1)
     compact_index(store, spec)
+    return store, spec
+
+
+@pytest.mark.slow
+def test_a_copy_is_made_once_and_again_when_it_is_cut_off(sorted_index: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, spec = sorted_index
     images = [sample.image_sha256 for sample in read_samples(store, spec.dataset_fingerprint)]
     names = [item.name for item in spec.local_maps]
     reads: list[str] = []
@@ -69,16 +77,8 @@ def test_a_copy_is_made_once_and_again_when_it_is_cut_off(
 
 
 @pytest.mark.slow
-def test_an_object_that_is_damaged_is_told_and_not_kept(
-    bucket_of: Callable[[str], str], tmp_path: Path, tiny_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "cache"))
-    store, dataset = Store(f"{bucket_of('seaweedfs')}/{uuid.uuid4().hex}"), small_data.dataset_spec()
-    small_data.build(store, dataset)
-    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
-    cache_features(spec, store, ExecutionSettings(feature_unit_bytes=1), SilentProgress(), cluster=InlineCluster())
-    monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 1)
-    compact_index(store, spec)
+def test_an_object_that_is_damaged_is_told_and_not_kept(sorted_index: Cached) -> None:
+    store, spec = sorted_index
     table = index_table(store, spec.encoding)
     path = f"{table.path}/{table.files()[0].path}"
     data = bytearray(store.read_bytes(path))

@@ -67,14 +67,11 @@ def num_views(spec: FeatureSpec, sample: Sample, branch: Branch) -> int:
 def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
     """Feature bytes of all views of some samples, without the files' small overhead."""
     # By size, of which there are few: a million images take a second.
-    sizes = Counter((sample.width_px, sample.height_px) for sample in samples if not sample.text_only)
-    num_bytes = 0
-    for (width_px, height_px), count in sizes.items():
-        plan = plan_views(width_px, height_px, spec.encoder.view_px, spec.views)
-        for branch in BRANCHES:
-            views = 1 if branch == "global" else plan.rows * plan.columns
-            num_bytes += count * views * spec.view_bytes(branch) if spec.maps(branch) else 0
-    return num_bytes
+    shown = [sample for sample in samples if not sample.text_only]
+    counts = Counter((sample.width_px, sample.height_px) for sample in shown)
+    one_of_each = {(sample.width_px, sample.height_px): sample for sample in shown}
+    views = {branch: sum(counts[size] * num_views(spec, sample, branch) for size, sample in one_of_each.items()) for branch in BRANCHES}
+    return sum(views[branch] * spec.view_bytes(branch) for branch in BRANCHES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
