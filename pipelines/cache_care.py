@@ -112,8 +112,9 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
         StorageError: the store is away, or refuses.
     """
     store = Store(root)
-    leftovers = find_leftovers(store, older_than_s=older_than_h * 3600, superseded=superseded)
-    caches = caches_in_use(store)
+    objects = store.list_objects()
+    leftovers = find_leftovers(store, objects, older_than_s=older_than_h * 3600, superseded=superseded)
+    caches = caches_in_use(store, objects)
     if as_json:
         print(json.dumps({"caches": [asdict(cache) for cache in caches], "leftovers": [asdict(item) for item in leftovers]}, indent=1, default=str))
     else:

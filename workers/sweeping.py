@@ -76,30 +76,30 @@ def cache_runs(store: Store) -> Iterator[FeatureSpec]:
     Args:
         store: of the root.
     """
-    for path in store.list("runs/cache-features"):
-        if path.endswith("/spec.json") and (spec := _spec_of(store, path, FeatureSpec)) is not None:
-            yield spec
+    for _, spec in _specs(store, "cache-features", FeatureSpec, store.list("runs/cache-features")):
+        yield spec
 
 
-def caches_in_use(store: Store) -> list[CacheInUse]:
+def caches_in_use(store: Store, objects: Sequence[StoredObject]) -> list[CacheInUse]:
     """Every feature table of a root, with its size, the runs that it serves and the recipes that use it now.
 
     Args:
         store: of the root.
+        objects: all of the root's, as `Store.list_objects` gives them. Listing takes a request for every thousand, so it is done once.
 
     Raises:
         RecordError: a record is damaged.
     """
     found: dict[str, CacheInUse] = {}
-    for spec in cache_runs(store):
+    for key, spec in _specs(store, "cache-features", FeatureSpec, (item.path for item in objects)):
         folder = encoding_folder(spec.encoding)
         cache = found.setdefault(folder, CacheInUse(folder=folder, encoder=spec.encoder.model, precision=spec.precision))
-        cache.runs.append(fingerprint(spec)[:16])
-    for path in store.list("recipes"):
+        cache.runs.append(key)
+    for path in store.list("recipes"):  # anew: a recipe that has come to a cache since keeps it
         folder = store.read_json(path)["table"]
         if folder in found:
             found[folder].recipes.append(path.removeprefix("recipes/").removesuffix(".json"))
-    for item in store.list_objects("features"):
+    for item in objects:
         folder = "/".join(item.path.split("/")[:2])
         if folder in found:
             found[folder].size_bytes += item.size_bytes
@@ -107,11 +107,12 @@ def caches_in_use(store: Store) -> list[CacheInUse]:
     return sorted(found.values(), key=lambda cache: cache.folder)
 
 
-def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: bool = False) -> list[Leftover]:
+def find_leftovers(store: Store, objects: Sequence[StoredObject], *, older_than_s: float = DAY_S, superseded: bool = False) -> list[Leftover]:
     """What could go.
 
     Args:
         store: of the root.
+        objects: all of the root's, as `Store.list_objects` gives them. Tables are asked behind it, so what they name is not taken for an orphan.
         older_than_s: younger objects are left alone.
         superseded: also whole caches that no recipe uses any more.
 
@@ -123,7 +124,6 @@ def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: boo
         TableError: a table cannot be read, so that nothing can be told of its files.
     """
     before = time.time() - older_than_s
-    objects = store.list_objects()
     old = [item for item in objects if item.modified_unix_s < before]
     found = _grouped("unfinished", (item for item in old if item.is_unfinished))
     uploads = [upload for upload in store.abandoned_uploads() if upload.started.timestamp() < before]
@@ -132,7 +132,7 @@ def find_leftovers(store: Store, *, older_than_s: float = DAY_S, superseded: boo
         found.append(Leftover(reason="unfinished", place="multipart uploads", size_bytes=size, paths=(), uploads=tuple(uploads)))
     gone: set[str] = set()
     if superseded:
-        for cache in caches_in_use(store):
+        for cache in caches_in_use(store, objects):
             if not cache.recipes and cache.modified_unix_s < before:
                 found.append(_whole_cache(store, cache, objects))
                 gone.add(cache.folder)
@@ -175,22 +175,23 @@ def _grouped(reason: Reason, items: Iterable[StoredObject], place: str | None = 
 def _whole_cache(store: Store, cache: CacheInUse, objects: Sequence[StoredObject]) -> Leftover:
     """A table with the runs that it serves: their records would say that what is gone is there. The records go first."""
     runs = [f"runs/cache-features/{key}" for key in cache.runs]
-    calibrations = [path for path in store.list("runs/calibrate-features") if path.endswith("/spec.json")]
-    runs += [path.removesuffix("/spec.json") for path in calibrations if _calibrates(store, path, cache.folder)]
+    runs += [
+        f"runs/calibrate-features/{key}"
+        for key, spec in _specs(store, "calibrate-features", CalibrationSpec, (item.path for item in objects))
+        if encoding_folder(spec.encoding) == cache.folder
+    ]
     own = [item for folder in (*runs, cache.folder) for item in objects if item.path.startswith(f"{folder}/")]
     first = [item.path for item in own if item.path.endswith("/COMMITTED.json")]
     paths = (*first, *(item.path for item in own if item.path not in first))
     return Leftover(reason="superseded", place=cache.folder, size_bytes=sum(item.size_bytes for item in own), paths=paths)
 
 
-def _calibrates(store: Store, path: str, folder: str) -> bool:
-    spec = _spec_of(store, path, CalibrationSpec)
-    return spec is not None and encoding_folder(spec.encoding) == folder
-
-
-def _spec_of(store: Store, path: str, kind: type[Spec]) -> Spec | None:
-    """A run's spec; None of an older format, whose tables have other names."""
-    try:
-        return from_json(kind, store.read_json(path)["spec"], where=store.url(path))
-    except (KeyError, TypeError, RecordError):
-        return None
+def _specs(store: Store, stage: str, kind: type[Spec], paths: Iterable[str]) -> Iterator[tuple[str, Spec]]:
+    """The keys and specs of a stage's runs among some paths; those of an older format, whose tables have other names, are left out."""
+    for path in paths:
+        if path.startswith(f"runs/{stage}/") and path.endswith("/spec.json"):
+            try:
+                spec = from_json(kind, store.read_json(path)["spec"], where=store.url(path))
+            except (KeyError, TypeError, RecordError):
+                continue
+            yield path.split("/")[2], spec

@@ -154,16 +154,16 @@ def test_leftovers_are_found_by_age_and_removed(cached):
     for path in (*orphans, *unfinished):
         store.local_path(path).parent.mkdir(parents=True, exist_ok=True)
         store.local_path(path).write_bytes(b"12345")
-    assert find_leftovers(store) == []  # all may belong to a run under way
+    assert find_leftovers(store, store.list_objects()) == []  # all may belong to a run under way
     for path in (*orphans, *unfinished):
         age(store, path, 2)
-    found = find_leftovers(store)
+    found = find_leftovers(store, store.list_objects())
     assert sorted(path for item in found for path in item.paths) == sorted([*orphans, *unfinished])
     assert {item.reason for item in found} == {"orphan", "unfinished"}
     assert sum(item.size_bytes for item in found) == 20
     remove_leftovers(store, found)
     assert set(store.list()) == before
-    assert find_leftovers(store, older_than_s=-1e6) == []
+    assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
     assert verify(store, spec).num_faults == 0
 
 
@@ -173,16 +173,16 @@ def test_superseded_caches_go_with_their_records(cached, root):
     cache(store, newer)
     for name, used in (("one", spec), ("two", spec), ("one", newer)):
         note_recipe(store, name, used)
-    assert [cache.recipes for cache in caches_in_use(store) if cache.precision == "fp16"] == [["two"]]
+    assert [cache.recipes for cache in caches_in_use(store, store.list_objects()) if cache.precision == "fp16"] == [["two"]]
     everything = {"older_than_s": -1e6, "superseded": True}
-    assert find_leftovers(store, **everything) == []
+    assert find_leftovers(store, store.list_objects(), **everything) == []
     note_recipe(store, "two", newer)
-    found = find_leftovers(store, **everything)
+    found = find_leftovers(store, store.list_objects(), **everything)
     assert [(item.reason, item.place) for item in found] == [("superseded", features_table(store, spec).path)]
-    assert find_leftovers(store, superseded=True) == []  # written a moment ago
+    assert find_leftovers(store, store.list_objects(), superseded=True) == []  # written a moment ago
     remove_leftovers(store, found)
     assert verify(store, newer).num_faults == 0
-    assert [cache.precision for cache in caches_in_use(store)] == ["fp32"]
+    assert [cache.precision for cache in caches_in_use(store, store.list_objects())] == ["fp32"]
     # Nothing says any more that it is there, so it can be made again.
     record = cache(store, spec)
     assert (record.num_held, record.num_cached) == (0, 16)
