@@ -300,10 +300,9 @@ def _built_samples(experiment: Experiment) -> "list[Sample] | None":
     """One for each image, where the dataset is built."""
     if experiment.record("build-dataset", experiment.dataset) is None:
         return None
-    from workers.caching.units import distinct_images
-    from workers.dataset.samples import read_samples
+    from workers.dataset.samples import read_images
 
-    return distinct_images(read_samples(experiment.store, fingerprint(experiment.dataset)))
+    return read_images(experiment.store, fingerprint(experiment.dataset))
 
 
 def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str]:

@@ -463,15 +463,16 @@ def _add_action(file: TableFile) -> Any:
     return AddAction(file.path, file.size_bytes, dict(file.partition), int(time.time() * 1000), True, statistics)
 
 
-def read_partition(store: Store, path: str, partition: Mapping[str, str]) -> pa.Table | None:
+def read_partition(store: Store, path: str, partition: Mapping[str, str], columns: Sequence[str] | None = None) -> pa.Table | None:
     """Rows of one partition of any Loupe table.
 
     Args:
         store: where the table lies.
         path: its folder.
         partition: value of each of its partition columns, in their order.
+        columns: only these columns.
 
     Returns:
         An Arrow table without the partition columns, or None when nothing was committed there.
     """
-    return Table(store, path, pa.schema([]), tuple(partition)).read(partition)
+    return Table(store, path, pa.schema([]), tuple(partition)).read(partition, columns)

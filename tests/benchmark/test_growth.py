@@ -28,7 +28,7 @@ from workers.caching.layout import BRANCHES, INDEX_SCHEMA, features_table, file_
 from workers.caching.reader import CachedFeatures
 from workers.caching.units import plan_units
 from workers.commits import Stage
-from workers.dataset.samples import SAMPLES_SCHEMA, SAMPLES_TABLE, Sample, read_samples
+from workers.dataset.samples import SAMPLES_SCHEMA, SAMPLES_TABLE, Sample, read_images, read_samples
 from workers.storage import Store
 from workers.tables import Table, TableFile
 from workers.training.batches import sample_index
@@ -127,6 +127,7 @@ def steps_of(folder: Path, count: int) -> Steps:
     steps: Steps = {}
     write_samples(store, spec, samples)
     steps["read the dataset"] = seconds(lambda: read_samples(store, spec.dataset_fingerprint))
+    steps["read its images"] = seconds(lambda: read_images(store, spec.dataset_fingerprint))
     stage = Stage.open(store, "cache-features", spec)
     none = {item.place(branch): np.zeros(count, dtype=np.bool_) for branch, item in spec.branch_maps}
     steps["plan"] = seconds(lambda: plan_units(stage, spec, samples, lambda: none, lambda: UNIT_BYTES).units)

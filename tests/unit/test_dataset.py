@@ -10,7 +10,7 @@ from model.specs import fingerprint
 from tests import small_data
 from workers.commits import Stage
 from workers.dataset.build import build_dataset, merge_duplicates, samples_table
-from workers.dataset.samples import ImageRef, Sample, Turn, conversation_sha256, read_samples, samples_from_table, samples_to_table
+from workers.dataset.samples import ImageRef, Sample, Turn, conversation_sha256, read_images, read_samples, samples_from_table, samples_to_table
 from workers.dataset.sources import describe_llava_json, normalise_conversation, split_of
 from workers.dataset.spec import LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
 from workers.errors import ErrorBudgetError, IncompleteError, SourceError, StorageError, TableError, WorkerError
@@ -412,6 +412,19 @@ def test_records_without_an_image_are_samples_of_their_own(store, tmp_path):
     assert sum(record.num_train_by_source.values()) == len(train)
     assert sum(record.num_train_text_only_by_source.values()) == sum(sample.text_only for sample in train)
     assert all(sample.split == split_of(sample.identity, spec.seed, spec.held_out_fraction) for sample in samples)
+    images_alone = [dataclasses.replace(sample, turns=()) for sample in samples if not sample.text_only]
+    assert read_images(store, fingerprint(spec)) == images_alone
+    assert read_images(store, fingerprint(spec), "train") == [sample for sample in images_alone if sample.split == "train"]
+
+
+@pytest.mark.parametrize("read", [read_samples, read_images])
+def test_a_dataset_that_holds_an_image_twice_is_refused(store, read):
+    table = samples_table(store)
+    table.ensure()
+    rows = samples_to_table([sample(), sample(index=1)])
+    table.commit([table.write_file({"dataset": "a" * 16}, "part.parquet", [rows])])
+    with pytest.raises(TableError, match=f"holds the image {'a' * 64} more than once"):
+        read(store, "a" * 64)
 
 
 def test_the_tables_say_null_where_there_is_no_image(store, tmp_path):

@@ -21,7 +21,7 @@ from workers.caching.layout import BRANCHES, check_table, encoding_folder, featu
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.caching.sorted_rows import SortedRows
 from workers.commits import Stage
-from workers.dataset.samples import read_samples
+from workers.dataset.samples import read_images, read_samples
 from workers.errors import IncompleteError, MissingFeaturesError, SpecChangedError, TableError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster
@@ -121,7 +121,6 @@ def test_an_image_of_several_samples_is_cached_once(root, tmp_path, tiny_encoder
     assert sum(file.num_rows for file in features_table(store, spec).files({"branch": "global"})) == 3
     samples = read_samples(store, fingerprint(dataset))
     twice = [*samples, *(dataclasses.replace(sample, sample_id=f"{sample.sample_id} again", turns=()) for sample in samples)]
-    assert [sample.image_sha256 for sample in caching_build.distinct_images(twice)] == [sample.image_sha256 for sample in samples]
     assert CachedFeatures(store, spec).holds(twice) == [True] * len(twice)
     assert_reads_as_live(store, spec)
 
@@ -162,7 +161,7 @@ def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets
     plans = {}
     for spec in (small, large):
         stage = Stage.open(store, "cache-features", spec)
-        images = caching_build.distinct_images(read_samples(store, spec.dataset_fingerprint))
+        images = read_images(store, spec.dataset_fingerprint)
         caching_build._Books(store, spec).ensure()
         held = caching_build._held(store, spec, images)
         unit_bytes = 40_000 if spec is large else 24_000

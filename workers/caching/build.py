@@ -24,7 +24,6 @@ from workers.caching.units import (
     UnitJob,
     UnitOutcome,
     UnitPlan,
-    distinct_images,
     feature_bytes,
     num_views,
     plan_units,
@@ -32,7 +31,7 @@ from workers.caching.units import (
     unit_job,
 )
 from workers.commits import Stage, from_json, to_json
-from workers.dataset.samples import Sample, read_samples
+from workers.dataset.samples import Sample, read_images
 from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import QuarantineRow, check_budget, quarantine_table
@@ -117,7 +116,7 @@ def cache_features(
     if done is not None:
         return done
     store.check_writable()
-    images = distinct_images(read_samples(store, spec.dataset_fingerprint))
+    images = read_images(store, spec.dataset_fingerprint)
     with stage.attempt() as timer:
         lock_encoding(store, spec.encoding)
         books = _Books(store, spec)

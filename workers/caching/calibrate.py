@@ -26,9 +26,9 @@ from model.views import Branch
 from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes, read_calibration_file
 from workers.caching.encode import begin_loading, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, encoding_folder, lock_encoding
-from workers.caching.units import PreparedUnit, UnitJob, distinct_images, prepare_unit
+from workers.caching.units import PreparedUnit, UnitJob, prepare_unit
 from workers.commits import Stage, from_json, to_json
-from workers.dataset.samples import Sample, read_samples
+from workers.dataset.samples import Sample, read_images
 from workers.errors import CalibrationError
 from workers.execution import ExecutionSettings, Progress
 from workers.runtime import Cluster, encoding_cluster
@@ -104,7 +104,7 @@ def calibrate_features(
     if done is not None:
         return done
     store.check_writable()
-    chosen = _chosen(read_samples(store, spec.dataset_fingerprint, "train"), spec)
+    chosen = _chosen(read_images(store, spec.dataset_fingerprint, "train"), spec)
     with stage.attempt() as timer:
         lock_encoding(store, spec.encoding)
         known = {item.place(branch): _on_record(spec, store, branch, item) for branch in BRANCHES for item in spec.maps(branch)}
@@ -156,13 +156,13 @@ def _rule(spec: CalibrationSpec) -> CalibrationRule:
     return spec.encoding.calibration
 
 
-def _chosen(samples: Sequence[Sample], spec: CalibrationSpec) -> list[Sample]:
+def _chosen(images: Sequence[Sample], spec: CalibrationSpec) -> list[Sample]:
     """Images in an order that is a function of their bytes and the seed alone: the same ones however the dataset is sorted."""
 
     def place(sample: Sample) -> str:
         return hashlib.sha256(f"{_rule(spec).seed}:{sample.image_sha256}".encode()).hexdigest()
 
-    return sorted(distinct_images(samples), key=place)[: _rule(spec).num_images]
+    return sorted(images, key=place)[: _rule(spec).num_images]
 
 
 def _measure(

@@ -15,9 +15,9 @@ from model.errors import first_line
 from model.specs import FeatureSpec, fingerprint
 from workers.caching.index import FeatureIndex, rows_of_file, write_sorted_rows
 from workers.caching.layout import encoding_folder, features_table, index_table
-from workers.caching.units import distinct_images, forget_plan
+from workers.caching.units import forget_plan
 from workers.commits import Stage
-from workers.dataset.samples import read_samples
+from workers.dataset.samples import read_images
 from workers.errors import MissingFeaturesError, StorageError, TableError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import quarantine_table, read_quarantine
@@ -133,7 +133,7 @@ def _reopen(store: Store, spec: FeatureSpec) -> list[str]:
             continue
         stage = Stage.open(store, "cache-features", other)
         refused = {row.bytes_sha256 for row in read_quarantine(store, stage.name, stage.key)}
-        images = [sample.image_sha256 for sample in distinct_images(read_samples(store, other.dataset_fingerprint))]
+        images = [sample.image_sha256 for sample in read_images(store, other.dataset_fingerprint)]
         kept = [image for image in images if image not in refused]
         held = FeatureIndex(store, other).held(other.branch_maps, kept)
         if all(there.all() for there in held.values()):

@@ -7,7 +7,7 @@ holds then, and kept, so a resumed run cuts where the first one did. Loads neith
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -34,7 +34,6 @@ __all__ = [
     "UnitJob",
     "UnitOutcome",
     "UnitPlan",
-    "distinct_images",
     "feature_bytes",
     "forget_plan",
     "load_views",
@@ -80,7 +79,7 @@ class FeatureUnit:
 
     number: int
     images: tuple[int, ...]
-    """Places in the order of `distinct_images`."""
+    """Places in the order of `read_images`."""
     global_maps: tuple[str, ...]
     local_maps: tuple[str, ...]
 
@@ -126,22 +125,13 @@ class UnitPlan:
         return tuple(units)
 
 
-def distinct_images(samples: Iterable[Sample]) -> list[Sample]:
-    """One sample of every image, the first in the frozen order: features know nothing of questions."""
-    found: dict[str, Sample] = {}
-    for sample in samples:
-        if not sample.text_only and sample.image_sha256 not in found:
-            found[sample.image_sha256] = replace(sample, turns=())
-    return list(found.values())
-
-
 def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], unit_bytes: Callable[[], int]) -> UnitPlan:
     """The plan that is on record, or a new one put on record.
 
     Args:
         stage: the cache's stage.
         spec: of the cache.
-        images: as `distinct_images` gives them.
+        images: as `read_images` gives them.
         held: tells which maps of these images the table has, by place (`local/layer_7`): bool [images] each. Asked for a new plan only.
         unit_bytes: tells the feature bytes per unit. Asked for a new plan only.
 
@@ -185,7 +175,7 @@ def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, uni
 
     Args:
         spec: of the cache.
-        images: as `distinct_images` gives them.
+        images: as `read_images` gives them.
         held: which of their maps are there.
         unit_bytes: feature bytes per unit.
 

@@ -14,8 +14,8 @@ from model.specs import FeatureSpec
 from model.views import Branch
 from workers.caching.index import FeatureIndex, file_checksums
 from workers.caching.layout import features_table, maps_in
-from workers.caching.units import distinct_images, num_views
-from workers.dataset.samples import Sample, read_samples
+from workers.caching.units import num_views
+from workers.dataset.samples import Sample, read_images
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
 from workers.execution import ExecutionSettings, Progress
 from workers.quarantine import read_quarantine
@@ -102,7 +102,7 @@ def verify_cache(
         MissingFeaturesError: the index is damaged, so that nothing can be told.
         StorageError: the store is away.
     """
-    images = distinct_images(read_samples(store, spec.dataset_fingerprint))
+    images = read_images(store, spec.dataset_fingerprint)
     refused = {row.bytes_sha256 for row in read_quarantine(store, "cache-features", stage_key)}
     expected = {sample.image_sha256: sample for sample in images if sample.image_sha256 not in refused}
     index = FeatureIndex(store, spec)

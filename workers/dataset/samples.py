@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "Turn",
     "conversation_sha256",
+    "read_images",
     "read_samples",
     "samples_to_table",
 ]
@@ -72,6 +73,7 @@ SAMPLES_SCHEMA = pa.schema(
 
 
 _IMAGE_COLUMNS = ("image_sha256", "image_path", "width_px", "height_px")
+_PLAIN_COLUMNS = tuple(name for name in SAMPLES_SCHEMA.names if name not in ("turns", *_IMAGE_COLUMNS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,14 +213,17 @@ def samples_to_table(samples: list[Sample]) -> pa.Table:
 def samples_from_table(table: pa.Table) -> list[Sample]:
     """The samples in an Arrow table that `samples_to_table` made.
 
-    By columns: a row's dictionaries and those of its turns would take most of the time.
+    By columns: a row's dictionaries and those of its turns would take most of the time. Without the column `turns` there are none.
     """
     samples = []
     with _without_collections():
-        for batch in table.select(SAMPLES_SCHEMA.names).to_batches():
-            columns = {name: batch.column(name).to_pylist() for name in SAMPLES_SCHEMA.names if name not in ("turns", *_IMAGE_COLUMNS)}
-            turns = iter(_turns_of(batch.column("turns").flatten()))
-            counts = batch.column("turns").value_lengths().to_pylist()
+        for batch in table.to_batches():
+            columns = {name: batch.column(name).to_pylist() for name in _PLAIN_COLUMNS}
+            if "turns" in batch.schema.names:
+                turns = iter(_turns_of(batch.column("turns").flatten()))
+                counts = batch.column("turns").value_lengths().to_pylist()
+            else:
+                turns, counts = iter(()), [0] * batch.num_rows
             images = [
                 None if sha256 is None else ImageRef(sha256=sha256, path=path, width_px=width_px, height_px=height_px)
                 for sha256, path, width_px, height_px in zip(*(batch.column(name).to_pylist() for name in _IMAGE_COLUMNS), strict=True)
@@ -262,17 +267,54 @@ def read_samples(store: Store, dataset_fingerprint: str, split: Split | None = N
     Raises:
         TableError: the dataset is not there, or holds an index, an image or a conversation about none twice.
     """
+    samples = samples_from_table(_rows(store, dataset_fingerprint, SAMPLES_SCHEMA.names))
+    _check_single(store, dataset_fingerprint, "conversation", [sample.identity for sample in samples if sample.text_only])
+    return _in_order(store, dataset_fingerprint, samples, split)
+
+
+def read_images(store: Store, dataset_fingerprint: str, split: Split | None = None) -> list[Sample]:
+    """The images of one dataset: its samples but those of text alone, without their turns.
+
+    Features know nothing of questions, and turns take most of the time to read.
+
+    Args:
+        store: where the tables are.
+        dataset_fingerprint: `fingerprint(dataset_spec)`, all of it or its first 16 characters.
+        split: one side of the dataset; None is both.
+
+    Returns:
+        Samples by ascending index, every image once.
+
+    Raises:
+        TableError: the dataset is not there, or holds an index or an image twice.
+    """
+    rows = _rows(store, dataset_fingerprint, [*_PLAIN_COLUMNS, *_IMAGE_COLUMNS])
+    samples = _in_order(store, dataset_fingerprint, samples_from_table(rows), split)
+    return [sample for sample in samples if not sample.text_only]
+
+
+def _rows(store: Store, dataset_fingerprint: str, columns: Sequence[str]) -> pa.Table:
     key = dataset_fingerprint[:16]
-    table = read_partition(store, SAMPLES_TABLE, {"dataset": key})
+    table = read_partition(store, SAMPLES_TABLE, {"dataset": key}, columns)
     if table is None:
         raise TableError(
             f"{store.url(SAMPLES_TABLE)} holds no dataset {key}. Expected the samples that build-dataset commits; "
             "run `loupe build-dataset RECIPE` first."
         )
-    samples = sorted(samples_from_table(table), key=lambda sample: sample.index)
-    identities = {text_only: [s.identity for s in samples if s.text_only is text_only] for text_only in (False, True)}
-    for name, values in (("index", [s.index for s in samples]), ("image", identities[False]), ("conversation", identities[True])):
-        twice = [value for value, count in Counter(values).items() if count > 1]
-        if twice:
-            raise TableError(f"{store.url(SAMPLES_TABLE)}: dataset {key} holds the {name} {twice[0]} more than once; rebuild it under another root")
+    return table
+
+
+def _in_order(store: Store, dataset_fingerprint: str, samples: list[Sample], split: Split | None) -> list[Sample]:
+    """A split's samples in the frozen order, when no two of all are the same."""
+    samples = sorted(samples, key=lambda sample: sample.index)
+    _check_single(store, dataset_fingerprint, "index", [sample.index for sample in samples])
+    _check_single(store, dataset_fingerprint, "image", [sample.image_sha256 for sample in samples if not sample.text_only])
     return [sample for sample in samples if split is None or sample.split == split]
+
+
+def _check_single(store: Store, dataset_fingerprint: str, name: str, values: Sequence[int | str]) -> None:
+    if len(set(values)) < len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise TableError(
+            f"{store.url(SAMPLES_TABLE)}: dataset {dataset_fingerprint[:16]} holds the {name} {twice} more than once; rebuild it under another root"
+        )
