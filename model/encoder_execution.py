@@ -15,6 +15,7 @@ from torch import Tensor
 from model.architectures import encoder_flops
 from model.encoder import Encoder
 from model.errors import EncoderError, first_line
+from model.packed_layers import can_pack, pack_layers
 from model.specs import EncoderSpec, MapSpec
 
 __all__ = ["BatchSize", "EncoderForward", "automatic_batch_views", "is_out_of_memory"]
@@ -122,7 +123,7 @@ class EncoderForward:
     """An encoder's forward pass as it is fastest here.
 
     Args:
-        encoder: whose.
+        encoder: whose. On a CPU the weights of its blocks are packed in place, see model.packed_layers, unless it is compiled.
         compiled: whether torch.compile fuses it; None is on CUDA alone. Where compiling fails it runs as it is written, and the log says why.
         recorded: whether a CUDA graph replays it; None is where starting kernels would take longer than they compute. Views must then come in
             batches of one size. Nothing is recorded on a CPU.
@@ -134,6 +135,8 @@ class EncoderForward:
         self._recorded = recorded
         self._compiled: dict[tuple[MapSpec, ...], Callable[[Tensor], Maps]] = {}
         self._graphs: dict[tuple[tuple[MapSpec, ...], int], _Recording] = {}
+        if encoder.device.type == "cpu" and not self.is_compiled and can_pack(encoder.dtype):
+            pack_layers(encoder.blocks, encoder.spec.activation)
 
     @torch.inference_mode()
     def __call__(self, views_uint8: UInt8[Tensor, "batch 3 px px"], maps: Sequence[MapSpec]) -> Maps:

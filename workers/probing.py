@@ -14,11 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from model.architectures import encoder_flops
 from model.encoder import compute_dtype, load_encoder
 from model.encoder_execution import automatic_batch_views
 from model.images import cut_views, decode_image
+from model.packed_layers import can_pack, pack_layers
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
 from model.views import plan_views
 from workers.caching.codec import FeatureCodec
@@ -152,23 +154,20 @@ def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, dtype: to
     tokens, width, mlp = encoder.num_patches + encoder.prefix_tokens, encoder.width, encoder.mlp_width
     generator = torch.Generator().manual_seed(0)
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        numbers: torch.Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
-        return numbers.to(device, dtype)
-
-    qkv, out = matrix(3 * width, width), matrix(width, width)
-    up, down = matrix(mlp, width), matrix(width, mlp)
-    gate = matrix(mlp, width) if encoder.activation == "swiglu" else None
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, mlp), "down": (mlp, width), "gate": (width, mlp)}
+    layers = nn.ModuleDict({name: nn.Linear(*shape, device=device, dtype=dtype) for name, shape in shapes.items()})
+    if device == "cpu" and can_pack(dtype):
+        pack_layers(layers)
     state = torch.randn(batch_views, tokens, width, generator=generator).to(device, dtype)
 
     @torch.inference_mode()
     def block() -> None:
         normed = F.layer_norm(state, (width,))
-        queries, keys, values = F.linear(normed, qkv).unflatten(2, (3, encoder.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = layers["qkv"](normed).unflatten(2, (3, encoder.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
-        middle = state + F.linear(mixed, out)
+        middle = state + layers["out"](mixed)
         normed = F.layer_norm(middle, (width,))
-        inner = F.gelu(F.linear(normed, up)) if gate is None else F.silu(F.linear(normed, gate)) * F.linear(normed, up)
-        middle.add_(F.linear(inner, down))
+        inner = F.silu(layers["gate"](normed)) * layers["up"](normed) if encoder.activation == "swiglu" else F.gelu(layers["up"](normed))
+        middle.add_(layers["down"](inner))
 
     return batch_views / (_seconds(block, device) * max(1, num_blocks))

@@ -32,7 +32,9 @@ from transformers import (
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from model.encoder import describe_encoder, encoder_folder, load_encoder, plan_encoder, resolve_encoder
+from model.encoder_execution import EncoderForward
 from model.errors import EncoderError
+from model.packed_layers import can_pack
 from model.specs import EncoderFamily, MapSpec, UnknownDigest
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -130,6 +132,51 @@ def test_half_precision_is_the_stock_models_half_precision(kind, tmp_path):
     found = encoder(views(), [MapSpec(layers=(layer,)) for layer in range(5)])
     for layer in range(5):
         torch.testing.assert_close(found[f"layer_{layer}"], states[layer][:, spec.prefix_tokens :].float(), rtol=0, atol=0)
+
+
+PACKED = [*TOWERS, "dinov2 giant", "dinov2_with_registers giant"]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@torch.no_grad()
+def test_packed_layers_compute_what_the_stock_model_does(kind, tmp_path):
+    model = write(kind, tmp_path)
+    spec = describe_encoder(str(tmp_path))
+    encoder = load_encoder(spec, 4)
+    forward = EncoderForward(encoder)
+    plain = [module for module in encoder.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    fused = [module for module in encoder.blocks.modules() if isinstance(module, torch.nn.Sequential)]
+    assert (len(plain), len(fused)) == ((0, 0 if kind.endswith("giant") else 4) if can_pack(torch.float32) else (len(plain), 0))
+    EncoderForward(encoder)  # packed already
+    for count in (1, 3, 2):
+        states = stock_states(model, encoder.normalise(views(count, seed=count)))
+        found = forward(views(count, seed=count), [MapSpec(layers=(layer,)) for layer in range(5)])
+        for layer in range(5):
+            expected = states[layer][:, spec.prefix_tokens :]
+            # Sums in another order: measured 3e-7 of the largest value at most.
+            torch.testing.assert_close(found[f"layer_{layer}"], expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@torch.no_grad()
+def test_packed_layers_of_half_precision_are_no_further_from_the_truth(kind, tmp_path):
+    write(kind, tmp_path)
+    spec, maps = describe_encoder(str(tmp_path)), [MapSpec(layers=(layer,)) for layer in range(5)]
+    exact = load_encoder(spec, 4)(views(), maps)
+    plain = load_encoder(spec, 4, dtype=torch.bfloat16)(views(), maps)
+    packed = EncoderForward(load_encoder(spec, 4, dtype=torch.bfloat16))(views(), maps)
+    for name, expected in exact.items():
+        # An activation behind a product sees sums that are not rounded yet, so it errs a little less.
+        assert (packed[name] - expected).norm() <= 1.05 * (plain[name] - expected).norm()
+
+
+def test_layers_stay_as_they_are_where_packing_was_not_measured(tmp_path, monkeypatch):
+    write("clip tower", tmp_path)
+    encoder = load_encoder(describe_encoder(str(tmp_path)), 4)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    maps = [MapSpec(layers=(4,))]
+    assert torch.equal(EncoderForward(encoder)(views(), maps)["layer_4"], encoder(views(), maps)["layer_4"])
+    assert any(isinstance(module, torch.nn.Linear) for module in encoder.blocks.modules())
 
 
 def test_every_family_is_tried():

@@ -17,8 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from model.encoder import Encoder
-from model.encoder_execution import BatchSize
+from model.encoder_execution import BatchSize, EncoderForward
 from model.quality import MapQuality, recorded_db
 from model.quantisation import ChannelCalibration, ChannelMoments
 from model.specs import CalibrationRule, CalibrationSpec, FeatureSpec, MapSpec
@@ -261,31 +260,31 @@ class _Measurer:
             self._codec = FeatureCodec(replace(spec, precision="int8", calibration=rule, calibration_sha256="measured here"), calibrations)
         self._loaded = begin_loading(self._load)
 
-    def _load(self) -> tuple[Encoder, BatchSize]:
+    def _load(self) -> tuple[EncoderForward, BatchSize]:
         encoder = load_unit_encoder(self._spec, self._execution, self._threads)
-        return encoder, BatchSize(encoder, self._execution.encode_batch_views)
+        return EncoderForward(encoder, compiled=False, recorded=False), BatchSize(encoder, self._execution.encode_batch_views)
 
     def __call__(self, prepared: PreparedUnit) -> _Measured:
         """Encode one unit. May be called from two threads."""
-        encoder, batch_size = self._loaded.result()
+        forward, batch_size = self._loaded.result()
         moments: dict[str, ChannelMoments] = {}
         quality: dict[str, MapQuality] = {}
         for branch in BRANCHES:
             views, maps = prepared.views(branch), self._spec.maps(branch)
             if self._codec is not None:
-                encoded = encode_views(encoder, views, branch, maps, self._codec, batch_size.views, num_compared=len(views))
+                encoded = encode_views(forward.encoder, views, branch, maps, self._codec, batch_size.views, num_compared=len(views))
                 quality |= {item.place(branch): encoded.quality[item.name] for item in maps}
                 continue
-            found = batch_size.backing_off(partial(_moments, encoder, views, maps))
+            found = batch_size.backing_off(partial(_moments, forward, views, maps))
             moments |= {item.place(branch): found[item.name] for item in maps if item.name in found}
         return _Measured(number=prepared.job.number, num_images=len(prepared.samples), moments=moments, quality=quality)
 
 
-def _moments(encoder: Encoder, views: np.ndarray, maps: Sequence[MapSpec], batch_views: int) -> dict[str, ChannelMoments]:
+def _moments(forward: EncoderForward, views: np.ndarray, maps: Sequence[MapSpec], batch_views: int) -> dict[str, ChannelMoments]:
     """Of each map's channels over all views whose numbers are finite."""
     moments: dict[str, ChannelMoments] = {}
     for start in range(0, len(views), batch_views):
-        for name, tokens in encoder(torch.from_numpy(views[start : start + batch_views]), list(maps)).items():
+        for name, tokens in forward(torch.from_numpy(views[start : start + batch_views]), list(maps)).items():
             finite = tokens[torch.isfinite(tokens).flatten(1).all(dim=1)]
             moments.setdefault(name, ChannelMoments(tokens.shape[-1])).update(finite)
     return moments
