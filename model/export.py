@@ -32,7 +32,7 @@ from model.chat import Conversation, tokenise_conversation, tokenise_question
 from model.connector import Connector
 from model.decoding import from_json
 from model.encoder import Encoder, compute_dtype, load_encoder
-from model.encoder_execution import BatchSize, EncoderForward
+from model.encoder_execution import BatchSize
 from model.errors import ExportError, ModelError
 from model.images import cut_views, decode_image
 from model.language_model import describe_folder, hold_rounded, load_language_model, multiplies_bf16
@@ -245,8 +245,6 @@ class ExportedModel:
     def __init__(self, *, config: ExportConfig, model: VisionLanguageModel, encoder: Encoder) -> None:
         self.config, self.model, self.encoder = config, model, encoder
         self._batch_size = BatchSize(encoder, None)
-        # Neither compiled nor recorded: a question is answered in less time than either takes.
-        self._encode = EncoderForward(encoder, compiled=False, recorded=False)
 
     def ask(self, image_bytes: bytes, question: str, mode: Mode = "both", *, max_new_tokens: int = _MAX_NEW_TOKENS) -> Answer:
         """Answer a question about an image, greedily.
@@ -434,7 +432,7 @@ class ExportedModel:
         wanted = list(dict.fromkeys(maps))
 
         def encoded(batch_views: int) -> list[dict[str, Tensor]]:
-            return [self._encode(torch.from_numpy(views[start : start + batch_views]), wanted) for start in range(0, len(views), batch_views)]
+            return [self.encoder(torch.from_numpy(views[start : start + batch_views]), wanted) for start in range(0, len(views), batch_views)]
 
         parts = self._batch_size.backing_off(encoded)
         return as_stored({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self.config.feature_precision)
