@@ -12,9 +12,10 @@ import torch
 from model.encoder import Encoder, describe_encoder, known_encoder, load_encoder
 from model.images import cut_views, decode_image
 from model.quality import MapQuality
-from model.quantisation import ChannelCalibration, ChannelMoments, dequantise, map_quality, quantise
+from model.quantisation import ChannelMoments, dequantise, map_quality, quantise
 from model.specs import DCISpec, MapSpec
 from model.views import ViewSpec, plan_views
+from tests.benchmark.formats import fp8, plain_int8
 from workers.dataset.rendering import FAMILIES, render
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, RenderedSourceSpec
 
@@ -57,19 +58,12 @@ def clip_l():
     return Encoder(CLIPVisionModel(config), spec, spec.num_blocks - 1)
 
 
-def fp8(tokens):
-    """e4m3, each token scaled to its largest number (448)."""
-    scale = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 448
-    return (tokens / scale).to(torch.float8_e4m3fn).float() * scale
-
-
 def kinds(calibration):
     """Ways to store a map: bytes of a number, bytes of a token besides, and what a reader gets."""
-    plain = ChannelCalibration.identity(len(calibration.centre))
     return {
         "fp16": (2, 0, lambda tokens: tokens.half().float()),
         "int8 calibrated": (1, 2, lambda tokens: dequantise(*quantise(tokens, calibration), calibration)),
-        "int8 plain": (1, 2, lambda tokens: dequantise(*quantise(tokens, plain), plain)),
+        "int8 plain": (1, 2, plain_int8),
         "fp8 calibrated": (1, 2, lambda tokens: fp8((tokens - calibration.centre) / calibration.scale) * calibration.scale + calibration.centre),
         "fp8 plain": (1, 2, fp8),
     }
