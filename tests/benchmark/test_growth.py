@@ -86,7 +86,7 @@ def unit_files(spec: FeatureSpec, samples: list[Sample]) -> list[TableFile]:
     for branch in BRANCHES:
         maps = spec.maps(branch)
         partition = {"branch": branch, "maps": map_set(maps)}
-        name = file_name(spec.encoding, branch, maps, [sample.image_sha256 for sample in samples])
+        name = file_name(spec.encoding, branch, [sample.image_sha256 for sample in samples], {map_set(maps): []})
         views = len(samples) * (1 if branch == "global" else 4)
         path = f"branch={branch}/maps={partition['maps']}/{name}"
         files.append(TableFile(path=path, num_rows=views, size_bytes=views * spec.view_bytes(branch), partition=partition))

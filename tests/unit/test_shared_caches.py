@@ -16,10 +16,13 @@ from workers.caching import build as caching_build
 from workers.caching import index as caching_index
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
+from workers.caching.codec import FeatureCodec
+from workers.caching.encode import UnitEncoder
 from workers.caching.index import FeatureIndex, compact_index
 from workers.caching.layout import BRANCHES, check_table, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.caching.sorted_rows import SortedRows
+from workers.caching.verify import verify_cache
 from workers.commits import Stage
 from workers.dataset.samples import read_images, read_samples
 from workers.errors import IncompleteError, MissingFeaturesError, SpecChangedError, TableError
@@ -176,6 +179,29 @@ def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets
         assert_reads_as_live(store, spec)
     again = fetch_images(CachedFeatures(store, small), samples, want_global=True, want_local=True)
     assert all(torch.allclose(one.global_maps, other.global_maps, atol=2e-3) for one, other in zip(before, again, strict=True))
+
+
+def test_a_driver_whose_machine_rounds_otherwise_leaves_files_on_record_alone(datasets, monkeypatch):
+    """It has planned before the other one began, and encodes a unit again that the other one has put on record meanwhile."""
+    store, _, spec = datasets
+    encode, rounded, before = UnitEncoder.__call__, FeatureCodec.rounded, {}
+
+    def late(encoder, prepared):
+        if not before:
+            before["record"] = None
+            monkeypatch.setattr(UnitEncoder, "__call__", encode)
+            before["record"] = cache(store, spec)
+            before["files"] = data_files(store, spec)
+            monkeypatch.setattr(FeatureCodec, "rounded", lambda codec, branch, item, tokens: rounded(codec, branch, item, tokens * 1.01))
+        return encode(encoder, prepared)
+
+    monkeypatch.setattr(UnitEncoder, "__call__", late)
+    assert cache(store, spec) == before["record"]
+    monkeypatch.setattr(FeatureCodec, "rounded", rounded)
+    assert before["files"].items() < data_files(store, spec).items()
+    assert_reads_as_live(store, spec)
+    found = verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=fingerprint(spec)[:16], cluster=InlineCluster(), num_encoded=16)
+    assert found.faults == ()
 
 
 def test_the_index_finds_every_image_and_no_other(datasets):

@@ -241,13 +241,14 @@ def write_features(
     for branch in BRANCHES:
         images = [sample.image_sha256 for sample, _, _ in rows[branch]]
         for maps in map_sets(spec.maps(branch)) if images else ():
-            name, partition = file_name(spec.encoding, branch, maps, images), {"branch": branch, "maps": map_set(maps)}
+            checksums = {item.name: [map_checksum(stored[branch][item.name][start:stop].arrays) for _, start, stop in rows[branch]] for item in maps}
+            name, partition = file_name(spec.encoding, branch, images, checksums), {"branch": branch, "maps": map_set(maps)}
             blobs = [field.name for item in maps for field in map_fields(spec, branch, item)]
             groups = row_groups(spec, branch, maps, rows[branch], stored[branch])
             metadata = file_metadata(spec.encoding)
             file, footer = table.write_mapped_file(partition, name, groups, blobs=blobs, metadata=metadata)
-            checksums = [[map_checksum(stored[branch][item.name][start:stop].arrays) for item in maps] for _, start, stop in rows[branch]]
-            located = index_rows(file, footer, [(sample.image_sha256, stop - start) for sample, start, stop in rows[branch]], checksums)
+            by_image = [list(values) for values in zip(*checksums.values(), strict=True)]
+            located = index_rows(file, footer, [(sample.image_sha256, stop - start) for sample, start, stop in rows[branch]], by_image)
             files.append(file)
             index_files.append(write_index_rows(index, partition, name, located))
     return tuple(files), tuple(index_files)

@@ -13,7 +13,7 @@ lie in the file as they lie in memory, and one read at a known place fetches the
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -155,16 +155,22 @@ def maps_in(name: str) -> tuple[str, ...]:
     return tuple(name.split("-"))
 
 
-def file_name(encoding: EncodingSpec, branch: Branch, maps: Sequence[MapSpec], images: Sequence[str]) -> str:
-    """A file's name below its partition: a function of what is in it, so that two outcomes of a unit never share a file.
+def file_name(encoding: EncodingSpec, branch: Branch, images: Sequence[str], checksums: Mapping[str, Sequence[int]]) -> str:
+    """A file's name below its partition: a function of what is in it, to the last bit.
+
+    Two drivers that encode a unit on different machines have numbers that are rounded differently, and the outcome of one is on record: the other
+    must not write over its files.
 
     Args:
         encoding: of the table.
         branch: of the views.
-        maps: the file's.
         images: digests, in order.
+        checksums: of the file's maps, by name, one for each image.
     """
-    digest = hashlib.sha256(":".join([fingerprint(encoding), branch, map_set(maps), *images]).encode()).hexdigest()
+    content = [fingerprint(encoding), branch, *images]
+    for name, values in checksums.items():
+        content += [name, *map(str, values)]
+    digest = hashlib.sha256(":".join(content).encode()).hexdigest()
     return f"{digest[:2]}/{digest[:32]}.parquet"
 
 
