@@ -1,6 +1,7 @@
 """`loupe verify` and `loupe gc`: whether a cache is whole and true, and what in a root serves nobody. The looking itself is done in workers/."""
 
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,12 +19,13 @@ from workers.sweeping import CacheInUse, caches_in_use, find_leftovers, remove_l
 __all__ = ["repair_experiment", "sweep_root", "verify_experiment"]
 
 
-def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool = False) -> None:
+def verify_experiment(experiment: Experiment, *, num_encoded: int, seed: int | None = None, as_json: bool = False) -> None:
     """Look at the caches of a recipe, and print what was found.
 
     Args:
         experiment: the resolved recipe and its root.
         num_encoded: images that are encoded again.
+        seed: which ones; None is others every time.
         as_json: as one JSON object for each cache instead of a table.
 
     Raises:
@@ -35,6 +37,7 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool
     if not experiment.caches:
         raise NothingThereError(f"recipe {experiment.file.path}: features.source is live, so there is no cache to verify")
     num_faults = 0
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     for _, features, _ in experiment.data:
         if experiment.record("cache-features", features) is None:
             raise NothingThereError(
@@ -42,10 +45,10 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool
             )
         key = fingerprint(features)[:16]
         progress = console_progress()
-        found = verify_cache(features, experiment.store, experiment.execution, progress, stage_key=key, num_encoded=num_encoded)
+        found = verify_cache(features, experiment.store, experiment.execution, progress, stage_key=key, seed=seed, num_encoded=num_encoded)
         num_faults += found.num_faults
         if as_json:
-            print(json.dumps({"features": key, **asdict(found)}, indent=1))
+            print(json.dumps({"features": key, "seed": seed, **asdict(found)}, indent=1))
             continue
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column("fact", no_wrap=True)
@@ -53,7 +56,9 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, as_json: bool
         table.add_row("features", key)
         table.add_row("images", f"{found.num_images}: {found.num_cached} with every map, {found.num_quarantined} in quarantine")
         table.add_row("files", f"{found.num_files} read whole, {bytes_text(found.num_bytes)}")
-        table.add_row("encoded again", f"{found.num_encoded} images")
+        table.add_row("encoded again", f"{found.num_encoded} images, by --seed {seed}")
+        for reason in found.not_encoded:
+            table.add_row("not encoded", reason)
         if found.num_twice:
             table.add_row("stored twice", f"{found.num_twice} images, by two runs at once; one row of each is read")
         table.add_row("faults", str(found.num_faults) if found.num_faults else "none")

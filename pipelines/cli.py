@@ -364,6 +364,7 @@ def verify(
     root: Root = DEFAULT_ROOT,
     settings: Settings = (),
     encoded: Annotated[int, Parameter(name="--encoded", help="How many cached images are encoded again and compared.")] = 8,
+    seed: Annotated[int | None, Parameter(name="--seed", help="Which ones, as an earlier look named it; by default others every time.")] = None,
     repair: Annotated[
         bool,
         Parameter(name="--repair", help="Make the index anew from the files, and drop damaged ones; while no run writes to it.", negative=()),
@@ -380,7 +381,7 @@ def verify(
     if repair:
         repair_experiment(experiment, as_json=as_json)
         return
-    verify_experiment(experiment, num_encoded=encoded, as_json=as_json)
+    verify_experiment(experiment, num_encoded=encoded, seed=seed, as_json=as_json)
 
 
 @app.command

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +15,7 @@ from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table
 from workers.caching.reader import CachedFeatures
 from workers.caching.repair import repair_cache
+from workers.caching.units import num_views
 from workers.caching.verify import verify_cache
 from workers.dataset.samples import read_samples
 from workers.errors import TableError
@@ -32,7 +34,7 @@ def cache(store, spec, settings=SETTINGS):
 
 def verify(store, spec, **options):
     key = fingerprint(spec)[:16]
-    return verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=key, cluster=InlineCluster(), **options)
+    return verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=key, cluster=InlineCluster(), **({"seed": 0} | options))
 
 
 @pytest.fixture
@@ -57,6 +59,27 @@ def test_a_whole_cache_has_no_faults(cached):
     assert (found.faults, found.num_faults) == ((), 0)
     assert (found.num_images, found.num_cached, found.num_quarantined, found.num_files, found.num_encoded) == (16, 16, 0, 8, 5)
     assert found.num_bytes == sum(file.size_bytes for file in features_table(store, spec).files())
+
+
+def test_images_whose_sources_are_gone_or_changed_are_told_and_are_no_faults(cached):
+    store, spec = cached
+    samples = read_samples(store, spec.dataset_fingerprint)
+    store.delete(samples[0].image_path)
+    store.local_path(samples[1].image_path).write_bytes(store.read_bytes(samples[2].image_path))
+    found = verify(store, spec, num_encoded=16)
+    assert (found.num_faults, found.num_encoded, len(found.not_encoded)) == (0, 14, 2)
+    assert {reason.split(")")[0] for reason in found.not_encoded} == {f"image {item.image_sha256[:12]} ({item.sample_id}" for item in samples[:2]}
+    assert any("expected bytes with sha256" in reason for reason in found.not_encoded)
+
+
+def test_a_map_that_its_encoder_does_not_give_is_a_fault_whichever_image_it_is_of(cached, monkeypatch):
+    store, spec = cached
+    shape = (3, spec.encoder.view_px, spec.encoder.view_px)
+    black = lambda spec, sample, store, branch: np.zeros((num_views(spec, sample, branch), *shape), np.uint8)  # noqa: E731
+    monkeypatch.setattr("workers.caching.reader.load_views", black)
+    found = verify(store, spec, num_encoded=3, seed=5)
+    assert (found.num_faults, found.num_encoded) == (3, 3)
+    assert all("differs from what" in fault for fault in found.faults)
 
 
 def test_refused_images_are_not_missed(root, tiny_encoder_folder):
@@ -135,8 +158,8 @@ def test_a_cache_of_another_encoder_is_found(cached, tmp_path):
     store.local_path(ours.path).rename(tmp_path / "aside")
     store.local_path(theirs.path).rename(store.local_path(ours.path))
     found = verify(store, spec)
-    assert found.num_faults == 1
-    assert "differs from what" in found.faults[0]
+    assert found.num_faults == found.num_encoded == 8
+    assert all("differs from what" in fault for fault in found.faults)
 
 
 def age(store, path, days):

@@ -5,11 +5,11 @@ the checksums of their pages, and those of their maps are held against the index
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from model.errors import first_line
+from model.errors import ImageError, first_line
 from model.specs import FeatureSpec
 from model.views import Branch
 from workers.caching.index import FeatureIndex, file_checksums
@@ -18,7 +18,7 @@ from workers.caching.units import num_views
 from workers.dataset.samples import Sample, read_images
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import read_quarantine
+from workers.quarantine import read_quarantine, store_reason
 from workers.runtime import Cluster, stream_tasks
 from workers.storage import Store
 from workers.storage_errors import is_damage
@@ -44,6 +44,8 @@ class CacheVerification:
     """Of those files."""
     num_encoded: int
     """Encoded again and compared."""
+    not_encoded: tuple[str, ...]
+    """Why others that were chosen for it could not be: their sources are gone, or were changed since. What is cached of them may well be true."""
     num_twice: int
     """Images that two runs cached at once: they have another row, which nobody reads."""
     faults: tuple[str, ...]
@@ -78,8 +80,8 @@ def verify_cache(
     progress: Progress,
     *,
     stage_key: str,
+    seed: int,
     num_encoded: int = 8,
-    seed: int = 0,
     cluster: Cluster | None = None,
 ) -> CacheVerification:
     """Look whether a cache is whole and true.
@@ -87,11 +89,11 @@ def verify_cache(
     Args:
         spec: of the cache.
         store: where it lies.
-        execution: Ray's settings count.
+        execution: the device and Ray's settings count.
         progress: told in files.
         stage_key: of the cache-features run, for its quarantine.
-        num_encoded: images that are encoded again.
-        seed: which ones.
+        seed: which images are encoded again.
+        num_encoded: how many.
         cluster: where files are read; None starts Ray.
 
     Returns:
@@ -137,25 +139,47 @@ def verify_cache(
         progress.finish()
     chosen = sorted(whole)
     random.Random(seed).shuffle(chosen)
-    compared = [expected[image] for image in islice(chosen, num_encoded)]
-    if compared and not faults:  # what is damaged need not be compared
-        from workers.caching.reader import CachedFeatures
-
-        try:
-            CachedFeatures(store, spec).verify(compared, num_images=len(compared))
-        except (StaleCacheError, MissingFeaturesError) as error:
-            faults.append(first_line(error))
+    compared, not_encoded = 0, []
+    if not faults:  # what is damaged need not be compared
+        for sample, error in _encoded_again(spec, store, execution.device, [expected[image] for image in islice(chosen, num_encoded)]):
+            if isinstance(error, (ImageError, StorageError)):
+                not_encoded.append(f"image {sample.image_sha256[:12]} ({sample.sample_id}): {first_line(error)}")
+                continue
+            compared += 1
+            if error is not None:
+                faults.append(first_line(error))
     return CacheVerification(
         num_images=len(images),
         num_cached=len(whole),
         num_quarantined=len(images) - len(expected),
         num_files=len(jobs),
         num_bytes=sum(job.file.size_bytes for job in jobs),
-        num_encoded=len(compared) if not faults else 0,
+        num_encoded=compared,
+        not_encoded=tuple(not_encoded),
         num_twice=len(twice),
         faults=tuple(faults[:_MOST_TOLD]),
         num_faults=len(faults),
     )
+
+
+def _encoded_again(spec: FeatureSpec, store: Store, device: str, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Exception | None]]:
+    """Each sample with what comparing its features with its encoder's gives: nothing, what is wrong with them, or why it cannot be done."""
+    if not samples:
+        return
+    from workers.caching.reader import CachedFeatures
+
+    features = CachedFeatures(store, spec, device=device)
+    for sample in samples:
+        try:
+            features.verify([sample], num_images=1)
+        except (StaleCacheError, MissingFeaturesError, ImageError) as error:
+            yield sample, error
+        except StorageError as error:
+            if store_reason(error) is None:
+                raise
+            yield sample, error
+        else:
+            yield sample, None
 
 
 def _read_file(job: _FileJob) -> _FileContent:
