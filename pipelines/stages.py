@@ -836,12 +836,19 @@ def run_stage(experiment: Experiment, stage_run: StageRun, progress: Progress) -
     """
     key = stage_run.key
     there = experiment.record(stage_run.stage, stage_run.spec)
+    is_cache = stage_run.stage == "cache-features" and not stage_run.asked
+    if is_cache and there is None:
+        _note(experiment, stage_run, finished=False)
     record = there if there is not None else to_json(stage_run.run(progress))
-    if stage_run.stage == "cache-features" and not stage_run.asked:
-        from workers.sweeping import note_recipe
-
-        note_recipe(experiment.store, experiment.file.recipe.name, stage_run.spec)
+    if is_cache:
+        _note(experiment, stage_run, finished=True)
     return StageOutcome(stage=stage_run.stage, key=key, seed=stage_run.seed, record=record, reused=there is not None, asked=stage_run.asked)
+
+
+def _note(experiment: Experiment, stage_run: StageRun, *, finished: bool) -> None:
+    from workers.sweeping import note_recipe
+
+    note_recipe(experiment.store, experiment.file.recipe.name, stage_run.spec, finished=finished)
 
 
 def shown_path(url: str) -> str:

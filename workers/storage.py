@@ -479,13 +479,14 @@ class Store:
 
     # -- uploads that were never finished
 
-    def abandoned_uploads(self, prefix: str = "") -> Sequence[AbandonedUpload]:
+    def abandoned_uploads(self, prefix: str = "", *, before: datetime | None = None) -> Sequence[AbandonedUpload]:
         """Multipart uploads in a folder and below that were begun and neither finished nor dropped, oldest first. Folders have none.
 
         One of them may still be under way in another process: its age tells.
 
         Args:
             prefix: the folder.
+            before: those alone that were begun by then; None is all.
 
         Returns:
             The uploads.
@@ -506,9 +507,12 @@ class Store:
                 partial(self._s3.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=folder, **marker),
             )
             for upload in page.get("Uploads", []):
+                if before is not None and upload["Initiated"] >= before:
+                    continue
                 path = upload["Key"].removeprefix(base)
-                num_bytes = self._uploaded_bytes(path, upload["UploadId"])
-                found.append(AbandonedUpload(path=path, upload_id=upload["UploadId"], started=upload["Initiated"], num_bytes=num_bytes))
+                with contextlib.suppress(ObjectNotFoundError):  # it was finished, or dropped, a moment ago
+                    num_bytes = self._uploaded_bytes(path, upload["UploadId"])
+                    found.append(AbandonedUpload(path=path, upload_id=upload["UploadId"], started=upload["Initiated"], num_bytes=num_bytes))
             if not page.get("IsTruncated"):
                 return sorted(found, key=lambda upload: (upload.started, upload.path))
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

@@ -4,29 +4,36 @@ Input: a root. Output: what could go, with its size and the reason; and, asked a
 day is left alone unless told otherwise, since a run may be about to commit it; what a table names is only removed with the whole cache.
 
     unfinished   files that a killed process was writing, and multipart uploads that nobody finished
-    orphan       files of a feature table or its index that no commit names: of a unit that was killed, or put together into a larger one
-    superseded   caches whose every recipe has another one now
+    orphan       files of a feature table or its index that no commit names and no run that will go on: of a unit that was killed, or put together
+                 into a larger one
+    superseded   caches that no recipe uses, by the last cache that it finished or the one that it began behind it
 """
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from typing import Literal, TypeVar
 
 import pyarrow as pa
 
 from model.specs import CalibrationSpec, FeatureSpec, fingerprint
 from workers.caching.layout import encoding_folder
+from workers.caching.units import read_outcome
 from workers.commits import from_json
 from workers.errors import RecordError
 from workers.storage import AbandonedUpload, Store, StoredObject
 from workers.tables import Table
 
-__all__ = ["CacheInUse", "Leftover", "cache_runs", "caches_in_use", "find_leftovers", "note_recipe", "remove_leftovers"]
+__all__ = ["CacheInUse", "Leftover", "cache_runs", "caches_in_use", "find_abandoned_uploads", "find_leftovers", "note_recipe", "remove_leftovers"]
 
 Spec = TypeVar("Spec")
 
 DAY_S = 86_400.0
+
+_REQUESTS_AT_ONCE = 16
 
 Reason = Literal["unfinished", "orphan", "superseded"]
 
@@ -41,6 +48,8 @@ class Leftover:
     size_bytes: int
     paths: tuple[str, ...]
     """Relative to the root."""
+    records: tuple[str, ...] = ()
+    """That say that those are there, and go before them."""
     uploads: tuple[AbandonedUpload, ...] = ()
 
 
@@ -55,19 +64,26 @@ class CacheInUse:
     runs: list[str] = field(default_factory=list)
     """Keys of the cache-features runs that it serves."""
     recipes: list[str] = field(default_factory=list)
-    """Recipes whose latest cache it holds."""
+    """Recipes whose latest cache it holds, done or under way."""
     modified_unix_s: float = 0.0
 
 
-def note_recipe(store: Store, name: str, spec: FeatureSpec) -> None:
+def note_recipe(store: Store, name: str, spec: FeatureSpec, *, finished: bool) -> None:
     """Put on record which cache a recipe uses now, so that those it used before can be told.
 
     Args:
         store: of the root.
         name: of the recipe.
         spec: of its cache.
+        finished: whether the cache is; until then the one before is in use too.
     """
-    store.write_json(f"recipes/{name}.json", {"features": fingerprint(spec), "table": encoding_folder(spec.encoding)})
+    path, folder = f"recipes/{name}.json", encoding_folder(spec.encoding)
+    if finished:
+        store.write_json(path, {"features": fingerprint(spec), "table": folder})
+        return
+    before = store.read_json(path) if store.exists(path) else {}
+    if folder not in before.values():
+        store.write_json(path, {**before, "under_way": folder})
 
 
 def cache_runs(store: Store) -> Iterator[FeatureSpec]:
@@ -96,8 +112,8 @@ def caches_in_use(store: Store, objects: Sequence[StoredObject]) -> list[CacheIn
         cache = found.setdefault(folder, CacheInUse(folder=folder, encoder=spec.encoder.model, precision=spec.precision))
         cache.runs.append(key)
     for path in store.list("recipes"):  # anew: a recipe that has come to a cache since keeps it
-        folder = store.read_json(path)["table"]
-        if folder in found:
+        record = store.read_json(path)
+        for folder in {record.get("table"), record.get("under_way")} & found.keys():
             found[folder].recipes.append(path.removeprefix("recipes/").removesuffix(".json"))
     for item in objects:
         folder = "/".join(item.path.split("/")[:2])
@@ -126,22 +142,36 @@ def find_leftovers(store: Store, objects: Sequence[StoredObject], *, older_than_
     before = time.time() - older_than_s
     old = [item for item in objects if item.modified_unix_s < before]
     found = _grouped("unfinished", (item for item in old if item.is_unfinished))
-    uploads = [upload for upload in store.abandoned_uploads() if upload.started.timestamp() < before]
-    if uploads:
-        size = sum(upload.num_bytes for upload in uploads)
-        found.append(Leftover(reason="unfinished", place="multipart uploads", size_bytes=size, paths=(), uploads=tuple(uploads)))
     gone: set[str] = set()
     if superseded:
         for cache in caches_in_use(store, objects):
             if not cache.recipes and cache.modified_unix_s < before:
                 found.append(_whole_cache(store, cache, objects))
                 gone.add(cache.folder)
+    promised = _promised(store, objects)
     for folder in sorted({"/".join(item.path.split("/")[:2]) for item in old if item.path.startswith("features/")} - gone):
         for table in (folder, f"{folder}/_index"):
-            held = {f"{table}/{file.path}" for file in Table(store, table, pa.schema([]), ("branch", "maps")).files()}
+            held = promised | {f"{table}/{file.path}" for file in Table(store, table, pa.schema([]), ("branch", "maps")).files()}
             own = (item for item in old if item.path.startswith(f"{table}/branch=") and not item.is_unfinished)
             found += _grouped("orphan", (item for item in own if item.path not in held), place=table)
     return found
+
+
+def find_abandoned_uploads(store: Store, *, older_than_s: float = DAY_S) -> list[Leftover]:
+    """Multipart uploads that nobody finished, as a leftover.
+
+    Args:
+        store: of the root.
+        older_than_s: younger ones are left alone.
+
+    Raises:
+        StorageError: the store does not tell; not every server and not every user may list them.
+    """
+    uploads = store.abandoned_uploads(before=datetime.fromtimestamp(time.time() - older_than_s, UTC))
+    if not uploads:
+        return []
+    size = sum(upload.num_bytes for upload in uploads)
+    return [Leftover(reason="unfinished", place="multipart uploads", size_bytes=size, paths=(), uploads=tuple(uploads))]
 
 
 def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> None:
@@ -154,11 +184,14 @@ def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> None:
     Raises:
         StorageError: one cannot be removed; those before it are gone.
     """
-    for leftover in leftovers:
-        for path in leftover.paths:
-            store.delete(path)
-        for upload in leftover.uploads:
-            store.abort_upload(upload)
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for leftover in leftovers:
+            for path in leftover.records:
+                store.delete(path)
+            for _ in pool.map(store.delete, leftover.paths):
+                pass
+            for upload in leftover.uploads:
+                store.abort_upload(upload)
 
 
 def _grouped(reason: Reason, items: Iterable[StoredObject], place: str | None = None) -> list[Leftover]:
@@ -172,6 +205,20 @@ def _grouped(reason: Reason, items: Iterable[StoredObject], place: str | None = 
     ]
 
 
+def _promised(store: Store, objects: Sequence[StoredObject]) -> set[str]:
+    """Files that runs have on record and may not have committed yet: whoever completes such a run commits them, and encodes nothing again."""
+    paths = [item.path for item in objects]
+    done = {path.split("/")[2] for path in paths if path.startswith("runs/cache-features/") and path.endswith("/COMMITTED.json")}
+    folders = {key: encoding_folder(spec.encoding) for key, spec in _specs(store, "cache-features", FeatureSpec, paths) if key not in done}
+    units = [path for path in paths if path.startswith("runs/cache-features/") and path.split("/")[2] in folders and path.split("/")[3] == "units"]
+    promised: set[str] = set()
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for path, outcome in zip(units, pool.map(partial(read_outcome, store), units), strict=True):
+            folder = folders[path.split("/")[2]]
+            promised |= {f"{folder}/{file.path}" for file in outcome.files} | {f"{folder}/_index/{file.path}" for file in outcome.index_files}
+    return promised
+
+
 def _whole_cache(store: Store, cache: CacheInUse, objects: Sequence[StoredObject]) -> Leftover:
     """A table with the runs that it serves: their records would say that what is gone is there. The records go first."""
     runs = [f"runs/cache-features/{key}" for key in cache.runs]
@@ -182,8 +229,8 @@ def _whole_cache(store: Store, cache: CacheInUse, objects: Sequence[StoredObject
     ]
     own = [item for folder in (*runs, cache.folder) for item in objects if item.path.startswith(f"{folder}/")]
     first = [item.path for item in own if item.path.endswith("/COMMITTED.json")]
-    paths = (*first, *(item.path for item in own if item.path not in first))
-    return Leftover(reason="superseded", place=cache.folder, size_bytes=sum(item.size_bytes for item in own), paths=paths)
+    paths = tuple(item.path for item in own if not item.path.endswith("/COMMITTED.json"))
+    return Leftover(reason="superseded", place=cache.folder, size_bytes=sum(item.size_bytes for item in own), paths=paths, records=tuple(first))
 
 
 def _specs(store: Store, stage: str, kind: type[Spec], paths: Iterable[str]) -> Iterator[tuple[str, Spec]]:

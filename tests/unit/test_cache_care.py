@@ -18,7 +18,7 @@ from workers.caching.repair import repair_cache
 from workers.caching.units import num_views
 from workers.caching.verify import verify_cache
 from workers.dataset.samples import read_samples
-from workers.errors import TableError
+from workers.errors import AccessDeniedError, TableError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
@@ -195,11 +195,11 @@ def test_superseded_caches_go_with_their_records(cached, root):
     newer = dataclasses.replace(spec, precision="fp32")
     cache(store, newer)
     for name, used in (("one", spec), ("two", spec), ("one", newer)):
-        note_recipe(store, name, used)
+        note_recipe(store, name, used, finished=True)
     assert [cache.recipes for cache in caches_in_use(store, store.list_objects()) if cache.precision == "fp16"] == [["two"]]
     everything = {"older_than_s": -1e6, "superseded": True}
     assert find_leftovers(store, store.list_objects(), **everything) == []
-    note_recipe(store, "two", newer)
+    note_recipe(store, "two", newer, finished=True)
     found = find_leftovers(store, store.list_objects(), **everything)
     assert [(item.reason, item.place) for item in found] == [("superseded", features_table(store, spec).path)]
     assert find_leftovers(store, store.list_objects(), superseded=True) == []  # written a moment ago
@@ -212,11 +212,68 @@ def test_superseded_caches_go_with_their_records(cached, root):
     CachedFeatures(store, spec).verify(read_samples(store, spec.dataset_fingerprint))
 
 
+def test_a_cache_that_is_under_way_is_in_use_and_so_is_the_one_before(cached):
+    store, spec = cached
+    note_recipe(store, "one", spec, finished=True)
+    newer = dataclasses.replace(spec, precision="fp32")
+    everything = {"older_than_s": -1e6, "superseded": True}
+
+    def left_over():
+        return [item.place for item in find_leftovers(store, store.list_objects(), **everything)]
+
+    note_recipe(store, "one", newer, finished=False)
+    cache(store, newer)
+    assert left_over() == []
+    note_recipe(store, "one", newer, finished=True)
+    assert left_over() == [features_table(store, spec).path]
+    # Back to the first, and begun again, and given up for a third: what was begun and not finished is nobody's now.
+    note_recipe(store, "one", spec, finished=False)
+    assert left_over() == []
+    note_recipe(store, "one", newer, finished=False)
+    assert left_over() == []
+    third = dataclasses.replace(spec, compute="bf16")
+    note_recipe(store, "one", third, finished=False)
+    assert left_over() == [features_table(store, spec).path]
+
+
+def test_files_that_a_killed_run_has_on_record_are_left_to_it(root, tiny_encoder_folder, monkeypatch):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.caching.build._Books.commit", lambda books: None)
+        patch.setattr("workers.caching.build.compact_index", lambda store, spec: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache(store, spec)
+    assert features_table(store, spec).files() == []
+    written = set(store.list(features_table(store, spec).path))
+    assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.caching.build._run", lambda *_: 1 / 0)  # nothing is encoded again
+        assert cache(store, spec).num_cached == 16
+    assert written < set(store.list(features_table(store, spec).path))
+    assert verify(store, spec).num_faults == 0
+    assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
+
+
+def test_a_cache_that_was_removed_is_made_again_in_units_of_another_size(root, tiny_encoder_folder):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    for sample in read_samples(store, fingerprint(dataset))[2:8:3]:
+        store.delete(sample.image_path)
+    assert cache(store, spec).num_quarantined == 2
+    remove_leftovers(store, find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True))
+    record = cache(store, spec, ExecutionSettings(feature_unit_bytes=10**9))
+    assert (record.num_units, record.num_quarantined, record.num_cached) == (1, 2, 14)
+    assert len(read_quarantine(store, "cache-features", fingerprint(spec)[:16])) == 2
+
+
 def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):
     from pipelines.cache_care import sweep_root
 
     store, spec = cached
-    note_recipe(store, "mine", spec)
+    note_recipe(store, "mine", spec, finished=True)
     path = "images/ab/.tmp-1234"
     store.local_path(path).parent.mkdir(parents=True, exist_ok=True)
     store.local_path(path).write_bytes(b"12345")
@@ -232,6 +289,15 @@ def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):
     assert "Nothing is left over that is older than 0 hours." in capsys.readouterr().out
     sweep_root(store.root, older_than_h=0, superseded=True, delete=False, as_json=True)
     assert json.loads(capsys.readouterr().out)["leftovers"] == []
+
+    def refuses(store, **options):
+        raise AccessDeniedError("not for you")
+
+    monkeypatch.setattr(Store, "abandoned_uploads", refuses)
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=True)
+    assert "Multipart uploads that nobody finished are not counted, since the store does not list them: not for you" in capsys.readouterr().out
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=True, as_json=True)
+    assert json.loads(capsys.readouterr().out)["uploads_unlisted"] == "not for you"
 
 
 def repair(store, spec):

@@ -28,9 +28,10 @@ from workers.caching.units import (
     num_views,
     plan_units,
     prepare_unit,
+    read_outcome,
     unit_job,
 )
-from workers.commits import Stage, from_json, to_json
+from workers.commits import Stage, to_json
 from workers.dataset.samples import Sample, read_images
 from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
 from workers.execution import ExecutionSettings, Progress
@@ -165,13 +166,9 @@ def _check_disk(store: Store, planned: int) -> None:
         )
 
 
-def _read_outcome(store: Store, path: str) -> UnitOutcome:
-    return from_json(UnitOutcome, store.read_json(path), where=store.url(path))
-
-
 def _read_outcomes(stage: Stage) -> dict[int, UnitOutcome]:
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # one by one, ten thousand units take minutes from an object store
-        return {outcome.number: outcome for outcome in pool.map(partial(_read_outcome, stage.store), stage.store.list(stage.path("units")))}
+        return {outcome.number: outcome for outcome in pool.map(partial(read_outcome, stage.store), stage.store.list(stage.path("units")))}
 
 
 class _Books:
@@ -237,7 +234,7 @@ def _encode(
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
         _check_quality(spec, quality)
         path = stage.path(f"units/unit-{fresh.number:06d}.json")
-        outcome = fresh if stage.store.create_json(path, to_json(fresh)) else _read_outcome(stage.store, path)
+        outcome = fresh if stage.store.create_json(path, to_json(fresh)) else read_outcome(stage.store, path)
         books.enter([outcome])
         outcomes[outcome.number] = outcome
         yield outcome

@@ -23,7 +23,7 @@ from workers.caching.layout import BRANCHES
 from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample
 from workers.errors import IncompleteError, StorageError
-from workers.quarantine import QuarantineRow, store_reason
+from workers.quarantine import QuarantineRow, quarantine_table, store_reason
 from workers.storage import Store
 from workers.tables import TableFile
 
@@ -41,6 +41,7 @@ __all__ = [
     "plan_groups",
     "plan_units",
     "prepare_unit",
+    "read_outcome",
     "refuse",
     "unit_job",
     "view_plan",
@@ -150,7 +151,11 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
         fresh = UnitPlan(
             num_images=len(images), samples_sha256=digest, num_held=len(images) - num_missing, planned_bytes=planned_bytes, groups=tuple(groups)
         )
-        stage.store.create_json(path, to_json(fresh))
+        if stage.store.create_json(path, to_json(fresh)):
+            # Of a plan that there was before, and whose units were cut otherwise: whoever removed its outcomes left its refusals.
+            refused, own = quarantine_table(stage.store), {"stage": stage.name, "key": stage.key}
+            if refused.files(own):
+                refused.replace([], own)
     plan = from_json(UnitPlan, stage.store.read_json(path), where=stage.store.url(path))
     if plan.samples_sha256 != digest:
         raise IncompleteError(
@@ -274,6 +279,20 @@ class UnitOutcome:
     prepare_seconds: float
     encode_seconds: float
     write_seconds: float
+
+
+def read_outcome(store: Store, path: str) -> UnitOutcome:
+    """An outcome that is on record.
+
+    Args:
+        store: of the root.
+        path: of the record.
+
+    Raises:
+        RecordError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    return from_json(UnitOutcome, store.read_json(path), where=store.url(path))
 
 
 def load_views(spec: FeatureSpec, sample: Sample, store: Store, branch: Branch | None = None) -> UInt8[np.ndarray, "views 3 px px"]:
