@@ -8,6 +8,7 @@ arithmetic.
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from model.architectures import encoder_flops
-from model.images import DEFAULT_LIMITS
+from model.errors import ImageError
+from model.images import DEFAULT_LIMITS, decode_image
 from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, fingerprint
 from model.views import plan_views
-from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_costs, recommend
+from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import bytes_text, data_console, duration_text, print_table
 from workers.commits import from_json, to_json
 from workers.dataset.spec import LlavaJsonSourceSpec
+from workers.errors import StorageError
+from workers.quarantine import store_reason
+from workers.storage import Store
 
 if TYPE_CHECKING:
     from workers.dataset.samples import Sample
@@ -131,23 +136,18 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         NothingThereError: there are no images to count, and none were given.
         SettingError: a number of images without a size, or one that cannot be.
     """
-    from workers.caching.sizing import file_overhead
     from workers.probing import probe_machine
 
     features, recipe = experiment.features, experiment.file.recipe
     samples = None if images is not None else _built_samples(experiment)
     sizes = _sizes(experiment, samples, images, size_px)
-    probed = [] if samples is None else samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]
-    histogram: defaultdict[int, float] = defaultdict(float)
-    for (width_px, height_px), weight in zip(sizes.sizes_px, sizes.weights, strict=True):
-        grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
-        histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
+    histogram = _local_views(features, sizes)
     num_local = round(sum(count * weight for count, weight in histogram.items()))
     typical = _typical(sizes)
     stated = None if at_hand else recipe.plan.cluster
     machine = probe_machine(
         features,
-        [experiment.store.read_reference(sample.image_path) for sample in probed],
+        _readable(experiment.store, samples or []),
         typical,
         device=experiment.execution.device,
         cores=experiment.execution.num_cpus,
@@ -173,19 +173,17 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
-    options = cache_options(features, recipe.calibration_rule())
-    overheads = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
     costs = []
-    for option, stored in options:
-        overhead = [part for branch, part in overheads[stored.precision].items() if option.holds_local or branch == "global"]
+    for option, stored in cache_options(features, recipe.calibration_rule()):
+        overhead_bytes, file_bytes = _overhead(option, stored, typical)
         costs.append(
             cache_costs(
                 option,
                 num_images=sizes.num_images,
                 num_local_views=num_local,
                 prepare_core_s=machine.prepare_core_s,
-                overhead_bytes=sum(part.image_bytes for part in overhead),
-                file_bytes=sum(part.file_bytes for part in overhead),
+                overhead_bytes=overhead_bytes,
+                file_bytes=file_bytes,
                 unit_bytes=experiment.execution.unit_bytes(on_gpu=stated is not None or machine.device != "cpu"),
                 months=recipe.plan.months,
                 cluster=cluster,
@@ -222,13 +220,67 @@ def note_cache_plan(experiment: Experiment) -> None:
     folder = _run_folder(experiment)
     if any(experiment.store.exists(f"{folder}/{name}") for name in ("units.json", "COMMITTED.json", _PLAN)):
         return
-    plan = make_cache_plan(experiment, at_hand=True)
-    elsewhere = "RAY_ADDRESS" in os.environ  # this machine says nothing of how fast that cluster is
-    own = plan.options[0]
-    seconds = None if elsewhere else own.hours.total * 3600 + _START_S
-    experiment.store.create_json(
-        f"{folder}/{_PLAN}", to_json(PlannedCache(num_views=plan.num_views, total_bytes=own.total_bytes, seconds=seconds, hardware=plan.hardware))
+    if "RAY_ADDRESS" in os.environ:
+        planned = _plan_bytes(experiment)
+    else:
+        plan = make_cache_plan(experiment, at_hand=True)
+        own = plan.options[0]
+        planned = PlannedCache(
+            num_views=plan.num_views, total_bytes=own.total_bytes, seconds=own.hours.total * 3600 + _START_S, hardware=plan.hardware
+        )
+    experiment.store.create_json(f"{folder}/{_PLAN}", to_json(planned))
+
+
+def _plan_bytes(experiment: Experiment) -> PlannedCache:
+    """Of a cache that another cluster makes: this machine says nothing of how fast that is, and may not even be able to run the encoder."""
+    features = experiment.features
+    sizes = _sizes(experiment, _built_samples(experiment), None, None)
+    num_local = round(sum(count * weight for count, weight in _local_views(features, sizes).items()))
+    option, stored = cache_options(features, experiment.file.recipe.calibration_rule())[0]
+    overhead_bytes, file_bytes = _overhead(option, stored, _typical(sizes))
+    total_bytes, _ = cache_bytes(
+        option,
+        num_images=sizes.num_images,
+        num_local_views=num_local,
+        overhead_bytes=overhead_bytes,
+        file_bytes=file_bytes,
+        unit_bytes=experiment.execution.unit_bytes(on_gpu=True),
     )
+    return PlannedCache(num_views=sizes.num_images + num_local, total_bytes=total_bytes, seconds=None, hardware="a cluster of somebody else's")
+
+
+def _local_views(features: FeatureSpec, sizes: ImageSizes) -> dict[int, float]:
+    """How many images have so many local views."""
+    histogram: defaultdict[int, float] = defaultdict(float)
+    for (width_px, height_px), weight in zip(sizes.sizes_px, sizes.weights, strict=True):
+        grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
+        histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
+    return dict(histogram)
+
+
+def _overhead(option: CacheOption, stored: FeatureSpec, typical_px: tuple[int, int]) -> tuple[float, float]:
+    """Bytes beside the maps, for an image and for a unit."""
+    from workers.caching.sizing import file_overhead
+
+    parts = [part for branch, part in file_overhead(stored, *typical_px).items() if option.holds_local or branch == "global"]
+    return sum(part.image_bytes for part in parts), sum(part.file_bytes for part in parts)
+
+
+def _readable(store: Store, samples: "Sequence[Sample]") -> list[bytes]:
+    """A few images' files, spread over all; those that cannot be used are the quarantine's business, and the others tell how long decoding takes."""
+    found = []
+    for sample in samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]:
+        try:
+            data = store.read_reference(sample.image_path)
+            decode_image(data)
+        except ImageError:
+            continue
+        except StorageError as error:
+            if store_reason(error) is None:
+                raise
+            continue
+        found.append(data)
+    return found
 
 
 def planned_cache(experiment: Experiment) -> PlannedCache | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Bottleneck", "CacheCosts", "CacheOption", "Cluster", "Hours", "Prices", "Verdict", "cache_costs", "recommend"]
+__all__ = ["Bottleneck", "CacheCosts", "CacheOption", "Cluster", "Hours", "Prices", "Verdict", "cache_bytes", "cache_costs", "recommend"]
 
 Bottleneck = Literal["decoding", "encoding", "network"]
 
@@ -102,6 +102,27 @@ class Verdict:
     reason: str
 
 
+def cache_bytes(
+    option: CacheOption, *, num_images: int, num_local_views: int, overhead_bytes: float, file_bytes: float, unit_bytes: int
+) -> tuple[int, int]:
+    """How much an option stores.
+
+    Args:
+        option: how maps are stored.
+        num_images: that are cached, each with one global view.
+        num_local_views: of all of them.
+        overhead_bytes: of the files, for one image: headers, footers, the columns beside the maps.
+        file_bytes: of the files, for one unit: what each has whatever is in it.
+        unit_bytes: that one object of each branch is filled with, about.
+
+    Returns:
+        Bytes in all, and units.
+    """
+    maps = num_images * option.global_view_bytes + (num_local_views if option.holds_local else 0) * option.local_view_bytes
+    units = math.ceil(num_images / max(1, unit_bytes // max(1, maps // max(1, num_images))))  # as workers.caching.units cuts them
+    return round(maps + num_images * overhead_bytes + units * file_bytes), units
+
+
 def cache_costs(
     option: CacheOption,
     *,
@@ -134,10 +155,15 @@ def cache_costs(
     """
     held_local = num_local_views if option.holds_local else 0
     branches = 2 if held_local else 1
-    maps = num_images * option.global_view_bytes + held_local * option.local_view_bytes
-    units = math.ceil(num_images / max(1, unit_bytes // max(1, maps // max(1, num_images))))  # as workers.caching.units cuts them
+    total, units = cache_bytes(
+        option,
+        num_images=num_images,
+        num_local_views=num_local_views,
+        overhead_bytes=overhead_bytes,
+        file_bytes=file_bytes,
+        unit_bytes=unit_bytes,
+    )
     objects = max(1, units) * branches
-    total = round(maps + num_images * overhead_bytes + units * file_bytes)
     hours = _hours(num_images, num_images + held_local, prepare_core_s, total, cluster)
     compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, cluster, prices)
     live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, cluster, prices)

@@ -127,7 +127,11 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tup
     def encode() -> None:
         encode_views(encoder, views, branch, spec.maps(branch), codec, batch_views)
 
-    return batch_views / _seconds(encode, device), True
+    seconds = _seconds(encode, device)
+    if device == "cuda":  # for those who encode, in other processes: this one keeps what it was given otherwise
+        del encoder
+        torch.cuda.empty_cache()
+    return batch_views / seconds, True
 
 
 def _uncalibrated(spec: FeatureSpec) -> FeatureSpec:

@@ -14,7 +14,7 @@ from model.architectures import encoder_flops, known_encoder
 from model.specs import CalibrationRule, CalibrationSpec, MapSpec, UnknownDigest, fingerprint
 from model.views import ViewSpec
 from pipelines import cli
-from pipelines.cache_plan import cache_options, make_cache_plan
+from pipelines.cache_plan import cache_options, make_cache_plan, note_cache_plan, planned_cache
 from pipelines.costs import CacheOption, Cluster, Prices, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.plan_tables import PlanCluster
@@ -26,7 +26,8 @@ from tests.tiny import tiny_recipe
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.sizing import file_overhead
-from workers.dataset.samples import read_samples
+from workers.dataset.build import build_dataset
+from workers.dataset.samples import read_images, read_samples
 from workers.dataset.scanning import scan_images
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
 from workers.execution import ExecutionSettings, SilentProgress
@@ -341,3 +342,31 @@ def test_sizes_that_are_none(word: str) -> None:
 
 def test_a_size_is_width_and_height() -> None:
     assert size_from_word("1024x768") == (1024, 768)
+
+
+def test_a_run_that_is_about_to_cache_notes_what_it_expects(experiment: Experiment) -> None:
+    """Also with an image that cannot be read among those that decoding is measured on."""
+    build_dataset(experiment.dataset, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    experiment.store.delete(read_images(experiment.store, fingerprint(experiment.dataset))[0].image_path)
+    note_cache_plan(experiment)
+    noted = planned_cache(experiment)
+    assert noted is not None
+    plan = make_cache_plan(experiment)
+    assert noted.num_views == plan.num_views
+    assert noted.total_bytes == pytest.approx(plan.options[0].total_bytes, rel=1e-4)  # a file's own overhead is measured each time
+    assert noted.seconds is not None
+    assert noted.seconds > 0
+    assert "this machine" in noted.hardware
+
+
+def test_of_a_cluster_elsewhere_bytes_alone_are_expected_and_no_encoder_is_tried(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_dataset(experiment.dataset, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    plan = make_cache_plan(experiment)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("workers.probing.probe_machine", lambda *_, **__: pytest.fail("probed"))
+    note_cache_plan(experiment)
+    noted = planned_cache(experiment)
+    assert noted is not None
+    assert noted.seconds is None
+    assert noted.num_views == plan.num_views
+    assert noted.total_bytes == pytest.approx(plan.options[0].total_bytes, rel=0.02)  # in units of another size

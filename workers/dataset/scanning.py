@@ -6,7 +6,9 @@ names and the seed, so a plan can be repeated.
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from model.errors import ImageError
 from model.images import open_image
@@ -20,6 +22,8 @@ __all__ = ["ScannedImages", "scan_images"]
 
 _ORIENTATION = 0x0112
 """EXIF's tag."""
+
+_READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,18 +94,20 @@ def _image_names(source: LlavaJsonSourceSpec) -> list[str]:
 
 
 def _sizes(source: LlavaJsonSourceSpec, names: Sequence[str]) -> list[tuple[int, int] | None]:
-    store = Store(source.images)
-    found: list[tuple[int, int] | None] = []
-    for name in names:
-        try:
-            with open_image(store.read_bytes(name)) as image:
-                width_px, height_px = image.size
-                lies = image.getexif().get(_ORIENTATION, 1) > 4  # five to eight lie on their side
-                found.append((height_px, width_px) if lies else (width_px, height_px))
-        except ImageError:
-            found.append(None)
-        except StorageError as error:
-            if store_reason(error) is None:
-                raise
-            found.append(None)
-    return found
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return list(pool.map(partial(_size, Store(source.images)), names))
+
+
+def _size(store: Store, name: str) -> tuple[int, int] | None:
+    """Width and height of an image as it is shown; None where it cannot be read."""
+    try:
+        with open_image(store.read_bytes(name)) as image:
+            width_px, height_px = image.size
+            lies = image.getexif().get(_ORIENTATION, 1) > 4  # five to eight lie on their side
+            return (height_px, width_px) if lies else (width_px, height_px)
+    except ImageError:
+        return None
+    except StorageError as error:
+        if store_reason(error) is None:
+            raise
+        return None
