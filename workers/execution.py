@@ -80,6 +80,24 @@ class ExecutionSettings:
         """Units under way over all encoders: one more than they compute, so that the next is prepared and the last one written meanwhile."""
         return self.encoder_actors * (self.images_in_flight_units + 1)
 
+    def object_store(self, *, on_gpu: bool) -> int:
+        """Bytes that Ray may use between processes.
+
+        Args:
+            on_gpu: whether GPUs encode.
+        """
+        return self.object_store_bytes or (self.encoder_actors * 2**30 if on_gpu else 256 * 2**20)
+
+    def unit_pixel_bytes(self, *, on_gpu: bool) -> int:
+        """Bytes of a work unit's views at most, so that all units under way fit between the processes with room for one more of each encoder.
+
+        Narrow maps make large units: int8 of CLIP-L/14-336 pooled by 2 x 2 fills 2 GiB with 3,000 views, whose pixels are 1 GB.
+
+        Args:
+            on_gpu: whether GPUs encode.
+        """
+        return self.object_store(on_gpu=on_gpu) // (self.encoded_units_in_flight + self.encoder_actors)
+
     def unit_bytes(self, *, on_gpu: bool) -> int:
         """Feature bytes of a work unit.
 

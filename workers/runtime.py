@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -29,7 +29,17 @@ from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, cache_folder
 
-__all__ = ["Cluster", "InlineCluster", "RayCluster", "encodes_on_gpu", "encoding_cluster", "ray_runtime", "stream_tasks", "translate_ray_error"]
+__all__ = [
+    "Cluster",
+    "EncodingPlace",
+    "InlineCluster",
+    "RayCluster",
+    "encodes_on_gpu",
+    "encoding_cluster",
+    "ray_runtime",
+    "stream_tasks",
+    "translate_ray_error",
+]
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -41,6 +51,7 @@ _WATCHERS = "watchers"
 _STACKS_WITHIN_S = 10.0
 _WATCH_INTERVAL_S = 15.0
 """Between looks whether a cluster on which nothing ends is still there."""
+_MOST_PREPARE_THREADS = 16
 _MAX_TEMP_DIR_CHARS = 40
 """Ray appends about 65 characters for its sockets, and a socket's path may have 107."""
 
@@ -69,6 +80,7 @@ class Cluster(Protocol):
         *,
         finishers: int,
         in_flight: int,
+        prepare_cpus: int = 1,
     ) -> Iterator[Result]:
         """Run every job through `prepare` (anywhere) and then through one of a few long-lived finishers.
 
@@ -79,6 +91,7 @@ class Cluster(Protocol):
             jobs: small values.
             finishers: how many.
             in_flight: bound on jobs under way, over all finishers.
+            prepare_cpus: that one call of `prepare` keeps busy.
 
         Returns:
             Results as they come, in any order.
@@ -102,10 +115,10 @@ class InlineCluster:
         *,
         finishers: int,
         in_flight: int,
+        prepare_cpus: int = 1,
     ) -> Iterator[Result]:
         """As Cluster.pipeline."""
-        assert finishers >= 1
-        assert in_flight >= 1
+        assert min(finishers, in_flight, prepare_cpus) >= 1
         finish: Callable[[Prepared], Result] | None = None
         for job in jobs:
             prepared = prepare(job)
@@ -149,6 +162,19 @@ class RayCluster:
         resources: Callable[[], dict[str, float]] = ray.cluster_resources
         return max(1, int(resources().get("CPU", 1)))
 
+    def node_cpus(self, num_processes: int) -> int:
+        """CPUs of a node for each of some processes that are spread over all nodes, at least 1; by the smallest node.
+
+        Args:
+            num_processes: how many.
+        """
+        import ray
+
+        nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes() if node["Alive"]]
+        working = [count for count in cpus if count > 0] or [1]
+        return max(1, min(working) // -(-num_processes // len(working)))
+
     def device(self, num_processes: int, setting: str) -> Literal["cpu", "cuda"]:
         """Where processes that want a GPU each will compute. Decided here for all of them: Ray does not hide GPUs from those that reserved none.
 
@@ -189,6 +215,7 @@ class RayCluster:
         *,
         finishers: int,
         in_flight: int,
+        prepare_cpus: int = 1,
     ) -> Iterator[Result]:
         """As Cluster.pipeline."""
         import ray
@@ -202,10 +229,11 @@ class RayCluster:
             max_restarts=self._execution.max_failures,
             max_task_retries=self._execution.max_failures,
             max_concurrency=2,
+            scheduling_strategy="SPREAD",  # reserving no CPU, they would all fit on one node
             concurrency_groups={_WATCHERS: 1},  # a thread that can say where the others are
         )(_Finisher)
         actors = [actor.remote(finisher) for _ in range(finishers)]
-        task = remote(num_cpus=1, max_retries=self._execution.max_failures)(prepare)
+        task = remote(num_cpus=prepare_cpus, max_retries=self._execution.max_failures)(prepare)
         load = [0] * finishers
         places: dict[Any, int] = {}
 
@@ -316,8 +344,21 @@ def stream_tasks(work: Callable[[Job], Result], jobs: Iterable[Job], execution: 
         yield from ray_cluster.stream(work, jobs, in_flight=execution.images_in_flight_units * ray_cluster.num_cpus)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodingPlace:
+    """Where units are encoded, and with what."""
+
+    cluster: Cluster
+    execution: ExecutionSettings
+    """With the device made concrete where Ray knows it."""
+    encoder_threads: int | None
+    """Torch threads of each encoder; None leaves torch's own choice."""
+    prepare_threads: int
+    """Of each task that decodes."""
+
+
 @contextlib.contextmanager
-def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[tuple[Cluster, ExecutionSettings, int | None]]:
+def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[EncodingPlace]:
     """What units are encoded on: the cluster that is given, or Ray.
 
     Args:
@@ -325,17 +366,24 @@ def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> I
         cluster: where units run; None starts Ray.
 
     Yields:
-        The cluster, the settings with their device made concrete where Ray knows it, and torch threads of each encoder.
+        The place.
 
     Raises:
         ClusterError: Ray does not start.
     """
     if cluster is not None:
-        yield cluster, execution, execution.encoder_threads
+        yield EncodingPlace(cluster=cluster, execution=execution, encoder_threads=execution.encoder_threads, prepare_threads=1)
         return
     with ray_runtime(execution) as ray_cluster:
         execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
-        yield ray_cluster, execution, execution.encoder_threads or max(1, ray_cluster.num_cpus // execution.encoder_actors)
+        own = ray_cluster.node_cpus(execution.encoder_actors)
+        yield EncodingPlace(
+            cluster=ray_cluster,
+            execution=execution,
+            encoder_threads=execution.encoder_threads or own,
+            # Of the units in flight one is encoded. A GPU takes a second for what a core decodes in ten; a CPU that encodes has no core to spare.
+            prepare_threads=max(1, min(_MOST_PREPARE_THREADS, own // execution.images_in_flight_units)) if execution.device == "cuda" else 1,
+        )
 
 
 def encodes_on_gpu(execution: ExecutionSettings) -> bool:
@@ -388,7 +436,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
                 address="local",
                 num_cpus=execution.num_cpus,
                 include_dashboard=False,
-                object_store_memory=execution.object_store_bytes or (execution.encoder_actors * 2**30 if _has_gpu() else 256 * 2**20),
+                object_store_memory=execution.object_store(on_gpu=_has_gpu()),
                 _temp_dir=str(temp_dir),
                 _node_ip_address="127.0.0.1",
                 **quiet,

@@ -26,7 +26,7 @@ from tests.benchmark.test_reading_speed import PER_UNIT, reading_spec, samples_o
 from workers.caching.index import FeatureIndex, compact_index, write_index_rows
 from workers.caching.layout import BRANCHES, INDEX_SCHEMA, features_table, file_name, index_table, map_set
 from workers.caching.reader import CachedFeatures
-from workers.caching.units import plan_units
+from workers.caching.units import UnitSize, plan_units
 from workers.commits import Stage
 from workers.dataset.samples import SAMPLES_SCHEMA, SAMPLES_TABLE, Sample, read_images, read_samples
 from workers.storage import Store
@@ -130,7 +130,9 @@ def steps_of(folder: Path, count: int) -> Steps:
     steps["read its images"] = seconds(lambda: read_images(store, spec.dataset_fingerprint))
     stage = Stage.open(store, "cache-features", spec)
     none = {item.place(branch): np.zeros(count, dtype=np.bool_) for branch, item in spec.branch_maps}
-    steps["plan"] = seconds(lambda: plan_units(stage, spec, samples, lambda: none, lambda: UNIT_BYTES).units)
+    steps["plan"] = seconds(
+        lambda: plan_units(stage, spec, samples, lambda: none, lambda: UnitSize(feature_bytes=UNIT_BYTES, pixel_bytes=2**30)).units
+    )
     table = features_table(store, spec)
     table.ensure()
     units = [synthetic[start : start + PER_UNIT] for start in range(0, len(synthetic), PER_UNIT)]

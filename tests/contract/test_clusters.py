@@ -65,6 +65,7 @@ def test_streams_and_pipelines_give_every_result_once(cluster):
     assert isinstance(cluster, Cluster)
     assert sorted(cluster.stream(square, range(20), in_flight=3)) == [number * number for number in range(20)]
     assert sorted(cluster.pipeline(prepare, Adds(5), range(12), finishers=2, in_flight=4)) == [2 * number + 6 for number in range(12)]
+    assert sorted(cluster.pipeline(prepare, Adds(5), range(4), finishers=1, in_flight=3, prepare_cpus=2)) == [6, 8, 10, 12]
     assert list(cluster.stream(square, [], in_flight=1)) == []
     assert list(cluster.pipeline(prepare, Adds(5), [], finishers=1, in_flight=1)) == []
 

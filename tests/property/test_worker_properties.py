@@ -14,7 +14,7 @@ from model.images import cut_views
 from model.specs import FeatureSpec, MapSpec, canonical_json
 from model.views import ViewSpec, plan_views
 from workers.caching.layout import BRANCHES
-from workers.caching.units import UnitPlan, plan_groups
+from workers.caching.units import UnitPlan, UnitSize, feature_bytes, num_views, plan_groups, unit_job
 from workers.commits import from_json, to_json
 from workers.dataset.samples import ImageRef, Sample
 from workers.dataset.sources import split_of
@@ -35,8 +35,8 @@ def test_local_views_hold_every_pixel_of_the_scaled_image_once(width, height, vi
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), num_images=st.integers(0, 40), unit_bytes=st.integers(1, 40_000))
-def test_units_compute_exactly_what_is_missing(data, num_images, unit_bytes):
+@given(data=st.data(), num_images=st.integers(0, 40), unit_bytes=st.integers(1, 10**7), pixel_bytes=st.integers(1, 10**7))
+def test_units_compute_exactly_what_is_missing(data, num_images, unit_bytes, pixel_bytes):
     encoder = known_encoder("openai/clip-vit-base-patch32")
     maps = (MapSpec(layers=(5,)), MapSpec(layers=(0, 1)), MapSpec(layers=(7,), pool=7))
     spec = FeatureSpec(dataset_fingerprint="0" * 64, encoder=encoder, views=ViewSpec(), global_maps=maps, local_maps=maps[1:])
@@ -45,7 +45,8 @@ def test_units_compute_exactly_what_is_missing(data, num_images, unit_bytes):
     kinds = data.draw(st.lists(image, min_size=1, max_size=3))  # runs cache whole datasets, so that few kinds occur
     held = np.array([data.draw(st.sampled_from(kinds)) for _ in range(num_images)], dtype=bool).reshape(num_images, len(asked))
     samples = [small_sample(number) for number in range(num_images)]
-    plan = plan_groups(spec, samples, {f"{branch}/{name}": held[:, place] for place, (branch, name) in enumerate(asked)}, unit_bytes)
+    size = UnitSize(feature_bytes=unit_bytes, pixel_bytes=pixel_bytes)
+    plan = plan_groups(spec, samples, {f"{branch}/{name}": held[:, place] for place, (branch, name) in enumerate(asked)}, size)
     plan = UnitPlan(num_images=num_images, samples_sha256="", num_held=0, planned_bytes=0, groups=tuple(plan))
     assert from_json(UnitPlan, to_json(plan)) == plan
     computed = held.copy()
@@ -58,6 +59,11 @@ def test_units_compute_exactly_what_is_missing(data, num_images, unit_bytes):
     assert computed.all()
     assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
     assert len(plan.groups) <= len({tuple(kind) for kind in kinds})
+    for unit in plan.units:
+        job = unit_job(spec, "", unit, samples)
+        views = sum(num_views(job.spec, sample, branch) for sample in job.samples for branch in BRANCHES)
+        small = feature_bytes(job.spec, job.samples) <= unit_bytes and views * 3 * encoder.view_px**2 <= pixel_bytes
+        assert small or len(job.samples) == 1
 
 
 def small_sample(number):

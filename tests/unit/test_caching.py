@@ -20,7 +20,7 @@ from workers.caching import build as caching_build
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, features_table, maps_in
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
-from workers.caching.units import feature_bytes, load_views
+from workers.caching.units import UnitJob, feature_bytes, load_views, prepare_unit
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
 from workers.errors import (
@@ -231,8 +231,9 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_p
 
     counts = Counts()
     # Another unit size now: the plan on record counts, and nobody is asked for one.
-    monkeypatch.setattr(caching_build, "encodes_on_gpu", lambda _: pytest.fail("asked"))
-    cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=None), progress=counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(caching_build, "encodes_on_gpu", lambda _: pytest.fail("asked"))
+        cache(store, spec, dataclasses.replace(SETTINGS, feature_unit_bytes=None), progress=counts)
     assert counts.calls == [(16, 5), 5, 5, 1]
     other = Store(str(tmp_path / "undisturbed"))
     small_data.build(other, small_data.dataset_spec())
@@ -525,3 +526,18 @@ def test_every_family_of_encoders_is_cached_as_it_encodes(family, root, tmp_path
         assert tuple(cached_image.global_maps.shape) == (len(spec.global_maps), 16, 32)
         torch.testing.assert_close(cached_image.global_maps, live_image.global_maps, rtol=0, atol=1e-5)
         torch.testing.assert_close(cached_image.local_maps, live_image.local_maps, rtol=0, atol=1e-5)
+
+
+def test_a_unit_is_prepared_by_many_threads_as_by_one(root, tiny_encoder_folder):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    samples = read_samples(store, fingerprint(dataset))
+    store.delete(samples[3].image_path)
+    store.write_bytes(samples[7].image_path, b"no image")
+    one, many = (prepare_unit(UnitJob(spec=spec, root=root, number=0, samples=tuple(samples), threads=threads)) for threads in (1, 5))
+    assert one.samples == many.samples == tuple(sample for sample in samples if sample.index not in (3, 7))
+    assert one.quarantined == many.quarantined
+    assert [row.index for row in one.quarantined] == [3, 7]
+    for branch in BRANCHES:
+        assert np.array_equal(one.views(branch), many.views(branch))

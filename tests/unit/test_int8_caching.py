@@ -116,8 +116,8 @@ def test_a_calibration_is_the_same_however_its_units_arrive(built):
     store, spec, _ = built
 
     class Backwards(InlineCluster):
-        def pipeline(self, prepare, finisher, jobs, *, finishers, in_flight):
-            yield from reversed(list(super().pipeline(prepare, finisher, jobs, finishers=finishers, in_flight=in_flight)))
+        def pipeline(self, prepare, finisher, jobs, **numbers):
+            yield from reversed(list(super().pipeline(prepare, finisher, jobs, **numbers)))
 
     _, forwards = calibrated(store, spec)
     _, backwards = calibrated(store, spec, cluster=Backwards(), min_snr_db=29.0)

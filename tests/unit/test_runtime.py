@@ -1,5 +1,6 @@
 """What a driver leaves behind of Ray: nothing of its own, what a user chose, and nothing on the terminal. With a real Ray: tests/contract."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -100,3 +101,33 @@ def test_where_encoders_will_compute_is_known_before_they_start(monkeypatch, dev
 def test_a_unit_fills_batches_where_gpus_encode_and_is_as_told_where_somebody_says():
     assert [ExecutionSettings().unit_bytes(on_gpu=on_gpu) for on_gpu in (False, True)] == [64 * 2**20, 2 * 2**30]
     assert [ExecutionSettings(feature_unit_bytes=7).unit_bytes(on_gpu=on_gpu) for on_gpu in (False, True)] == [7, 7]
+
+
+def test_views_of_all_units_under_way_fit_between_processes():
+    settings = ExecutionSettings(encoder_actors=2)
+    for on_gpu in (False, True):
+        assert settings.unit_pixel_bytes(on_gpu=on_gpu) * (settings.encoded_units_in_flight + 2) <= settings.object_store(on_gpu=on_gpu)
+    assert ExecutionSettings(object_store_bytes=10**8).unit_pixel_bytes(on_gpu=True) == 10**8 // 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "expected"),
+    [([8], 1, 8), ([8], 2, 4), ([8], 20, 1), ([16] * 4, 1, 16), ([16] * 4, 8, 8), ([0, 16, 8], 2, 8), ([0], 1, 1)],
+)
+def test_threads_are_counted_by_the_node_that_an_encoder_is_on(monkeypatch, nodes, processes, expected):
+    found = [{"Alive": True, "Resources": {"CPU": float(count)} if count else {}} for count in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 1.0}}])
+    assert runtime.RayCluster(ExecutionSettings()).node_cpus(processes) == expected
+
+
+@pytest.mark.parametrize(("device", "cpus", "encoders", "expected"), [("cuda", 16, 1, 8), ("cuda", 96, 1, 16), ("cuda", 2, 1, 1), ("cpu", 16, 1, 1)])
+def test_many_cores_decode_where_a_gpu_encodes(monkeypatch, device, cpus, encoders, expected):
+    @contextlib.contextmanager
+    def started(execution):
+        yield runtime.RayCluster(execution)
+
+    monkeypatch.setattr(runtime, "ray_runtime", started)
+    monkeypatch.setattr(runtime.RayCluster, "device", lambda cluster, num_processes, setting: device)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus}}])
+    with runtime.encoding_cluster(ExecutionSettings(encoder_actors=encoders), None) as place:
+        assert (place.prepare_threads, place.encoder_threads, place.execution.device) == (expected, cpus // encoders, device)

@@ -22,6 +22,7 @@ from workers.caching.index import FeatureIndex, compact_index
 from workers.caching.layout import BRANCHES, check_table, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.caching.sorted_rows import SortedRows
+from workers.caching.units import UnitSize
 from workers.caching.verify import verify_cache
 from workers.commits import Stage
 from workers.dataset.samples import read_images, read_samples
@@ -168,7 +169,9 @@ def test_two_runs_that_encode_the_same_images_leave_one_row_that_counts(datasets
         caching_build._Books(store, spec).ensure()
         held = caching_build._held(store, spec, images)
         unit_bytes = 40_000 if spec is large else 24_000
-        plans[spec] = caching_build.plan_units(stage, spec, images, lambda held=held: held, lambda size=unit_bytes: size)
+        plans[spec] = caching_build.plan_units(
+            stage, spec, images, lambda held=held: held, lambda size=unit_bytes: UnitSize(feature_bytes=size, pixel_bytes=10**9)
+        )
     assert sum(len(unit.images) for plan in plans.values() for unit in plan.units) == 26
     cache(store, large)
     samples = read_samples(store, small.dataset_fingerprint)

@@ -24,6 +24,7 @@ from workers.caching.units import (
     UnitJob,
     UnitOutcome,
     UnitPlan,
+    UnitSize,
     feature_bytes,
     num_views,
     plan_units,
@@ -122,7 +123,7 @@ def cache_features(
         lock_encoding(store, spec.encoding)
         books = _Books(store, spec)
         books.ensure()
-        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), partial(_unit_bytes, execution))
+        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), partial(_unit_size, execution))
         outcomes = _read_outcomes(stage)
         books.enter(outcomes.values())
         books.commit()
@@ -148,8 +149,9 @@ def cache_features(
         return stage.commit(replace(record, seconds=timer.seconds))
 
 
-def _unit_bytes(execution: ExecutionSettings) -> int:
-    return execution.feature_unit_bytes or execution.unit_bytes(on_gpu=encodes_on_gpu(execution))
+def _unit_size(execution: ExecutionSettings) -> UnitSize:
+    on_gpu = encodes_on_gpu(execution)
+    return UnitSize(feature_bytes=execution.unit_bytes(on_gpu=on_gpu), pixel_bytes=execution.unit_pixel_bytes(on_gpu=on_gpu))
 
 
 def _held(store: Store, spec: FeatureSpec, images: Sequence[Sample]) -> HeldMaps:
@@ -278,10 +280,16 @@ class _UnitEncoderFactory:
 
 
 def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSettings, cluster: Cluster | None) -> Iterator[UnitOutcome]:
-    with encoding_cluster(execution, cluster) as (running, settled, threads):
-        factory = _UnitEncoderFactory(spec=spec, root=jobs[0].root, execution=settled, threads=threads)
-        in_flight = settled.encoded_units_in_flight
-        yield from running.pipeline(prepare_unit, factory, jobs, finishers=settled.encoder_actors, in_flight=in_flight)
+    with encoding_cluster(execution, cluster) as place:
+        settled = place.execution
+        yield from place.cluster.pipeline(
+            prepare_unit,
+            _UnitEncoderFactory(spec=spec, root=jobs[0].root, execution=settled, threads=place.encoder_threads),
+            (replace(job, threads=place.prepare_threads) for job in jobs),
+            finishers=settled.encoder_actors,
+            in_flight=settled.encoded_units_in_flight,
+            prepare_cpus=place.prepare_threads,
+        )
 
 
 def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: UnitPlan, outcomes: dict[int, UnitOutcome]) -> CacheRecord:

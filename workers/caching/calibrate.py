@@ -30,7 +30,7 @@ from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample, read_images
 from workers.errors import CalibrationError
 from workers.execution import ExecutionSettings, Progress
-from workers.runtime import Cluster, encoding_cluster
+from workers.runtime import Cluster, EncodingPlace, encoding_cluster
 from workers.storage import Store
 
 __all__ = ["CalibratedMap", "CalibrationRecord", "calibrate_features"]
@@ -116,8 +116,8 @@ def calibrate_features(
             )
             progress.start("measuring maps on images", len(chosen), 0)
             try:
-                with encoding_cluster(execution, cluster) as (running, settled, threads):
-                    _measure(part, store, chosen, settled, threads, progress, running)
+                with encoding_cluster(execution, cluster) as encoders:
+                    _measure(part, store, chosen, encoders, progress)
             finally:
                 progress.finish()
             known = {item.place(branch): _on_record(spec, store, branch, item) for branch in BRANCHES for item in spec.maps(branch)}
@@ -168,10 +168,8 @@ def _measure(
     spec: CalibrationSpec,
     store: Store,
     chosen: Sequence[Sample],
-    execution: ExecutionSettings,
-    threads: int | None,
+    encoders: EncodingPlace,
     progress: Progress,
-    cluster: Cluster,
 ) -> None:
     """Measure maps and put each on record; where another run was faster, its finding stands."""
     plain = FeatureSpec(
@@ -187,14 +185,23 @@ def _measure(
     maps = plain.branch_maps
     measured = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF != _CHECKED_OF - 1]
     checked = [sample for place, sample in enumerate(chosen) if place % _CHECKED_OF == _CHECKED_OF - 1]
-    in_flight = execution.encoded_units_in_flight
+    execution = encoders.execution
 
     def run(samples: Sequence[Sample], calibrations: Calibrations | None) -> list[_Measured]:
         parts = [samples[start : start + _UNIT_IMAGES] for start in range(0, len(samples), _UNIT_IMAGES)]
-        jobs = [UnitJob(spec=plain, root=store.root, number=number, samples=tuple(part)) for number, part in enumerate(parts)]
-        make = _make_measurer(spec=plain, execution=execution, threads=threads, calibrations=calibrations)
+        jobs = [
+            UnitJob(spec=plain, root=store.root, number=number, samples=tuple(part), threads=encoders.prepare_threads)
+            for number, part in enumerate(parts)
+        ]
         found = []
-        for result in cluster.pipeline(prepare_unit, make, jobs, finishers=execution.encoder_actors, in_flight=in_flight):
+        for result in encoders.cluster.pipeline(
+            prepare_unit,
+            _make_measurer(spec=plain, execution=execution, threads=encoders.encoder_threads, calibrations=calibrations),
+            jobs,
+            finishers=execution.encoder_actors,
+            in_flight=execution.encoded_units_in_flight,
+            prepare_cpus=encoders.prepare_threads,
+        ):
             found.append(result)
             progress.advance(len(jobs[result.number].samples))
         # Sums in the order of the images and not of their arrival, so that a repeated run gives the same bytes.

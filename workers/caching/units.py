@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -34,6 +35,7 @@ __all__ = [
     "UnitJob",
     "UnitOutcome",
     "UnitPlan",
+    "UnitSize",
     "feature_bytes",
     "forget_plan",
     "load_views",
@@ -66,12 +68,26 @@ def num_views(spec: FeatureSpec, sample: Sample, branch: Branch) -> int:
 
 def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
     """Feature bytes of all views of some samples, without the files' small overhead."""
+    return sum(count * spec.view_bytes(branch) for branch, count in _branch_views(spec, samples).items())
+
+
+def _branch_views(spec: FeatureSpec, samples: Sequence[Sample]) -> dict[Branch, int]:
+    """Views of some samples in each branch."""
     # By size, of which there are few: a million images take a second.
     shown = [sample for sample in samples if not sample.text_only]
     counts = Counter((sample.width_px, sample.height_px) for sample in shown)
     one_of_each = {(sample.width_px, sample.height_px): sample for sample in shown}
-    views = {branch: sum(counts[size] * num_views(spec, sample, branch) for size, sample in one_of_each.items()) for branch in BRANCHES}
-    return sum(views[branch] * spec.view_bytes(branch) for branch in BRANCHES)
+    return {branch: sum(counts[size] * num_views(spec, sample, branch) for size, sample in one_of_each.items()) for branch in BRANCHES}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitSize:
+    """How large units are made; what is reached first counts."""
+
+    feature_bytes: int
+    """That are written."""
+    pixel_bytes: int
+    """Of views, as they travel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +142,7 @@ class UnitPlan:
         return tuple(units)
 
 
-def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], unit_bytes: Callable[[], int]) -> UnitPlan:
+def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: Callable[[], HeldMaps], size: Callable[[], UnitSize]) -> UnitPlan:
     """The plan that is on record, or a new one put on record.
 
     Args:
@@ -134,7 +150,7 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
         spec: of the cache.
         images: as `read_images` gives them.
         held: tells which maps of these images the table has, by place (`local/layer_7`): bool [images] each. Asked for a new plan only.
-        unit_bytes: tells the feature bytes per unit. Asked for a new plan only.
+        size: tells how large units are. Asked for a new plan only.
 
     Returns:
         The plan that holds from now on.
@@ -145,7 +161,7 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
     digest = hashlib.sha256("".join(sample.image_sha256 for sample in images).encode()).hexdigest()
     path = stage.path("units.json")
     if not stage.store.exists(path):
-        groups = plan_groups(spec, images, held(), unit_bytes())
+        groups = plan_groups(spec, images, held(), size())
         planned_bytes = sum(feature_bytes(_narrowed(spec, group), [images[place] for place in group.places]) for group in groups)
         num_missing = sum(stop - start for group in groups for start, stop in group.spans)
         fresh = UnitPlan(
@@ -175,14 +191,14 @@ def forget_plan(stage: Stage) -> None:
         stage.store.delete(path)
 
 
-def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, unit_bytes: int) -> list[UnitGroup]:
+def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, size: UnitSize) -> list[UnitGroup]:
     """Images by what they lack: with nothing there a single group, with another map or other images one more for each case.
 
     Args:
         spec: of the cache.
         images: as `read_images` gives them.
         held: which of their maps are there.
-        unit_bytes: feature bytes per unit.
+        size: of a unit.
 
     Returns:
         The groups; none when nothing is missing.
@@ -206,8 +222,12 @@ def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, uni
             spans=tuple((int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)),
             images_per_unit=1,
         )
-        total = feature_bytes(_narrowed(spec, group), [images[place] for place in group.places])
-        groups.append(replace(group, images_per_unit=max(1, unit_bytes * len(places) // max(1, total))))
+        narrowed, own = _narrowed(spec, group), [images[place] for place in group.places]
+        fitting = (
+            size.feature_bytes * len(places) // max(1, feature_bytes(narrowed, own)),
+            size.pixel_bytes * len(places) // max(1, sum(_branch_views(narrowed, own).values()) * 3 * spec.encoder.view_px**2),
+        )
+        groups.append(replace(group, images_per_unit=max(1, min(fitting))))
     return groups
 
 
@@ -242,6 +262,8 @@ class UnitJob:
     number: int
     samples: tuple[Sample, ...]
     """All with an image, and without their turns: features know nothing of questions."""
+    threads: int = 1
+    """That decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,17 +359,12 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
     kept: list[Sample] = []
     views: dict[Branch, list[np.ndarray]] = {"global": [], "local": []}
     quarantined: list[QuarantineRow] = []
-    for sample in job.samples:
-        try:
-            found = load_views(job.spec, sample, store, wanted[0] if len(wanted) == 1 else None)
-        except ImageError as error:
-            quarantined.append(refuse(sample, error.reason, str(error)))
-        except StorageError as error:
-            reason = store_reason(error)
-            if reason is None:
-                raise
-            quarantined.append(refuse(sample, reason, str(error)))
-        else:
+    with ThreadPoolExecutor(job.threads) as pool:  # pillow lets go of the interpreter while it decodes and resizes
+        prepared = pool.map(lambda sample: _prepared(job.spec, sample, store, wanted[0] if len(wanted) == 1 else None), job.samples)
+        for sample, found in zip(job.samples, prepared, strict=True):
+            if isinstance(found, QuarantineRow):
+                quarantined.append(found)
+                continue
             kept.append(sample)
             num_global = num_views(job.spec, sample, "global")
             views["global"].append(found[:num_global])
@@ -361,6 +378,19 @@ def prepare_unit(job: UnitJob) -> PreparedUnit:
         quarantined=tuple(quarantined),
         seconds=time.monotonic() - started,
     )
+
+
+def _prepared(spec: FeatureSpec, sample: Sample, store: Store, branch: Branch | None) -> UInt8[np.ndarray, "views 3 px px"] | QuarantineRow:
+    """An image's views, or why it is refused."""
+    try:
+        return load_views(spec, sample, store, branch)
+    except ImageError as error:
+        return refuse(sample, error.reason, str(error))
+    except StorageError as error:
+        reason = store_reason(error)
+        if reason is None:
+            raise
+        return refuse(sample, reason, str(error))
 
 
 def refuse(sample: Sample, reason: str, detail: str) -> QuarantineRow:
