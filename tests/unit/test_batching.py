@@ -110,6 +110,23 @@ def test_batches_are_packed_over_images_and_branches(encoder):
     assert watched.asked == [names["global"] | names["local"], names["local"], names["local"]]
 
 
+@pytest.mark.parametrize(("num_global", "num_local", "batches"), [(1, 0, [1]), (0, 3, [3]), (2, 4, [5, 1])])
+def test_a_few_views_are_not_filled_up_to_a_batch(encoder, num_global, num_local, batches):
+    """Through buffers as on CUDA, where one image that is encoded live would else cost a batch of dozens."""
+    watched = Watched(encoder)
+    few = ViewEncoder(watched, codec_of(encoder), 5, once=True)
+    few._is_staged = True
+    views = unit(num_global=num_global, num_local=num_local)
+    found = few.submit(views, MAPS, {"global": 1, "local": 1}).result()
+    assert watched.batches == batches
+    assert len(few._slots[0].host_views) == batches[0]
+    assert watched.asked[-1] == {item.name for item in MAPS["local" if num_local else "global"]}
+    expected = encoded(encoder, views, 5)
+    for branch, maps in MAPS.items():
+        for item in maps:
+            assert np.allclose(found[branch].maps[item.name].values, expected[branch].maps[item.name].values, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_what_goes_through_buffers_is_the_same_in_one_shape(encoder, precision):
     """As on CUDA: padded batches, the union of all maps in each, views and maps through buffers that the next batch but one takes over."""

@@ -146,13 +146,18 @@ class ViewEncoder:
         codec: of the cache.
         batch_views: views in one forward pass; None is automatic. Halved where memory ends.
         compiled: as EncoderForward takes it.
+        once: for a few views that are submitted together, and no others: they are encoded in less time than a compiler takes, and no batch is filled
+            up to the size of others.
     """
 
-    def __init__(self, encoder: Encoder, codec: FeatureCodec, batch_views: int | None = None, *, compiled: bool | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, codec: FeatureCodec, batch_views: int | None = None, *, compiled: bool | None = None, once: bool = False
+    ) -> None:
         self.codec = codec
         self.batch_size = BatchSize(encoder, batch_views)
         self._encoder = encoder
-        self._forward = EncoderForward(encoder, compiled=compiled)
+        self._forward = EncoderForward(encoder, compiled=False, recorded=False) if once else EncoderForward(encoder, compiled=compiled)
+        self._once = once
         self._is_staged = encoder.device.type == "cuda"
         """Whether views and maps go through buffers between host and device, in batches of one shape. Works on a CPU too, and is a waste there."""
         self._streams = torch.get_device_module(encoder.device)
@@ -203,8 +208,9 @@ class ViewEncoder:
             for branch, part in views.items()
         }
         pending = PendingViews(encoded)
+        room = min(batch_views, sum(map(len, views.values()))) if self._once else batch_views
         for parts in _packed({branch: len(part) for branch, part in views.items()}, maps, batch_views):
-            slot = self._free_slot(batch_views)
+            slot = self._free_slot(room)
             for part in parts:
                 slot.host_views[part.rows].numpy()[:] = views[part.branch][part.start : part.stop]
             slot.landing = self._enqueue(slot, parts, maps, num_compared, encoded)
@@ -241,14 +247,15 @@ class ViewEncoder:
         streams, computing = self._streams, self._streams.current_stream()
         num_rows = parts[-1].rows.stop
         if self._is_staged:
-            # One shape, for compiled code and graphs. A CPU compiles nothing, and would compute what nobody wants.
-            slot.host_views[num_rows:].zero_()
+            if not self._once:
+                # One shape, for compiled code and graphs. A CPU compiles nothing, and would compute what nobody wants.
+                slot.host_views[num_rows:].zero_()
+                num_rows = len(slot.device_views)
             with streams.stream(self._inward):
-                slot.device_views.copy_(slot.host_views, non_blocking=True)
+                slot.device_views[:num_rows].copy_(slot.host_views[:num_rows], non_blocking=True)
             computing.wait_stream(self._inward)
-            num_rows = len(slot.device_views)
         # Where shapes are compiled every batch gives all maps that any branch wants, so that there is one shape; else those that it needs.
-        asking = maps if self._is_staged else [part.branch for part in parts]
+        asking = maps if self._is_staged and not self._once else [part.branch for part in parts]
         deepest = max(deepest_layer(maps[part.branch]) for part in parts)
         union = dict.fromkeys(item for branch in asking for item in maps[branch] if item.layers[-1] <= deepest)
         reduced = self._forward(slot.device_views[:num_rows], list(union))

@@ -85,8 +85,7 @@ def encode_views(
     Returns:
         The maps by name.
     """
-    # Not compiled: a handful of views is encoded in less time than a compiler takes.
-    pending = ViewEncoder(encoder, codec, batch_views, compiled=False).submit({branch: views}, {branch: maps}, {branch: num_compared})
+    pending = ViewEncoder(encoder, codec, batch_views, once=True).submit({branch: views}, {branch: maps}, {branch: num_compared})
     return pending.result()[branch]
 
 
