@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,15 +17,16 @@ from model.export import load_export
 from model.metrics import anls, exact_match
 from model.specs import LoraSpec, fingerprint
 from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
-from workers.caching.layout import features_table
+from workers.caching.layout import features_table, index_table
+from workers.commits import Stage
 from workers.dataset.samples import read_samples
 from workers.errors import ErrorBudgetError, EvaluationError, ExportingError, MissingFeaturesError, TrainingError
 from workers.evaluation import EvaluationSpec, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.exporting import ExportSpec, export, model_card
-from workers.quarantine import read_quarantine
+from workers.quarantine import QuarantineRow, commit_quarantine, read_quarantine
 from workers.storage import Store
-from workers.training.assemble import load_trained
+from workers.training.assemble import load_trained, training_data
 from workers.training.run import train_connector, train_stage
 
 pytestmark = pytest.mark.slow  # trains with DeepSpeed
@@ -587,3 +590,26 @@ def test_a_run_that_meets_a_damaged_image_goes_on_by_another_answer(trained, tmp
     substituted = trained_with(again, "substitute")
     assert [phase.steps for phase in substituted.phases] == [phase.steps for phase in record.phases]
     assert sum(phase.num_missing for phase in substituted.phases) > 0
+
+
+def test_an_image_that_the_cache_lost_is_not_left_out_in_silence(trained, tmp_path):
+    store, spec, _ = trained
+    whole = training_data(spec, store, "train", EXECUTION)
+    copy = type(store)(str(shutil.copytree(store.local_path(), tmp_path / "lost")))
+    index = index_table(copy, spec.features.encoding)
+    gone = whole.samples[2].image_sha256
+    for file in index.files():
+        rows = index.read_file(file)
+        kept = rows.filter(pc.not_equal(rows["image_sha256"], pa.scalar(bytes.fromhex(gone), rows.schema.field("image_sha256").type)))
+        index.replace([index.write_file(file.partition, "without.parquet", [kept], blobs=["image_sha256", "offsets", "checksums"])], file.partition)
+    with pytest.raises(
+        MissingFeaturesError, match=rf"no features of 1 of {len(whole.samples)} images .* first of {gone[:12]} .*missing_features=encode"
+    ):
+        training_data(spec, copy, "train", EXECUTION)
+    for answer in ("encode", "substitute"):
+        assert training_data(spec, copy, "train", replace(EXECUTION, missing_features=answer)).samples == whole.samples
+    # What the cache has refused is known, and is left out.
+    stage = Stage.open(copy, "cache-features", spec.features)
+    row = QuarantineRow(reason="truncated", source="s", item="i", index=2, bytes_sha256=gone, detail="")
+    commit_quarantine(stage, [row])
+    assert training_data(spec, copy, "train", EXECUTION).samples == [sample for sample in whole.samples if sample.image_sha256 != gone]

@@ -37,7 +37,7 @@ from workers.execution import cache_folder
 from workers.storage import Store
 from workers.storage_errors import is_damage
 
-__all__ = ["CachedFeatures", "FeatureSource", "LiveFeatures"]
+__all__ = ["OTHER_POLICIES", "CachedFeatures", "FeatureSource", "LiveFeatures"]
 
 _CANARY_TOLERANCE: Mapping[Compute, float] = {"fp32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
 """Relative error (L2) of a map, by what the encoder computes in. Rounding to fp16 costs about 3e-4, another device type less; other weights or
@@ -50,7 +50,7 @@ _SPARE_BYTES = 4 * 2**20
 _REFERENCES_OF_FREE = 2
 """To a buffer that nobody else has: by the list, and by the question itself."""
 
-_OTHER_POLICIES = "go on with --set missing_features=encode (or substitute)"
+OTHER_POLICIES = "go on with --set missing_features=encode (or substitute)"
 
 _NEAR_BYTES = 64 * 2**10
 """Two maps of an image whose numbers lie so near each other are fetched in one read: less than an object store sends in the time of a request."""
@@ -398,7 +398,7 @@ class CachedFeatures:
         if span.places is None:
             raise MissingFeaturesError(
                 f"{self._store.url(self._folder)} holds no {span.branch} features of image {sample.image_sha256[:12]} ({sample.sample_id}); "
-                f"it may be in quarantine. Finish cache-features, leave the image out, or {_OTHER_POLICIES}.",
+                f"it may be in quarantine. Finish cache-features, leave the image out, or {OTHER_POLICIES}.",
                 sample.image_sha256,
             )
         by_file: dict[str, list[_Part]] = {}
@@ -434,7 +434,7 @@ class CachedFeatures:
     def _damaged(self, place: MapPlace, sample: Sample, what: str) -> MissingFeaturesError:
         return MissingFeaturesError(
             f"{self._store.url(f'{self._folder}/{place.file}')}, row group {place.row_group} (image {sample.image_sha256[:12]}) is damaged: {what}. "
-            f"Run `loupe verify` with --repair and then the run again, or {_OTHER_POLICIES}.",
+            f"Run `loupe verify` with --repair and then the run again, or {OTHER_POLICIES}.",
             sample.image_sha256,
         )
 

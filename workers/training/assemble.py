@@ -18,11 +18,12 @@ from model.language_model import embedding_rms, hold_rounded, load_language_mode
 from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
-from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
+from workers.caching.reader import OTHER_POLICIES, CachedFeatures, FeatureSource, LiveFeatures
 from workers.dataset.samples import Sample, read_samples
-from workers.errors import TrainingError
+from workers.errors import MissingFeaturesError, TrainingError
 from workers.execution import ExecutionSettings
 from workers.language_models import verified_folder
+from workers.quarantine import read_quarantine
 from workers.storage import Store
 from workers.training.batches import needed_maps
 from workers.training.checkpoints import load_weights, read_checked
@@ -162,13 +163,21 @@ def training_data(
 
     Raises:
         StaleCacheError: the cache does not fit its encoder.
+        MissingFeaturesError: the cache neither holds an image nor has refused it, and `missing_features` is `fail`.
     """
     samples: Sequence[Sample] = read_samples(store, spec.dataset_fingerprint, split)
     source = open_features(spec, store, execution, device)
     if isinstance(source, CachedFeatures):
-        samples = [
-            sample for sample, held in zip(samples, source.holds(samples), strict=True) if held
-        ]  # others are in the quarantine, with the reason
+        refused = {row.bytes_sha256 for row in read_quarantine(store, "cache-features", fingerprint(spec.features)[:16])}
+        held = dict(zip([sample.index for sample in samples], source.holds(samples), strict=True))
+        samples = [sample for sample in samples if held[sample.index] or sample.image_sha256 not in refused]
+        lost = [sample for sample in samples if not held[sample.index]]
+        if lost and execution.missing_features == "fail":
+            raise MissingFeaturesError(
+                f"the cache holds no features of {len(lost)} of {len(samples)} images that it has not refused, first of {lost[0].image_sha256[:12]} "
+                f"({lost[0].sample_id}). Run `loupe verify` with --repair and then the run again, or {OTHER_POLICIES}.",
+                lost[0].image_sha256,
+            )
         if verify:
             source.verify(samples)
     return TrainingData(samples=list(samples), source=source)
