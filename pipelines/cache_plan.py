@@ -40,6 +40,9 @@ _PROBED_IMAGES = 6
 
 _PLAN = "plan.json"
 
+_TEXT_TOKENS = 150
+"""Of a conversation beside its image."""
+
 _START_S = 8.0
 """Until the first view is encoded: Ray and its processes start, torch is imported, the encoder loaded. Two cores take 7 to 9 seconds."""
 
@@ -77,6 +80,8 @@ class CachePlan:
     prepare_core_s: float
     """Seconds of one core for one image."""
     views_per_s: float
+    train_images_per_s: float
+    """That training takes at most on that hardware: the language model frozen, and nothing else in the way."""
     options: tuple[CacheCosts, ...]
     """The first is what the recipe says."""
     verdict: Verdict
@@ -103,7 +108,7 @@ def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[C
     Returns:
         Each with the cache that it would be; the recipe's own first.
     """
-    known: tuple[Precision, ...] = ("int8", "fp16")
+    known: tuple[Precision, ...] = ("int8", "fp16", "fp32")
     wanted: list[Precision] = [features.precision, *(precision for precision in known if precision != features.precision)]
     options = []
     for precision in wanted:
@@ -160,6 +165,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     local = experiment.store.local_path() is not None
     if stated is not None:
         cluster = stated.cluster(view_flops, features.compute)
+        products_flop_s = stated.devices * stated.peak_tflops("bf16") * 1e12 * stated.device_share
         hardware = (
             f"{stated.devices} devices of {stated.peak_tflops(features.compute):g} TFLOP/s in {features.compute} at {stated.device_share:.0%}, "
             f"{stated.cores} cores, {stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
@@ -167,12 +173,14 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     else:
         assert machine.views_per_s is not None
         on_cpu = machine.device == "cpu"
+        products_flop_s = machine.views_per_s * view_flops
         cluster = Cluster(devices=1, views_per_s=machine.views_per_s, cores=machine.cores, network_bytes_per_s=None, shares_cores=on_cpu)
         kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
         far = "" if local else "; its network is not known and not counted, [plan.cluster] states one"
         hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
+    on_gpu = stated is not None or machine.device != "cpu"
     costs = []
     for option, stored in cache_options(features, recipe.calibration_rule()):
         overhead_bytes, file_bytes = _overhead(option, stored, typical)
@@ -184,7 +192,8 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
                 prepare_core_s=machine.prepare_core_s,
                 overhead_bytes=overhead_bytes,
                 file_bytes=file_bytes,
-                unit_bytes=experiment.execution.unit_bytes(on_gpu=stated is not None or machine.device != "cpu"),
+                unit_bytes=experiment.execution.unit_bytes(on_gpu=on_gpu),
+                most_images=_most_images(experiment, 1 + num_local / sizes.num_images, on_gpu=on_gpu),
                 months=recipe.plan.months,
                 cluster=cluster,
                 prices=prices,
@@ -205,6 +214,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         hardware=hardware,
         prepare_core_s=machine.prepare_core_s,
         views_per_s=cluster.views_per_s,
+        train_images_per_s=products_flop_s / _train_flops(experiment, num_local / sizes.num_images),
         options=tuple(costs),
         # What leaves local views out is shown for comparison: a recipe cannot choose it.
         verdict=recommend([cost for cost in costs if cost.option.holds_local], passes),
@@ -245,6 +255,7 @@ def _plan_bytes(experiment: Experiment) -> PlannedCache:
         overhead_bytes=overhead_bytes,
         file_bytes=file_bytes,
         unit_bytes=experiment.execution.unit_bytes(on_gpu=True),
+        most_images=_most_images(experiment, 1 + num_local / sizes.num_images, on_gpu=True),
     )
     return PlannedCache(num_views=sizes.num_images + num_local, total_bytes=total_bytes, seconds=None, hardware="a cluster of somebody else's")
 
@@ -256,6 +267,21 @@ def _local_views(features: FeatureSpec, sizes: ImageSizes) -> dict[int, float]:
         grid = plan_views(width_px, height_px, features.encoder.view_px, features.views)
         histogram[grid.rows * grid.columns if features.local_maps else 0] += weight
     return dict(histogram)
+
+
+def _train_flops(experiment: Experiment, local_views: float) -> float:
+    """Of an image's conversation forward and back through a language model that is frozen: two for each of its parameters and tokens, both ways."""
+    from workers.language_models import planned_shape
+
+    connector, num_patches = experiment.connector, experiment.encoder.num_patches
+    local = 0.0 if connector.local_branch is None else local_views * connector.local_branch.view_tokens(num_patches)
+    tokens = connector.global_tokens(num_patches) + local + _TEXT_TOKENS
+    return 4.0 * planned_shape(experiment.language_model.model).num_parameters * tokens
+
+
+def _most_images(experiment: Experiment, views: float, *, on_gpu: bool) -> int:
+    """Images of a unit, by what their views weigh as they travel."""
+    return int(experiment.execution.unit_pixel_bytes(on_gpu=on_gpu) // (views * 3 * experiment.encoder.view_px**2))
 
 
 def _overhead(option: CacheOption, stored: FeatureSpec, typical_px: tuple[int, int]) -> tuple[float, float]:
@@ -399,11 +425,28 @@ def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:
     facts.add_row("hardware", plan.hardware)
     facts.add_row("rates", f"{plan.prepare_core_s * 1000:,.3g} ms of a core to decode and cut an image, {plan.views_per_s:,.4g} views/s encoded")
     facts.add_row("passes", f"{plan.passes:.3g} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}")
+    reads = ", ".join(
+        f"{cost.option.name} {bytes_text(round(cost.image_bytes * plan.train_images_per_s))}/s" for cost in plan.options if cost.option.holds_local
+    )
+    facts.add_row("training", f"at most {plan.train_images_per_s:,.3g} images/s, by its language model's products alone; it then reads {reads}")
     console.print(f"{plan.recipe}: what its cache takes", style="italic")
     print_table(facts)
     table = Table(box=None, pad_edge=False)
     table.add_column("stored as", overflow="fold")
-    for heading in ("an image", "in all", "objects", "decoding", "encoding", "network", "time", "to make", "a month", "pays from pass"):
+    for heading in (
+        "an image",
+        "in all",
+        "objects",
+        "writes",
+        "reads a pass",
+        "decoding",
+        "encoding",
+        "network",
+        "time",
+        "to make",
+        "a month",
+        "pays from pass",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for cost in plan.options:
         spent = [duration_text(hours * 3600) for hours in (cost.hours.prepare, cost.hours.encode, cost.hours.network, cost.hours.total)]
@@ -413,6 +456,8 @@ def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:
             bytes_text(round(cost.image_bytes)),
             bytes_text(cost.total_bytes),
             f"{cost.num_objects:,}",
+            f"{cost.num_puts:,}",
+            f"{cost.num_gets_pass:,}",
             *spent,
             f"${cost.compute_usd:,.2f}",
             f"${cost.storage_usd_month:,.2f}",

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from workers.s3_clients import PART_BYTES
+
 __all__ = ["Bottleneck", "CacheCosts", "CacheOption", "Cluster", "Hours", "Prices", "Verdict", "cache_bytes", "cache_costs", "recommend"]
 
 Bottleneck = Literal["decoding", "encoding", "network"]
@@ -79,6 +81,9 @@ class CacheCosts:
     """Mean over images."""
     num_objects: int
     num_puts: int
+    """Requests that write it."""
+    num_gets_pass: int
+    """Requests of one training pass over it."""
     hours: Hours
     compute_usd: float
     """Of making it once."""
@@ -103,7 +108,7 @@ class Verdict:
 
 
 def cache_bytes(
-    option: CacheOption, *, num_images: int, num_local_views: int, overhead_bytes: float, file_bytes: float, unit_bytes: int
+    option: CacheOption, *, num_images: int, num_local_views: int, overhead_bytes: float, file_bytes: float, unit_bytes: int, most_images: int
 ) -> tuple[int, int]:
     """How much an option stores.
 
@@ -113,13 +118,15 @@ def cache_bytes(
         num_local_views: of all of them.
         overhead_bytes: of the files, for one image: headers, footers, the columns beside the maps.
         file_bytes: of the files, for one unit: what each has whatever is in it.
-        unit_bytes: that one object of each branch is filled with, about.
+        unit_bytes: of features that a unit holds, about.
+        most_images: of a unit, whatever their features weigh.
 
     Returns:
         Bytes in all, and units.
     """
     maps = num_images * option.global_view_bytes + (num_local_views if option.holds_local else 0) * option.local_view_bytes
-    units = math.ceil(num_images / max(1, unit_bytes // max(1, maps // max(1, num_images))))  # as workers.caching.units cuts them
+    unit_images = min(most_images, unit_bytes // max(1, maps // max(1, num_images)))  # as workers.caching.units cuts them
+    units = math.ceil(num_images / max(1, unit_images))
     return round(maps + num_images * overhead_bytes + units * file_bytes), units
 
 
@@ -132,6 +139,7 @@ def cache_costs(
     overhead_bytes: float,
     file_bytes: float,
     unit_bytes: int,
+    most_images: int,
     months: float,
     cluster: Cluster,
     prices: Prices,
@@ -145,7 +153,8 @@ def cache_costs(
         prepare_core_s: seconds of one core to read, decode and cut one image.
         overhead_bytes: of the files, for one image: headers, footers, the columns beside the maps.
         file_bytes: of the files, for one unit: what each has whatever is in it.
-        unit_bytes: that one object of each branch is filled with, about.
+        unit_bytes: of features that a unit holds, about.
+        most_images: of a unit, whatever their features weigh.
         months: for which it is kept.
         cluster: what encodes.
         prices: in US dollars.
@@ -162,6 +171,7 @@ def cache_costs(
         overhead_bytes=overhead_bytes,
         file_bytes=file_bytes,
         unit_bytes=unit_bytes,
+        most_images=most_images,
     )
     objects = max(1, units) * branches
     hours = _hours(num_images, num_images + held_local, prepare_core_s, total, cluster)
@@ -171,7 +181,8 @@ def cache_costs(
     gets = num_images * branches  # the index, which says where they lie, is read once a run
     per_pass = gets / 1000 * prices.get_thousand + left_out
     each = total / objects
-    puts = objects * (1 if each < _WHOLE_BYTES else math.ceil(each / _PART_BYTES) + 2)
+    # A larger object goes in parts, begun and completed by a request each; each one has a file of the index, and each unit its record.
+    puts = objects * (1 if each <= PART_BYTES else math.ceil(each / PART_BYTES) + 2) + objects + units
     storage = total / _GB * prices.storage_gb_month
     once = compute + puts / 1000 * prices.put_thousand + storage * months
     saved = live - per_pass
@@ -181,6 +192,7 @@ def cache_costs(
         image_bytes=total / max(1, num_images),
         num_objects=objects,
         num_puts=puts,
+        num_gets_pass=gets,
         hours=hours,
         compute_usd=compute,
         storage_usd_month=storage,
@@ -189,10 +201,6 @@ def cache_costs(
         live_pass_usd=live,
         break_even_passes=once / saved if saved > 0 else math.inf,
     )
-
-
-_WHOLE_BYTES, _PART_BYTES = 100 * 2**20, 50 * 2**20
-"""An object up to the first is put at once, a larger one in parts of the second, begun and completed by a request each: as s3fs does."""
 
 
 def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster) -> Hours:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow.fs
 
-__all__ = ["ArrowClient", "BulkClient", "Bytes", "FolderClient", "ObstoreClient", "S3fsClient", "obstore_works_here"]
+__all__ = ["PART_BYTES", "ArrowClient", "BulkClient", "Bytes", "FolderClient", "ObstoreClient", "S3fsClient", "obstore_works_here"]
 
-_PART_BYTES = 8 * 2**20
+PART_BYTES = 8 * 2**20
 """Of a multipart upload: 80 GB in S3's 10,000 parts."""
 _PARTS_IN_FLIGHT = 8
 
@@ -38,7 +38,7 @@ class S3fsClient:
 
     def write_file(self, path: str, file: Path) -> None:
         """Put a local file there; in parts from 16 MiB on, which are dropped when one fails."""
-        self.filesystem.put_file(str(file), f"{self.base}/{path}", chunksize=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
+        self.filesystem.put_file(str(file), f"{self.base}/{path}", chunksize=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Put a small object there."""
@@ -78,7 +78,7 @@ class ArrowClient:
             f"{self.base}/{path}",
             source_filesystem=pyarrow.fs.LocalFileSystem(),
             destination_filesystem=self.filesystem,
-            chunk_size=_PART_BYTES,
+            chunk_size=PART_BYTES,
         )
 
     def write_bytes(self, path: str, data: bytes) -> None:
@@ -121,7 +121,7 @@ class ObstoreClient:
         """Put a local file there, in parts, which are dropped when one fails."""
         import obstore
 
-        obstore.put(self.bucket, self._key(path), file, chunk_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
+        obstore.put(self.bucket, self._key(path), file, chunk_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Put a small object there."""

@@ -43,7 +43,7 @@ class S3Settings:
         import s3fs
 
         filesystem = s3fs.S3FileSystem(
-            # Listings are never cached: another process may have written. Large reads bypass s3fs, so it needs no read-ahead either.
+            # Listings are never cached: another process may have written. Ranges bypass s3fs, so it needs no read-ahead either.
             use_listings_cache=False,
             default_cache_type="none",
             endpoint_url=self.endpoint_url,

@@ -228,13 +228,14 @@ def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
         raise
 
 
-_TRIES = 4
+_TRIES = 7
+"""With pauses of 6 s in the mean and 11 s at most: a server that restarts is back by then, and one that is gone is told of soon."""
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 
 
 def persistently(ask: Callable[[], Answer], doing: str, url: str) -> Answer:
-    """Ask an object store, and ask again while it is busy or cuts answers off: four times in all, after pauses of random length (full jitter).
+    """Ask an object store, and ask again while it is busy or cuts answers off: seven times in all, after pauses of random length (full jitter).
 
     Workers that were refused together would come back together without the randomness.
 

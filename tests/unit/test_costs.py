@@ -31,6 +31,7 @@ from workers.dataset.samples import read_images, read_samples
 from workers.dataset.scanning import scan_images
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
 from workers.execution import ExecutionSettings, SilentProgress
+from workers.language_models import planned_shape
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
@@ -48,6 +49,7 @@ def costs(option=FP16, **changes):
         "overhead_bytes": 4000.0,
         "file_bytes": 7000.0,
         "unit_bytes": 90_000_000,
+        "most_images": 10**6,
         "months": 2.0,
         "cluster": EIGHT,
         "prices": PRICES,
@@ -60,7 +62,9 @@ def test_a_plan_by_hand():
     assert found.total_bytes == 1_000_000 * 3_004_000 + 6_000_000 * 1_000_000 + 100_000 * 7000
     assert found.image_bytes == 9_004_700
     assert found.num_objects == 2 * 100_000  # 10 images of 9 MB in a unit, an object for each branch
-    assert found.num_puts == found.num_objects  # 45 MB at once
+    # 45 MB in 6 parts of 8 MiB, begun and completed; a file of the index for each object, a record for each unit.
+    assert found.num_puts == 200_000 * (6 + 2) + 200_000 + 100_000
+    assert found.num_gets_pass == 2_000_000
     assert found.hours.prepare == pytest.approx(1_000_000 * 0.05 / 100 / 3600)
     assert found.hours.encode == pytest.approx(7_000_000 / 8000 / 3600)
     assert found.hours.network == pytest.approx(9.0047e12 / 10e9 / 3600)
@@ -68,7 +72,7 @@ def test_a_plan_by_hand():
     compute = 50_000 / 3600 * 0.04 + 875 / 3600 * 8 * 3  # devices for the 875 s of encoding, which take longer than 500 s of decoding
     assert found.compute_usd == pytest.approx(compute)
     assert found.storage_usd_month == pytest.approx(9004.7 * 0.02)
-    once = compute + 200 * 0.005 + 2 * 9004.7 * 0.02
+    once = compute + 1900 * 0.005 + 2 * 9004.7 * 0.02
     gets = 2000 * 0.0004  # the maps of both branches
     assert found.break_even_passes == pytest.approx(once / (compute - gets))
     assert found.break_even_passes > 50  # what the module says: keeping is dear, computing is cheap
@@ -88,8 +92,10 @@ def test_devices_are_paid_while_they_wait():
     assert slow.compute_usd == pytest.approx(2000 / 3600 * 8 * 3 + 200_000 / 3600 * 0.04)
 
 
-def test_large_objects_are_put_in_parts():
-    assert costs(unit_bytes=900_000_000).num_puts == 2 * 10_000 * (9 + 2)  # 450 MB in parts of 50 MiB, begun and completed
+def test_small_objects_are_put_at_once_and_units_hold_no_more_images_than_travel():
+    small = costs(replace(FP16, global_view_bytes=30_000, local_view_bytes=10_000), unit_bytes=900_000)
+    assert (small.num_objects, small.num_puts) == (200_000, 2 * 200_000 + 100_000)
+    assert costs(most_images=4).num_objects == 2 * 250_000
 
 
 def test_a_cache_without_local_views_leaves_them_to_every_pass():
@@ -148,10 +154,11 @@ def test_options_are_those_of_the_maps():
     assert found == {
         "fp16": (2 * view, view // 2),
         "int8": (view + 3 * 576 * 2, view // 4 + 3 * 144 * 2),
+        "fp32": (4 * view, view),
         "int8, global view only": (view + 3 * 576 * 2, 0),
     }
     packed = replace(features, precision="int8", calibration=RULE, calibration_sha256=UnknownDigest("it"), local_maps=())
-    assert [option.name for option, _ in cache_options(packed, RULE)] == ["int8", "fp16"]
+    assert [option.name for option, _ in cache_options(packed, RULE)] == ["int8", "fp16", "fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -256,7 +263,7 @@ def test_a_recipe_is_planned_from_what_it_will_draw(experiment: Experiment) -> N
     assert plan.prepare_core_s > 0
     assert plan.views_per_s > 0
     assert "probed with this encoder" in plan.hardware
-    assert [cost.option.name for cost in plan.options] == ["fp16", "int8", "int8, global view only"]
+    assert [cost.option.name for cost in plan.options] == ["fp16", "int8", "fp32", "int8, global view only"]
     assert plan.options[0].total_bytes > plan.options[1].total_bytes > 0
     assert plan.options[0].storage_usd_month == 0  # a disk of this machine
     assert experiment.store.list() == []
@@ -308,6 +315,11 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     assert plan["views_per_s"] == pytest.approx(2 * 100e12 * 0.5 / encoder_flops(encoder, deepest))
     assert plan["hardware"].startswith("2 devices of 100 TFLOP/s in fp32 at 50%, 10 cores, 100 Gbit/s at 80%")
     assert (plan["passes"], plan["months"], plan["num_images"]) == (3, 6, 1000)
+    # The language model frozen: two operations for each parameter and token, forward and back; tokens of both branches, and of text.
+    (local_views,) = map(int, plan["local_views"])
+    tokens = 49 + 49 * local_views + 150
+    parameters = planned_shape(str(tiny_language_model_folder)).num_parameters
+    assert plan["train_images_per_s"] == pytest.approx(2 * 100e12 * 0.5 / (4 * parameters * tokens))
     assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
     cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])
     out = capsys.readouterr().out
