@@ -5,25 +5,21 @@ from the hardware that the recipe states; bytes beside the maps from a file writ
 arithmetic.
 """
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from model.architectures import encoder_flops
 from model.errors import ImageError
 from model.images import DEFAULT_LIMITS, decode_image
 from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, fingerprint
 from model.views import plan_views
-from pipelines.costs import CacheCosts, CacheOption, Cluster, Verdict, cache_bytes, cache_costs, recommend
+from pipelines.cache_plan_text import CachePlan, CachePlanText, plan_text
+from pipelines.costs import CacheOption, Cluster, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
-from pipelines.wording import bytes_text, data_console, duration_text, print_table
 from workers.commits import from_json, to_json
 from workers.dataset.spec import LlavaJsonSourceSpec
 from workers.errors import StorageError
@@ -33,7 +29,7 @@ from workers.storage import Store
 if TYPE_CHECKING:
     from workers.dataset.samples import Sample
 
-__all__ = ["CachePlan", "ImageSizes", "PlannedCache", "cache_options", "make_cache_plan", "note_cache_plan", "planned_cache", "print_cache_plan"]
+__all__ = ["ImageSizes", "PlannedCache", "cache_options", "make_cache_plan", "note_cache_plan", "planned_cache"]
 
 _SCANNED = 2000
 _PROBED_IMAGES = 6
@@ -62,32 +58,6 @@ class ImageSizes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CachePlan:
-    """What a cache will take."""
-
-    recipe: str
-    encoder: str
-    num_images: int
-    images_from: str
-    local_views: dict[int, float]
-    """How many images have so many local views."""
-    num_views: int
-    view_gflop: float
-    passes: float
-    passes_from: str
-    months: float
-    hardware: str
-    prepare_core_s: float
-    """Seconds of one core for one image."""
-    views_per_s: float
-    train_images_per_s: float
-    """That training takes at most on that hardware: the language model frozen, and nothing else in the way."""
-    options: tuple[CacheCosts, ...]
-    """The first is what the recipe says."""
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedCache:
     """What a run expected of its cache before it began."""
 
@@ -96,6 +66,8 @@ class PlannedCache:
     seconds: float | None
     """Wall seconds of the stage; None where another machine does the work."""
     hardware: str
+    text: CachePlanText | None = None
+    """The whole plan; None where another machine does the work."""
 
 
 def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
@@ -236,7 +208,11 @@ def note_cache_plan(experiment: Experiment) -> None:
         plan = make_cache_plan(experiment, at_hand=True)
         own = plan.options[0]
         planned = PlannedCache(
-            num_views=plan.num_views, total_bytes=own.total_bytes, seconds=own.hours.total * 3600 + _START_S, hardware=plan.hardware
+            num_views=plan.num_views,
+            total_bytes=own.total_bytes,
+            seconds=own.hours.total * 3600 + _START_S,
+            hardware=plan.hardware,
+            text=plan_text(plan),
         )
     experiment.store.create_json(f"{folder}/{_PLAN}", to_json(planned))
 
@@ -402,79 +378,3 @@ def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tu
     each, seeds = seen_views / (sizes.num_images * (1 + local_views)), len(recipe.seeds)
     shown = f"views that the schedule sees over those of the cache, {each:.3g}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
     return each * seeds, shown
-
-
-def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:
-    """Print a plan.
-
-    Args:
-        plan: what to print.
-        as_json: JSON in place of tables.
-    """
-    if as_json:
-        data_console().print(json.dumps(_plain(asdict(plan)), indent=2), soft_wrap=True)
-        return
-    console = data_console()
-    facts = Table(box=None, pad_edge=False, show_header=False)
-    facts.add_column("fact", no_wrap=True)
-    facts.add_column("value", overflow="fold")
-    grids = ", ".join(f"{count} local: {weight:,.0f}" for count, weight in plan.local_views.items())
-    facts.add_row("images", f"{plan.num_images:,} ({plan.images_from})")
-    facts.add_row("views", f"{plan.num_views:,}: 1 global each, and {grids}")
-    facts.add_row("encoder", f"{plan.encoder}: {plan.view_gflop:,.3g} GFLOP a view")
-    facts.add_row("hardware", plan.hardware)
-    facts.add_row("rates", f"{plan.prepare_core_s * 1000:,.3g} ms of a core to decode and cut an image, {plan.views_per_s:,.4g} views/s encoded")
-    facts.add_row("passes", f"{plan.passes:.3g} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}")
-    reads = ", ".join(
-        f"{cost.option.name} {bytes_text(round(cost.image_bytes * plan.train_images_per_s))}/s" for cost in plan.options if cost.option.holds_local
-    )
-    facts.add_row("training", f"at most {plan.train_images_per_s:,.3g} images/s, by its language model's products alone; it then reads {reads}")
-    console.print(f"{plan.recipe}: what its cache takes", style="italic")
-    print_table(facts)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("stored as", overflow="fold")
-    for heading in (
-        "an image",
-        "in all",
-        "objects",
-        "writes",
-        "reads a pass",
-        "decoding",
-        "encoding",
-        "network",
-        "time",
-        "to make",
-        "a month",
-        "pays from pass",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for cost in plan.options:
-        spent = [duration_text(hours * 3600) for hours in (cost.hours.prepare, cost.hours.encode, cost.hours.network, cost.hours.total)]
-        even = f"{cost.break_even_passes:,.3g}" if isfinite(cost.break_even_passes) else "never"
-        table.add_row(
-            cost.option.name,
-            bytes_text(round(cost.image_bytes)),
-            bytes_text(cost.total_bytes),
-            f"{cost.num_objects:,}",
-            f"{cost.num_puts:,}",
-            f"{cost.num_gets_pass:,}",
-            *spent,
-            f"${cost.compute_usd:,.2f}",
-            f"${cost.storage_usd_month:,.2f}",
-            even,
-        )
-    print_table(table)
-    console.print(f"Recommended: {plan.verdict.choice}. {plan.verdict.reason[0].upper()}{plan.verdict.reason[1:]}.", soft_wrap=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: what is infinite is null."""
-    match value:
-        case float():
-            return value if abs(value) != inf else None
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case _:
-            return value

@@ -291,7 +291,8 @@ def plan(
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.", negative=())] = False,
 ) -> None:
     """What a recipe's feature cache takes before it is made: bytes, hours, dollars, and from which training pass on it pays."""
-    from pipelines.cache_plan import make_cache_plan, print_cache_plan
+    from pipelines.cache_plan import make_cache_plan
+    from pipelines.cache_plan_text import print_cache_plan
     from pipelines.stages import open_experiment
     from workers.storage import Store
 

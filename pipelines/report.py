@@ -31,6 +31,7 @@ from pipelines.report_page import (
     PageSample,
     PageTurn,
     PhaseCurves,
+    PlannedOptions,
     PlannedRow,
     ReportPage,
     StageRow,
@@ -175,6 +176,7 @@ def collect_page(experiment: "Experiment") -> ReportPage:
         samples=shown,
         stages=stages,
         cache_plan=_planned_rows(experiment),
+        cache_options=_planned_options(experiment),
         ask_command=shlex.join(
             ["loupe", "ask", *(shown_path(store.reference_url(export[name])) for name in ("folder", "check_image")), export["check_question"]]
         ),
@@ -406,6 +408,16 @@ def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
         PlannedRow(what=what, planned=shown, found=shown_found, difference=f"{100 * (found / max(plan, 1e-9) - 1):+.1f} %")
         for what, plan, found, shown, shown_found in rows
     )
+
+
+def _planned_options(experiment: "Experiment") -> PlannedOptions | None:
+    """What the plan counted, where this machine made it."""
+    from pipelines.cache_plan import planned_cache
+    from pipelines.cache_plan_text import OPTION_HEADINGS
+
+    if not experiment.caches or (planned := planned_cache(experiment)) is None or (text := planned.text) is None:
+        return None
+    return PlannedOptions(facts=text.facts, headings=OPTION_HEADINGS, rows=text.options, recommended=text.recommended)
 
 
 def _phase_curves(store: Store, runs: Sequence[_SeedRun]) -> tuple[PhaseCurves, ...]:

@@ -69,6 +69,17 @@ class PlannedRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedOptions:
+    """What was counted before the cache was made."""
+
+    facts: tuple[tuple[str, str], ...]
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """Ways to store the maps, by the headings; the recipe's own first."""
+    recommended: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
     """The loss of one phase under one seed."""
 
@@ -203,6 +214,8 @@ class ReportPage:
     stages: tuple[StageRow, ...]
     cache_plan: tuple[PlannedRow, ...]
     """Of the cache; empty where nothing was planned or nothing cached."""
+    cache_options: PlannedOptions | None
+    """None where another machine made it, or an older version planned it."""
     ask_command: str
     recipe_text: str
     seeds: tuple[int, ...]

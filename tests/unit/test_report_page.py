@@ -154,3 +154,5 @@ def test_the_plan_of_the_cache_stands_beside_its_outcome_where_there_was_one() -
     assert "as planned and as it was" in render_page(page())
     assert "+5.2 %" in render_page(page())
     assert "as planned" not in render_page(replace(page(), cache_plan=()))
+    assert "What the plan counted" in render_page(page())
+    assert "What the plan counted" not in render_page(replace(page(), cache_options=None))
