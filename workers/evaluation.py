@@ -211,7 +211,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         return done
     if spec.training_fingerprint != fingerprint(training):
         raise EvaluationError("the evaluation names another training run than it was given; make both from one recipe")
-    from workers.training.assemble import choose_device, load_trained, set_threads, training_data
+    from workers.devices import choose_device
+    from workers.training.assemble import load_trained, set_threads, training_data
 
     with stage.attempt() as timer:
         set_threads(execution)

@@ -61,7 +61,7 @@ class ExecutionSettings:
     gradient_checkpointing: bool = False
     """Whether the language model's layers are computed again for the backward pass instead of being kept: less memory, about a third more time."""
     max_failures: int = 2
-    """Worker deaths that a training run survives."""
+    """Worker deaths that a training run survives, and that a unit of other work does."""
     stall_after_s: int = 1800
     """So long after the last unit of work ended, a run is taken for stuck: its processes say where they are, and it is begun anew."""
     missing_features: Literal["fail", "encode", "substitute"] = "fail"

@@ -24,8 +24,9 @@ from model.packed_layers import can_pack, pack_layers
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
 from model.views import plan_views
 from workers.caching.codec import FeatureCodec
-from workers.caching.encode import choose_device, encode_views
+from workers.caching.encode import encode_views
 from workers.caching.layout import BRANCHES
+from workers.devices import choose_device
 
 __all__ = ["ProbedMachine", "probe_machine"]
 
@@ -77,7 +78,7 @@ def probe_machine(
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = there if cores is None else cores
     files = list(images)[:_MOST_IMAGES] or [_made_up(*size_px)]
-    place = choose_device(device)
+    place = choose_device(device).type
     threads = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:

@@ -4,7 +4,7 @@
     int8         one column of tokens x width codes, and one, `<map>__steps`, of a step per token in fp16
 
 Input: a branch's maps as the encoder gives them, fp32. Output: arrays as they lie in the table's columns; from those, fp32 again. Invariant: what a
-reader gets is what `round_trip` gives, whether it was stored in between or not. Centres and scales lie beside the tables, by their digest:
+reader gets is what was rounded, whether it was stored in between or not. Centres and scales lie beside the tables, by their digest:
 
     calibrations/<sha256>.safetensors    `<branch>/<map>/centre` and `.../scale`, fp32 [width]
 """
@@ -200,7 +200,7 @@ class FeatureCodec:
         Args:
             branch: of the map.
             item: the map.
-            stored: as `store` left it, or as it was read.
+            stored: as it was rounded, or as it was read.
         """
         return PackedMap(
             values=torch.from_numpy(stored.values),

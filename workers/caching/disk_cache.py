@@ -30,7 +30,7 @@ class DiskCache:
 
     Args:
         folder: of this machine; shared by all processes that name it.
-        max_bytes: that the files may take on disk, exceeded by a few reads at most.
+        max_bytes: that the files may take on disk, exceeded by a thirty-second part for each process at most.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:

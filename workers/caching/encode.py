@@ -35,6 +35,7 @@ from workers.caching.layout import (
 )
 from workers.caching.units import PreparedUnit, UnitOutcome, num_views, refuse, view_plan
 from workers.dataset.samples import Sample
+from workers.devices import choose_device
 from workers.execution import ExecutionSettings
 from workers.quarantine import QuarantineRow, quarantine_table, quarantine_to_table
 from workers.storage import Store
@@ -43,7 +44,6 @@ from workers.tables import TableFile
 __all__ = [
     "UnitEncoder",
     "begin_loading",
-    "choose_device",
     "encode_views",
     "load_unit_encoder",
     "row_groups",
@@ -52,13 +52,6 @@ __all__ = [
 
 
 _Loaded = TypeVar("_Loaded")
-
-
-def choose_device(device: str) -> str:
-    """`auto` made concrete: cuda when torch sees one, else cpu."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def encode_views(
@@ -102,7 +95,7 @@ def load_unit_encoder(spec: FeatureSpec, execution: ExecutionSettings, threads: 
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    device = choose_device(execution.device)
+    device = str(choose_device(execution.device))
     return load_encoder(spec.encoder, spec.deepest_layer, device, compute_dtype(spec.compute, device))
 
 

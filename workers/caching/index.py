@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,6 +34,7 @@ from workers.tables import Table, TableFile
 
 __all__ = [
     "FeatureIndex",
+    "FileJob",
     "compact_index",
     "file_checksums",
     "index_rows",
@@ -94,6 +96,15 @@ def index_rows(file: TableFile, footer: pq.FileMetaData, images: Sequence[tuple[
         },
         schema=INDEX_SCHEMA,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileJob:
+    """A file of features to be read whole, as it travels to a task."""
+
+    root: str
+    folder: str
+    file: TableFile
 
 
 def rows_of_file(store: Store, folder: str, file: TableFile) -> pa.Table:

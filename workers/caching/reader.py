@@ -26,12 +26,13 @@ from model.specs import Compute, FeatureSpec, MapSpec, deepest_layer
 from model.views import Branch
 from workers.caching.codec import FeatureCodec, StoredMap, read_calibrations
 from workers.caching.disk_cache import DiskCache
-from workers.caching.encode import choose_device, encode_views
+from workers.caching.encode import encode_views
 from workers.caching.index import FeatureIndex, map_checksum
 from workers.caching.layout import BRANCHES, features_table
 from workers.caching.sorted_rows import MapPlace
 from workers.caching.units import load_views, num_views
 from workers.dataset.samples import Sample
+from workers.devices import choose_device
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
 from workers.execution import cache_folder
 from workers.storage import Store
@@ -144,7 +145,7 @@ class LiveFeatures:
     ) -> None:
         self._store = store
         self._spec = spec
-        self._device = choose_device(device)
+        self._device = str(choose_device(device))
         self._maps = _Maps.chosen(spec, global_maps, local_maps)
         self._batch_views = batch_views
         self._encoder: Encoder | None = None

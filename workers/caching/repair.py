@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from model.errors import first_line
 from model.specs import FeatureSpec, fingerprint
-from workers.caching.index import FeatureIndex, rows_of_file, write_sorted_rows
+from workers.caching.index import FeatureIndex, FileJob, rows_of_file, write_sorted_rows
 from workers.caching.layout import encoding_folder, features_table, index_table
 from workers.caching.units import forget_plan
 from workers.commits import Stage
@@ -40,15 +40,6 @@ class CacheRepair:
     """Files that were damaged or gone, each with what was wrong; they are no part of the table any more."""
     reopened: tuple[str, ...]
     """Keys of the cache-features runs that lack images now; run again, they compute those."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FileJob:
-    """A file to be read whole, as it travels to a task."""
-
-    root: str
-    folder: str
-    file: TableFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +71,7 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     """
     store.check_writable()
     table = features_table(store, spec)
-    jobs = [_FileJob(root=store.root, folder=table.path, file=file) for file in table.files()]
+    jobs = [FileJob(root=store.root, folder=table.path, file=file) for file in table.files()]
     if not jobs:
         raise TableError(f"{store.url(table.path)} holds no files of features, so there is nothing to repair; run cache-features")
     parts: dict[tuple[tuple[str, str], ...], list[pa.Table]] = {}
@@ -102,7 +93,7 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     return CacheRepair(num_files=len(jobs), dropped=tuple(dropped), reopened=tuple(_reopen(store, spec)))
 
 
-def _read_rows(job: _FileJob) -> _FileRows:
+def _read_rows(job: FileJob) -> _FileRows:
     """A pure function of the job; may run twice."""
     try:
         return _FileRows(file=job.file, rows=rows_of_file(Store(job.root), job.folder, job.file), fault=None)

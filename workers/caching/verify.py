@@ -12,7 +12,7 @@ from itertools import islice
 from model.errors import ImageError, first_line
 from model.specs import FeatureSpec
 from model.views import Branch
-from workers.caching.index import FeatureIndex, file_checksums
+from workers.caching.index import FeatureIndex, FileJob, file_checksums
 from workers.caching.layout import features_table, maps_in
 from workers.caching.units import num_views
 from workers.dataset.samples import Sample, read_images
@@ -51,15 +51,6 @@ class CacheVerification:
     faults: tuple[str, ...]
     """What is wrong, the first of it; none where all is well."""
     num_faults: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FileJob:
-    """A file to be read whole, as it travels to a task."""
-
-    root: str
-    folder: str
-    file: TableFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +111,7 @@ def verify_cache(
     known = {file.path: file for file in table.files()}
     wanted = index.files()
     faults += [f"{path} is in the index and not in the table" for path in sorted(wanted - known.keys())]
-    jobs = [_FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted & known.keys())]
+    jobs = [FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted & known.keys())]
     seen: set[tuple[str, str, str]] = set()
     twice: set[str] = set()
     progress.start("reading files", len(jobs), 0)
@@ -182,7 +173,7 @@ def _encoded_again(spec: FeatureSpec, store: Store, device: str, samples: Sequen
             yield sample, None
 
 
-def _read_file(job: _FileJob) -> _FileContent:
+def _read_file(job: FileJob) -> _FileContent:
     """A pure function of the job; may run twice."""
     store = Store(job.root)
     try:

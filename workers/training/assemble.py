@@ -29,25 +29,7 @@ from workers.training.batches import needed_maps
 from workers.training.checkpoints import load_weights, read_checked
 from workers.training.spec import TrainingSpec
 
-__all__ = ["TrainingData", "assemble_model", "choose_device", "final_folder", "load_trained", "open_features", "set_threads", "training_data"]
-
-
-def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device to compute on.
-
-    Args:
-        asked: `auto` takes a GPU where there is one.
-
-    Returns:
-        A torch device.
-
-    Raises:
-        TrainingError: cuda was asked for and is not there.
-    """
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise TrainingError("device is cuda, but torch sees no GPU here; use device=auto or device=cpu")
-    return torch.device("cuda" if there and asked != "cpu" else "cpu")
+__all__ = ["TrainingData", "assemble_model", "final_folder", "load_trained", "open_features", "set_threads", "training_data"]
 
 
 def set_threads(execution: ExecutionSettings) -> None:

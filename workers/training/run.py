@@ -373,9 +373,10 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
 
     from model.language_model import checkpoint_layers, load_tokenizer
     from workers.dataset.samples import read_samples
+    from workers.devices import choose_device
     from workers.evaluation import check_questions
     from workers.language_models import language_model_folder
-    from workers.training.assemble import choose_device, training_data
+    from workers.training.assemble import training_data
     from workers.training.batches import BatchBuilder
     from workers.training.checkpoints import CheckpointFolder
     from workers.training.engine import DeepSpeedEngine, solo_process_group
