@@ -1,5 +1,6 @@
 """Caches in int8: half the bytes, calibrated first, as good as was measured, and as live features are."""
 
+import contextlib
 import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,12 @@ import torch
 
 from model.encoder import load_encoder
 from model.errors import EncoderError, SpecError
+from model.quality import MapQuality
 from model.quantisation import map_quality
 from model.specs import CalibrationRule, CalibrationSpec, fingerprint
 from tests import small_data
 from tests.features import fetch_images
+from workers.caching import build as caching_build
 from workers.caching import calibrate, codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
@@ -165,6 +168,15 @@ def test_images_unlike_those_that_were_measured_stop_the_cache(built):
     store.write_bytes(calibration_path(sha256), data)
     with pytest.raises(CalibrationError, match=r"the map (global|local)/\w+ is stored with -?\d+\.\d dB of signal over rounding, below 20"):
         cache(store, dataclasses.replace(packed, calibration_sha256=sha256))
+
+
+@pytest.mark.parametrize(("num_images", "snr_db", "stops"), [(15, 21.0, False), (15, 19.0, True), (16, 26.9, True), (16, 27.1, False)])
+def test_what_a_cache_keeps_is_held_against_the_recipe_once_images_enough_were_read_back(built, num_images, snr_db, stops):
+    packed, _ = calibrated(built[0], built[1])
+    one = MapQuality(num_tokens=1, signal=1.0, error=10 ** (-snr_db / 10))
+    expected = pytest.raises(CalibrationError, match=rf"below {27 if num_images == 16 else 20} .* allow less by features\.min_snr_db")
+    with expected if stops else contextlib.nullcontext():
+        caching_build._check_quality(packed, {packed.branch_maps[0][1].place("global"): one}, num_images)
 
 
 def test_a_picture_without_anything_in_it_is_no_bad_cache(built, tiny_encoder_folder):

@@ -42,8 +42,10 @@ from workers.storage import Store
 
 __all__ = ["CacheRecord", "cache_features"]
 
-LEAST_SNR_DB = 20.0
-"""Of int8, over the images that were read back: a tenth of the signal's amplitude. Calibrated maps have some 40 dB, uncalibrated ones 17."""
+_FEW_IMAGES, _LEAST_SNR_DB, _SNR_SLACK_DB = 16, 20.0, 3.0
+"""A map of int8 is held against what the recipe asks for, less half of the rounding's power, once so many images were read back while it is stored:
+which maps are stored so was decided by other images, and a blank one keeps 25 dB where others keep 40. Before that, against a tenth of the signal's
+amplitude: uncalibrated maps have 17 dB."""
 
 _READS_AT_ONCE = 16
 _COMMIT_UNITS, _COMMIT_EVERY_S = 16, 10.0
@@ -234,7 +236,7 @@ def _encode(
         _add(quarantined, quality, fresh)
         # Before the outcome is on record: after a repair the unit that broke the budget runs again.
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
-        _check_quality(spec, quality)
+        _check_quality(spec, quality, len(outcomes) + 1)
         path = stage.path(f"units/unit-{fresh.number:06d}.json")
         outcome = fresh if stage.store.create_json(path, to_json(fresh)) else read_outcome(stage.store, path)
         books.enter([outcome])
@@ -250,16 +252,20 @@ def _add(quarantined: dict[str, list[QuarantineRow]], quality: dict[str, MapQual
         quality[place] = quality.get(place, MapQuality()) + found
 
 
-def _check_quality(spec: FeatureSpec, found: Mapping[str, MapQuality]) -> None:
-    """Stop a cache of int8 that becomes much worse than its calibration promised: then its images are others than those that were measured."""
+def _check_quality(spec: FeatureSpec, found: Mapping[str, MapQuality], num_images: int) -> None:
+    """Stop a cache of int8 that becomes worse than the recipe allows: then its images are others than those that the calibration measured."""
+    if spec.calibration is None:
+        return
+    asked_db = spec.calibration.min_snr_db - _SNR_SLACK_DB
+    least_db = asked_db if num_images >= _FEW_IMAGES else min(asked_db, _LEAST_SNR_DB)
     for branch, item in spec.branch_maps:
         place = item.place(branch)
         quality = found.get(place, MapQuality())
-        if spec.stored_as(branch, item) == "int8" and quality.num_tokens and quality.snr_db < LEAST_SNR_DB:
+        if spec.stored_as(branch, item) == "int8" and quality.num_tokens and quality.snr_db < least_db:
             raise CalibrationError(
-                f"cache-features: the map {place} is stored with {quality.snr_db:.1f} dB of signal over rounding, below {LEAST_SNR_DB:g} on "
+                f"cache-features: the map {place} is stored with {quality.snr_db:.1f} dB of signal over rounding, below {least_db:g} on "
                 f"{quality.num_tokens} tokens: these images are unlike those that the calibration measured. Raise features.calibration_images, so "
-                "that it sees more of them, or store with features.precision = 'fp16'."
+                "that it sees more of them, allow less by features.min_snr_db, or store with features.precision = 'fp16'."
             )
 
 

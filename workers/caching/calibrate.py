@@ -2,7 +2,7 @@
 
 Runs before cache-features where the precision is int8. Three of four images are measured; the fourth is stored behind what was measured, read back
 and compared, since quality on the images that were measured would flatter. A map that loses more than the recipe allows is stored in fp16 instead:
-the cache never becomes worse than asked for, it becomes larger.
+the cache does not become worse than asked for, it becomes larger.
 
 A map of an encoding is measured once, by whichever run asks first, and what was found stays on record beside the table: so a cache can be extended by
 other datasets and maps without a number in it changing its meaning. That the images of another dataset fit the same centres and scales is checked
