@@ -23,7 +23,7 @@ from rich.table import Table
 from pipelines.errors import SettingError
 from pipelines.wording import data_console, print_table
 from workers.errors import StorageError
-from workers.s3_clients import BulkClient, Bytes
+from workers.s3_clients import CHOICES, CLIENT_VARIABLE, BulkClient, Bytes
 from workers.storage import Store, translated
 
 __all__ = ["Measurement", "StorageReport", "examine_storage", "print_storage_report"]
@@ -289,6 +289,8 @@ def print_storage_report(report: StorageReport, *, as_json: bool = False) -> Non
     for job, client in report.best.items():
         used = report.used[job]
         note = "as Loupe does" if used == client else f"Loupe uses {used}"
+        if used != client and job != "bulk reads" and client in CHOICES:
+            note += f"; {CLIENT_VARIABLE}={client} in its environment, and in that of the cluster's machines, changes that"
         console.print(f"Best for {job}: {client}, {note}.", soft_wrap=True)
     console.print(_verdict(report), soft_wrap=True)
 

@@ -12,7 +12,23 @@ from typing import Any
 
 import pyarrow.fs
 
-__all__ = ["PART_BYTES", "ArrowClient", "BulkClient", "Bytes", "FolderClient", "ObstoreClient", "S3fsClient", "obstore_works_here"]
+__all__ = [
+    "CHOICES",
+    "CLIENT_VARIABLE",
+    "PART_BYTES",
+    "ArrowClient",
+    "BulkClient",
+    "Bytes",
+    "FolderClient",
+    "ObstoreClient",
+    "S3fsClient",
+    "obstore_works_here",
+]
+
+CLIENT_VARIABLE = "LOUPE_S3_CLIENT"
+"""Environment variable that chooses what moves bulk bytes."""
+CHOICES = ("obstore", "s3fs")
+"""What it may name. Not Arrow, whose uploads can end with half an object under its name."""
 
 PART_BYTES = 8 * 2**20
 """Of a multipart upload: 80 GB in S3's 10,000 parts."""

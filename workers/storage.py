@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.fs
 
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError
-from workers.s3_clients import ArrowClient, BulkClient, Bytes, FolderClient, ObstoreClient, S3fsClient, obstore_works_here
+from workers.s3_clients import CHOICES, CLIENT_VARIABLE, ArrowClient, BulkClient, Bytes, FolderClient, ObstoreClient, S3fsClient, obstore_works_here
 from workers.s3_settings import S3Settings, resolve_s3_settings
 from workers.storage_errors import is_exists_error, persistently, translate_storage_error, translated
 
@@ -666,11 +666,9 @@ class Store:
     def _range_client(self) -> BulkClient:
         """What reads ranges: obstore, with 343 MB/s of 8 MiB ranges where s3fs has 237 and Arrow 182, all 32 in flight, on SeaweedFS on two cores.
 
-        `loupe doctor storage` measures it on any root. A child of a process that used obstore reads by s3fs.
+        `loupe doctor storage` measures it on any root, and LOUPE_S3_CLIENT chooses. A child of a process that used obstore reads by s3fs.
         """
-        if self._local is not None:
-            return FolderClient(self._local)
-        return self._obstore_client if obstore_works_here() else self._s3fs_client
+        return FolderClient(self._local) if self._local is not None else self._chosen_client
 
     @property
     def _upload_client(self) -> BulkClient:
@@ -678,9 +676,17 @@ class Store:
 
         Arrow has 27, within the spread, but its streams finish their upload when they are dropped after an error, and leave half an object.
         """
-        if self._local is not None:
-            return FolderClient(self._local)
-        return self._obstore_client if obstore_works_here() else self._s3fs_client
+        return FolderClient(self._local) if self._local is not None else self._chosen_client
+
+    @property
+    def _chosen_client(self) -> BulkClient:
+        match os.environ.get(CLIENT_VARIABLE) or CHOICES[0]:
+            case "obstore":
+                return self._obstore_client if obstore_works_here() else self._s3fs_client
+            case "s3fs":
+                return self._s3fs_client
+            case other:
+                raise StorageError(f"{CLIENT_VARIABLE}: found {other!r}; allowed: {' and '.join(CHOICES)}, and nothing, which is {CHOICES[0]}")
 
     def bulk_clients(self) -> Sequence[BulkClient]:
         """Every client that can move bulk bytes here; those that Loupe itself uses are among them."""

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines import cli
@@ -49,6 +50,35 @@ def test_the_table_names_the_best_and_what_holds(tmp_path: Path, capsys: pytest.
     assert "Best for ranged reads: os, as Loupe does." in out
     assert "Exclusive creation holds: 8 races of 8 callers, one winner each." in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_moves_bulk_bytes_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_servers.moto() as bucket:
+        jobs = {"bulk writes", "ranged reads"}
+        for chosen, used in ((None, "obstore"), ("", "obstore"), ("s3fs", "s3fs"), ("obstore", "obstore")):
+            if chosen is None:
+                monkeypatch.delenv("LOUPE_S3_CLIENT", raising=False)
+            else:
+                monkeypatch.setenv("LOUPE_S3_CLIENT", chosen)
+            store = Store(f"{bucket}/chosen")
+            assert {store.clients_in_use()[job] for job in jobs} == {used}
+            with store.publishing("file") as path:
+                path.write_bytes(b"0123456789")
+            buffer = np.empty(4, dtype=np.uint8)
+            store.read_into("file", 3, [buffer])
+            assert buffer.tobytes() == b"3456"
+        monkeypatch.setenv("LOUPE_S3_CLIENT", "arrow")
+        with pytest.raises(StorageError, match="LOUPE_S3_CLIENT: found 'arrow'; allowed: obstore and s3fs, and nothing, which is obstore"):
+            Store(f"{bucket}/chosen").clients_in_use()
+
+
+def test_a_best_client_that_is_not_in_use_is_told_with_how_to_choose_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.doctor._fastest", lambda measurements, operation: "s3fs")
+    monkeypatch.delenv("LOUPE_S3_CLIENT", raising=False)
+    with s3_servers.moto() as bucket:
+        _, out, _ = doctor(capsys, "--root", f"{bucket}/told")
+    assert "Best for ranged reads: s3fs, Loupe uses obstore; LOUPE_S3_CLIENT=s3fs in its environment" in out
+    assert "Best for bulk reads: s3fs, as Loupe does." in out
 
 
 def test_a_store_whose_creates_overwrite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
