@@ -37,7 +37,7 @@ FROZEN = {
     "serve": ["RECIPE", "--root", "--set", "--cron", "--timezone", "--port"],
     "doctor storage": ["--root", "--megabytes", "--json"],
     "gc": ["--root", "--older-than", "--superseded", "--delete", "--json"],
-    "verify": ["RECIPE", "--root", "--set", "--encoded", "--repair", "--json"],
+    "verify": ["RECIPE", "--root", "--set", "--encoded", "--seed", "--repair", "--json"],
 }
 
 
