@@ -175,7 +175,7 @@ def draw(found: dict[int, Steps], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
-    axes.set_prop_cycle(color=[*mpl.colormaps["tab10"].colors, "black"])
+    axes.set_prop_cycle(color=[*mpl.colormaps["tab10"].colors, "black", "navy"])
     sizes = sorted(found)
     ends = []
     for name in found[sizes[0]]:
@@ -190,7 +190,7 @@ def draw(found: dict[int, Steps], path: Path) -> None:
     for start in (1e-1, 1e1, 1e3):
         axes.plot(sizes, [start * size / sizes[0] for size in sizes], linestyle=":", linewidth=0.8, color="0.6", zorder=0)
     low, high = min(min(steps.values()) for steps in found.values()), max(max(steps.values()) for steps in found.values())
-    axes.set(xscale="log", yscale="log", xlabel="images", ylabel="milliseconds", ylim=(low * 600, high * 2500))
+    axes.set(xscale="log", yscale="log", xlabel="images", ylabel="milliseconds", ylim=(low * 600, high * 8000))
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
