@@ -7,7 +7,7 @@ arithmetic.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ from workers.quarantine import store_reason
 from workers.storage import Store
 
 if TYPE_CHECKING:
+    from model.views import Branch
+    from workers.caching.sizing import FileOverhead
     from workers.dataset.samples import Sample
 
 __all__ = ["ImageSizes", "PlannedCache", "cache_options", "make_cache_plan", "note_cache_plan", "planned_cache"]
@@ -113,6 +115,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         NothingThereError: there are no images to count, and none were given.
         SettingError: a number of images without a size, or one that cannot be.
     """
+    from workers.caching.sizing import file_overhead
     from workers.probing import probe_machine
 
     features, recipe = experiment.features, experiment.file.recipe
@@ -154,8 +157,10 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
     on_gpu = stated is not None or machine.device != "cpu"
     costs = []
-    for option, stored in cache_options(features, recipe.calibration_rule()):
-        overhead_bytes, file_bytes = _overhead(option, stored, typical)
+    options = cache_options(features, recipe.calibration_rule())
+    measured = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
+    for option, stored in options:
+        overhead_bytes, file_bytes = _overhead(option, measured[stored.precision])
         costs.append(
             cache_costs(
                 option,
@@ -219,11 +224,13 @@ def note_cache_plan(experiment: Experiment) -> None:
 
 def _plan_bytes(experiment: Experiment) -> PlannedCache:
     """Of a cache that another cluster makes: this machine says nothing of how fast that is, and may not even be able to run the encoder."""
+    from workers.caching.sizing import file_overhead
+
     features = experiment.features
     sizes = _sizes(experiment, _built_samples(experiment), None, None)
     num_local = round(sum(count * weight for count, weight in _local_views(features, sizes).items()))
     option, stored = cache_options(features, experiment.file.recipe.calibration_rule())[0]
-    overhead_bytes, file_bytes = _overhead(option, stored, _typical(sizes))
+    overhead_bytes, file_bytes = _overhead(option, file_overhead(stored, *_typical(sizes)))
     total_bytes, _ = cache_bytes(
         option,
         num_images=sizes.num_images,
@@ -260,11 +267,9 @@ def _most_images(experiment: Experiment, views: float, *, on_gpu: bool) -> int:
     return int(experiment.execution.unit_pixel_bytes(on_gpu=on_gpu) // (views * 3 * experiment.encoder.view_px**2))
 
 
-def _overhead(option: CacheOption, stored: FeatureSpec, typical_px: tuple[int, int]) -> tuple[float, float]:
+def _overhead(option: CacheOption, measured: "Mapping[Branch, FileOverhead]") -> tuple[float, float]:
     """Bytes beside the maps, for an image and for a unit."""
-    from workers.caching.sizing import file_overhead
-
-    parts = [part for branch, part in file_overhead(stored, *typical_px).items() if option.holds_local or branch == "global"]
+    parts = [part for branch, part in measured.items() if option.holds_local or branch == "global"]
     return sum(part.image_bytes for part in parts), sum(part.file_bytes for part in parts)
 
 

@@ -68,7 +68,11 @@ def num_views(spec: FeatureSpec, sample: Sample, branch: Branch) -> int:
 
 def feature_bytes(spec: FeatureSpec, samples: Sequence[Sample]) -> int:
     """Feature bytes of all views of some samples, without the files' small overhead."""
-    return sum(count * spec.view_bytes(branch) for branch, count in _branch_views(spec, samples).items())
+    return _views_bytes(spec, _branch_views(spec, samples))
+
+
+def _views_bytes(spec: FeatureSpec, views: Mapping[Branch, int]) -> int:
+    return sum(count * spec.view_bytes(branch) for branch, count in views.items())
 
 
 def _branch_views(spec: FeatureSpec, samples: Sequence[Sample]) -> dict[Branch, int]:
@@ -222,10 +226,11 @@ def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, siz
             spans=tuple((int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)),
             images_per_unit=1,
         )
-        narrowed, own = _narrowed(spec, group), [images[place] for place in group.places]
+        narrowed = _narrowed(spec, group)
+        views = _branch_views(narrowed, [images[place] for place in group.places])
         fitting = (
-            size.feature_bytes * len(places) // max(1, feature_bytes(narrowed, own)),
-            size.pixel_bytes * len(places) // max(1, sum(_branch_views(narrowed, own).values()) * 3 * spec.encoder.view_px**2),
+            size.feature_bytes * len(places) // max(1, _views_bytes(narrowed, views)),
+            size.pixel_bytes * len(places) // max(1, sum(views.values()) * 3 * spec.encoder.view_px**2),
         )
         groups.append(replace(group, images_per_unit=max(1, min(fitting))))
     return groups
