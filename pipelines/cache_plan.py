@@ -23,7 +23,7 @@ from pipelines.stages import Experiment
 from workers.commits import from_json, to_json
 from workers.dataset.spec import LlavaJsonSourceSpec
 from workers.errors import StorageError
-from workers.quarantine import store_reason
+from workers.quarantine import image_reason
 from workers.storage import Store
 
 if TYPE_CHECKING:
@@ -280,10 +280,8 @@ def _readable(store: Store, samples: "Sequence[Sample]") -> list[bytes]:
         try:
             data = store.read_reference(sample.image_path)
             decode_image(data)
-        except ImageError:
-            continue
-        except StorageError as error:
-            if store_reason(error) is None:
+        except (ImageError, StorageError) as error:
+            if image_reason(error) is None:
                 raise
             continue
         found.append(data)

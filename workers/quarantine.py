@@ -9,6 +9,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from model.errors import ImageError
 from workers.commits import Stage
 from workers.errors import AccessDeniedError, ErrorBudgetError, ObjectNotFoundError, StorageError
 from workers.storage import Store
@@ -21,6 +22,7 @@ __all__ = [
     "StoreReason",
     "check_budget",
     "commit_quarantine",
+    "image_reason",
     "quarantine_table",
     "quarantine_to_table",
     "read_quarantine",
@@ -72,6 +74,11 @@ def store_reason(error: StorageError) -> StoreReason | None:
     if isinstance(error, ObjectNotFoundError):
         return "missing_file"
     return "access_denied" if isinstance(error, AccessDeniedError) else None
+
+
+def image_reason(error: ImageError | StorageError) -> str | None:
+    """The reason code of what is wrong with one image; None when the failure says nothing about that image, as for `store_reason`."""
+    return error.reason if isinstance(error, ImageError) else store_reason(error)
 
 
 def quarantine_table(store: Store) -> Table:

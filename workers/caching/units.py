@@ -24,7 +24,7 @@ from workers.caching.layout import BRANCHES
 from workers.commits import Stage, from_json, to_json
 from workers.dataset.samples import Sample
 from workers.errors import IncompleteError, StorageError
-from workers.quarantine import QuarantineRow, quarantine_table, store_reason
+from workers.quarantine import QuarantineRow, image_reason, quarantine_table
 from workers.storage import Store
 from workers.tables import TableFile
 
@@ -389,10 +389,8 @@ def _prepared(spec: FeatureSpec, sample: Sample, store: Store, branch: Branch | 
     """An image's views, or why it is refused."""
     try:
         return load_views(spec, sample, store, branch)
-    except ImageError as error:
-        return refuse(sample, error.reason, str(error))
-    except StorageError as error:
-        reason = store_reason(error)
+    except (ImageError, StorageError) as error:
+        reason = image_reason(error)
         if reason is None:
             raise
         return refuse(sample, reason, str(error))

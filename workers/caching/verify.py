@@ -18,7 +18,7 @@ from workers.caching.units import num_views
 from workers.dataset.samples import Sample, read_images
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import read_quarantine, store_reason
+from workers.quarantine import image_reason, read_quarantine
 from workers.runtime import Cluster, stream_tasks
 from workers.storage import Store
 from workers.storage_errors import is_damage
@@ -163,10 +163,10 @@ def _encoded_again(spec: FeatureSpec, store: Store, device: str, samples: Sequen
     for sample in samples:
         try:
             features.verify([sample], num_images=1)
-        except (StaleCacheError, MissingFeaturesError, ImageError) as error:
+        except (StaleCacheError, MissingFeaturesError) as error:
             yield sample, error
-        except StorageError as error:
-            if store_reason(error) is None:
+        except (ImageError, StorageError) as error:
+            if image_reason(error) is None:
                 raise
             yield sample, error
         else:

@@ -15,7 +15,7 @@ from model.images import open_image
 from workers.dataset.sources import image_name, read_records
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
 from workers.errors import StorageError
-from workers.quarantine import store_reason
+from workers.quarantine import image_reason
 from workers.storage import Store
 
 __all__ = ["ScannedImages", "scan_images"]
@@ -105,9 +105,7 @@ def _size(store: Store, name: str) -> tuple[int, int] | None:
             width_px, height_px = image.size
             lies = image.getexif().get(_ORIENTATION, 1) > 4  # five to eight lie on their side
             return (height_px, width_px) if lies else (width_px, height_px)
-    except ImageError:
-        return None
-    except StorageError as error:
-        if store_reason(error) is None:
+    except (ImageError, StorageError) as error:
+        if image_reason(error) is None:
             raise
         return None
