@@ -5,7 +5,7 @@ day is left alone unless told otherwise, since a run may be about to commit it; 
 
     unfinished   files that a killed process was writing, and multipart uploads that nobody finished
     orphan       files of a feature table or its index that no commit names and no run that will go on: of a unit that was killed, or put together
-                 into a larger one
+                 into a larger one; centres and scales that no cache and no calibration names
     superseded   caches that no recipe uses, by the last cache that it finished or the one that it began behind it
 """
 
@@ -20,6 +20,8 @@ from typing import Literal, TypeVar
 import pyarrow as pa
 
 from model.specs import CalibrationSpec, FeatureSpec, fingerprint
+from workers.caching.calibrate import CalibratedMap, CalibrationRecord, is_map_record
+from workers.caching.codec import calibration_path
 from workers.caching.layout import encoding_folder
 from workers.caching.units import read_outcome
 from workers.commits import from_json
@@ -154,6 +156,11 @@ def find_leftovers(store: Store, objects: Sequence[StoredObject], *, older_than_
             held = promised | {f"{table}/{file.path}" for file in Table(store, table, pa.schema([]), ("branch", "maps")).files()}
             own = (item for item in old if item.path.startswith(f"{table}/branch=") and not item.is_unfinished)
             found += _grouped("orphan", (item for item in own if item.path not in held), place=table)
+    going = {path for item in found for path in (*item.paths, *item.records)}
+    calibrations = [item for item in old if item.path.startswith("calibrations/") and not item.is_unfinished]
+    if calibrations:
+        named = _named_calibrations(store, [item.path for item in objects if item.path not in going])
+        found += _grouped("orphan", (item for item in calibrations if item.path not in named), place="calibrations")
     return found
 
 
@@ -217,6 +224,17 @@ def _promised(store: Store, objects: Sequence[StoredObject]) -> set[str]:
             folder = folders[path.split("/")[2]]
             promised |= {f"{folder}/{file.path}" for file in outcome.files} | {f"{folder}/_index/{file.path}" for file in outcome.index_files}
     return promised
+
+
+def _named_calibrations(store: Store, paths: Sequence[str]) -> set[str]:
+    """Files of centres and scales that a cache was made with, or that are on record for the next one."""
+    named = {spec.calibration_sha256 for _, spec in _specs(store, "cache-features", FeatureSpec, paths) if spec.calibration_sha256}
+    for path in paths:
+        if path.startswith("runs/calibrate-features/") and path.endswith("/COMMITTED.json"):
+            named.add(from_json(CalibrationRecord, store.read_json(path), where=store.url(path)).sha256)
+        elif is_map_record(path):
+            named.add(from_json(CalibratedMap, store.read_json(path), where=store.url(path)).sha256)
+    return {calibration_path(sha256) for sha256 in named}
 
 
 def _whole_cache(store: Store, cache: CacheInUse, objects: Sequence[StoredObject]) -> Leftover:

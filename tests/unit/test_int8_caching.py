@@ -29,6 +29,7 @@ from workers.errors import CalibrationError, MissingFeaturesError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster
 from workers.storage import Store
+from workers.sweeping import find_leftovers, note_recipe, remove_leftovers
 
 SETTINGS = ExecutionSettings(feature_unit_bytes=20_000, encode_batch_views=5)
 
@@ -146,6 +147,35 @@ def test_a_calibration_that_is_gone_or_another_is_told(built):
     store.delete(record.path)
     with pytest.raises(MissingFeaturesError, match="is gone: without its centres and scales"):
         LiveFeatures(store, packed)
+
+
+def test_centres_and_scales_are_left_over_when_nothing_names_them_any_more(built):
+    store, spec, _ = built
+    everything = {"older_than_s": -1e6, "superseded": True}
+    packed, record = calibrated(store, spec)
+    calibrations = set(store.list("calibrations"))
+    # One of each map, and the one that they are put together in.
+    assert calibrations == {calibration_path(sha256) for sha256 in (record.sha256, *(item.sha256 for item in record.maps))}
+    cache(store, packed)
+    note_recipe(store, "one", packed, finished=True)
+    stray = calibration_path("0" * 64)
+    store.write_bytes(stray, b"of a run that was killed before it put them on record")
+    assert find_leftovers(store, store.list_objects()) == []  # written a moment ago
+    found = find_leftovers(store, store.list_objects(), **everything)
+    assert [(item.reason, item.place, item.paths) for item in found] == [("orphan", "calibrations", (stray,))]
+    remove_leftovers(store, found)
+    # With the cache goes what it was stored behind; what the next one is stored behind stays.
+    looser, _ = calibrated(store, spec, num_images=8)
+    kept = set(store.list("calibrations")) - calibrations
+    cache(store, looser)
+    note_recipe(store, "one", looser, finished=True)
+    found = find_leftovers(store, store.list_objects(), **everything)
+    assert {item.reason for item in found} == {"superseded", "orphan"}
+    remove_leftovers(store, found)
+    assert kept
+    assert set(store.list("calibrations")) == kept
+    CachedFeatures(store, looser).verify(read_samples(store, looser.dataset_fingerprint))
+    assert find_leftovers(store, store.list_objects(), **everything) == []
 
 
 def test_too_few_images_cannot_be_measured(built):

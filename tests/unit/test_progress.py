@@ -33,6 +33,21 @@ def test_lines_are_few_and_say_what_matters() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_time_left_is_not_told_by_what_happens_once() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = LineProgress(stream, clock=clock)
+    progress.start("training", total=100)
+    clock.now_s += 40.0  # processes start, a model is loaded
+    for _ in range(21):
+        progress.advance()
+        clock.now_s += 1.0
+    progress.finish()
+    lines = stream.getvalue().splitlines()
+    assert lines[1] == "training: 1/100 (1%), 40 s"
+    assert lines[2] == "training: 11/100 (11%), 50 s, 1/s, 1 min 29 s left"
+    assert lines[-1] == "training: 21/100 (21%), 1 min 00 s, 1/s, 1 min 19 s left"
+
+
 def test_work_that_is_all_done_divides_by_nothing() -> None:
     stream = io.StringIO()
     progress = LineProgress(stream, clock=Clock())

@@ -33,8 +33,9 @@ from workers.execution import ExecutionSettings, Progress
 from workers.runtime import Cluster, EncodingPlace, encoding_cluster
 from workers.storage import Store
 
-__all__ = ["CalibratedMap", "CalibrationRecord", "calibrate_features"]
+__all__ = ["CalibratedMap", "CalibrationRecord", "calibrate_features", "is_map_record"]
 
+_MAP_RECORDS = "calibrations"
 _UNIT_IMAGES = 8
 _CHECKED_OF = 4
 """One image of so many checks what the others measure."""
@@ -140,8 +141,14 @@ def calibrate_features(
         return stage.commit(record)
 
 
+def is_map_record(path: str) -> bool:
+    """Whether a path, relative to the root, is that of a `CalibratedMap` on record."""
+    parts = path.split("/")
+    return len(parts) == 5 and parts[0] == "features" and parts[2] == _MAP_RECORDS and path.endswith(".json")
+
+
 def _record_path(spec: CalibrationSpec, branch: Branch, item: MapSpec) -> str:
-    return f"{encoding_folder(spec.encoding)}/calibrations/{branch}/{item.name}.json"
+    return f"{encoding_folder(spec.encoding)}/{_MAP_RECORDS}/{branch}/{item.name}.json"
 
 
 def _on_record(spec: CalibrationSpec, store: Store, branch: Branch, item: MapSpec) -> CalibratedMap | None:
