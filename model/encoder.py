@@ -463,6 +463,9 @@ def load_encoder(spec: EncoderSpec, deepest_layer: int, device: str = "cpu", dty
             f"encoder {spec.model!r}: the weights in {folder} lack tensors of the vision tower, or have them in another shape, first {needed[0]}; "
             "the folder's config.json and weights do not belong together"
         )
+    if torch.device(device).type == "cuda":
+        # By default cuDNN convolves fp32 with the ten bits of TF32, and the patches' embedding is a convolution.
+        torch.backends.cudnn.allow_tf32 = False
     return Encoder(tower, spec, deepest_layer).to(device)
 
 

@@ -11,15 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["busy", "conflict", "reset", "lost", "slow", "truncated"] | None
-"""busy: 503 SlowDown. conflict: 409 as AWS gives it. reset: the request goes nowhere. lost: it is carried out, and the answer never comes. slow: the
-body comes in pieces. truncated: it ends half way, under the length of the whole."""
+Fault = Literal["busy", "conflict", "no upload", "reset", "lost", "slow", "truncated"] | None
+"""busy: 503 SlowDown. conflict: 409 as AWS gives it. no upload: 404 as MinIO gives it. reset: the request goes nowhere. lost: it is carried out, and
+the answer never comes. slow: the body comes in pieces. truncated: it ends half way, under the length of the whole."""
 
 Plan = Callable[[int, str, str], Fault]
 """Of a request's number from 1 on, its method and its path."""
 
 _BODIES = {
     "busy": (503, b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
+    "no upload": (404, b"<?xml version='1.0'?><Error><Code>NoSuchUpload</Code><Message>It may have been completed.</Message></Error>"),
     "conflict": (409, b"<?xml version='1.0'?><Error><Code>ConditionalRequestConflict</Code><Message>Another one.</Message></Error>"),
 }
 _PIECES = 8

@@ -14,15 +14,15 @@ def choose_device(asked: str) -> torch.device:
         asked: `auto` takes a GPU where there is one; `cpu`, `cuda`, or any device of torch's.
 
     Returns:
-        A torch device.
+        A torch device, a GPU with its number: CUDA's current one belongs to the thread, and threads that are started later begin at the first.
 
     Raises:
         ExecutionError: cuda was asked for and is not there.
     """
     there = torch.cuda.is_available()
-    if asked == "auto":
-        return torch.device("cuda" if there else "cpu")
-    device = torch.device(asked)
-    if device.type == "cuda" and not there:
+    device = torch.device(("cuda" if there else "cpu") if asked == "auto" else asked)
+    if device.type != "cuda" or ":" in str(device):
+        return device
+    if not there:
         raise ExecutionError("device is cuda, but torch sees no GPU here; use device=auto or device=cpu")
-    return device
+    return torch.device("cuda", torch.cuda.current_device())

@@ -220,7 +220,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         # The same connector and encoder over the images that are asked.
         over_asked = replace(training, dataset_fingerprint=spec.dataset_fingerprint, features=asked_features(spec, training))
         trained = read_samples(store, training.dataset_fingerprint, "train")
-        data = training_data(over_asked, store, spec.split, execution, device=device.type)
+        data = training_data(over_asked, store, spec.split, execution, device=str(device))
         shown = _about_images(data.samples)
         samples, left_out = (shown, []) if _of_training_dataset(spec, training) else _without_trained(shown, trained)
         questions = _chosen(samples, spec.max_questions)

@@ -33,6 +33,8 @@ __all__ = ["ProbedMachine", "probe_machine"]
 _ENOUGH_S = 3.0
 """Seconds of measuring, for each of the two rates."""
 _MOST_IMAGES = 12
+_LONGEST_JPEG_PX = 65_500
+"""Of a side, by libjpeg."""
 _CPU_CALL_FLOPS = 2 * 10**11
 """Of one call of the encoder on a CPU: a few seconds on two cores."""
 
@@ -89,12 +91,16 @@ def probe_machine(
 
 
 def _made_up(width_px: int, height_px: int) -> bytes:
-    """A JPEG that takes about as long to decode as a photograph: smooth shades under noise."""
+    """A JPEG that takes about as long to decode as a photograph: smooth shades under noise. Beyond what a JPEG can be, a PNG."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, size=(max(1, height_px // 32), max(1, width_px // 32), 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width_px, height_px), Image.Resampling.BICUBIC), dtype=np.int16)
-    pixels = (smooth + generator.integers(-12, 13, size=smooth.shape)).clip(0, 255).astype(np.uint8)
+    smooth = Image.fromarray(coarse).resize((width_px, height_px), Image.Resampling.BICUBIC)
     file = io.BytesIO()
+    if max(width_px, height_px) > _LONGEST_JPEG_PX:
+        smooth.save(file, "PNG", compress_level=1)
+        return file.getvalue()
+    noise = generator.integers(-12, 13, size=(height_px, width_px, 3), dtype=np.int8)
+    pixels = (np.asarray(smooth, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return file.getvalue()
 

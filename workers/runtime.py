@@ -183,20 +183,24 @@ class RayCluster:
             setting: the execution setting that says how many.
 
         Returns:
-            cuda when there is a GPU for each of them and the settings do not ask for the CPU.
+            cuda when there is a GPU for each of them; cpu when the settings ask for it, or do not ask and there is none.
 
         Raises:
-            ExecutionError: the settings ask for cuda and there are not enough GPUs.
+            ExecutionError: there are not enough GPUs, and the settings ask for them, or there are some. All on CPUs would then take days where
+                somebody waits for hours.
         """
         import ray
 
         resources: Callable[[], dict[str, float]] = ray.cluster_resources
         num_gpus = resources().get("GPU", 0)
-        if self._execution.device == "cuda" and num_gpus < num_processes:
+        device = self._execution.device
+        if device == "cpu" or (device == "auto" and num_gpus == 0):
+            return "cpu"
+        if num_gpus < num_processes:
             raise ExecutionError(
-                f"device is cuda, but the cluster has {num_gpus:g} GPUs for {num_processes} processes; lower {setting} or use device=cpu"
+                f"device is {device}, but the cluster has {num_gpus:g} GPUs for {num_processes} processes; lower {setting} or use device=cpu"
             )
-        return "cuda" if self._execution.device != "cpu" and num_gpus >= num_processes else "cpu"
+        return "cuda"
 
     def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
         """As Cluster.stream."""
@@ -226,7 +230,7 @@ class RayCluster:
         actor = remote(
             num_cpus=0,
             num_gpus=1 if on_gpu else 0,
-            max_restarts=self._execution.max_failures,
+            max_restarts=-1,  # what counts is how often a unit was tried: on spot machines every process dies some day
             max_task_retries=self._execution.max_failures,
             max_concurrency=2,
             scheduling_strategy="SPREAD",  # reserving no CPU, they would all fit on one node
@@ -286,7 +290,10 @@ class RayCluster:
             if not ready:
                 _check_alive()
                 if time.monotonic() - last_s > self._execution.stall_after_s:
-                    raise _stalled(time.monotonic() - last_s, len(running), actors)
+                    stalled = _stalled(time.monotonic() - last_s, len(running), actors)
+                    for actor in actors:  # stuck in a call it would never end by itself, and on a cluster of somebody else's keep its GPU
+                        ray.kill(actor)
+                    raise stalled
             last_s = time.monotonic() if ready else last_s
             for reference in ready:
                 if done is not None:
@@ -403,9 +410,12 @@ def encodes_on_gpu(execution: ExecutionSettings) -> bool:
     return _has_gpu()
 
 
+_NO_DEVICES = ("", "-1", "NoDevFiles")
+
+
 def _has_gpu() -> bool:
-    """Devices of CUDA's driver; a container without GPUs has none of them."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Devices of CUDA's driver, unless the environment hides them; a container without GPUs has none of them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in _NO_DEVICES and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _start_ray(execution: ExecutionSettings) -> None:

@@ -452,7 +452,16 @@ class Store:
             with tempfile.TemporaryDirectory(prefix="loupe-publish-") as folder:
                 temporary = Path(folder) / PurePosixPath(path).name
                 yield temporary
-                self._ask("write", path, lambda: self._upload_client.write_file(_relative(path), temporary))
+
+                def upload() -> None:
+                    self._upload_client.write_file(_relative(path), temporary)
+
+                try:
+                    self._ask("write", path, upload)
+                except ObjectNotFoundError:
+                    # A client asks for the completion of an upload again when the answer is lost. AWS says once more that it is complete; MinIO, that
+                    # there is no such upload.
+                    self._ask("write", path, upload)
 
     def download_folder(self, path: str, local: Path) -> None:
         """Copy every object below `path` into a local folder.
@@ -569,10 +578,10 @@ class Store:
             found = self.read_bytes(path)
             self.delete(path)
         except StorageError as error:
+            advice = ", or change its permissions" if isinstance(error, AccessDeniedError) else ""
             raise type(error)(
                 f"the root {self.root} cannot be written. Expected a folder or bucket where files can be created and deleted; found: "
-                f"{str(error).rstrip('.')}. "
-                "Choose another place with --root, or change its permissions."
+                f"{str(error).rstrip('.')}. Choose another place with --root{advice}."
             ) from error
         if found != b"loupe":
             raise StorageError(f"the root {self.root} gives back other bytes than were written; choose another place with --root")
@@ -591,7 +600,8 @@ class Store:
             raise StorageError(f"the root {self.root} cannot be written: {there} is a file. Choose another place with --root.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise AccessDeniedError(
-                f"the root {self.root} cannot be written: {there} may not be. Choose another place with --root, or change its permissions."
+                f"the root {self.root} cannot be written: this user may not write to {there}. Choose another place with --root, or change its "
+                "permissions."
             )
 
     @property

@@ -35,6 +35,7 @@ _CREDENTIAL_CODES = frozenset(
         "UnrecognizedClient",
     }
 )
+_SHORT_CODES = frozenset({"InvalidRange", "416"})
 _MISSING_CODES = frozenset({"KeyTooLongError", "NoSuchBucket", "NoSuchKey", "NoSuchUpload", "NotFound", "ResourceNotFound", "404"})
 _BUSY_CODES = frozenset(
     {
@@ -195,12 +196,16 @@ def is_exists_error(error: BaseException) -> bool:
 def is_damage(error: StorageError) -> bool:
     """Whether an object is gone or holds something else, as far as can be told; a store that is away or refuses us says nothing of it.
 
-    Arrow reports damage without a number of the operating system; what has one (too many open files) is not the file's fault.
+    Arrow reports damage without a number of the operating system; what has one (too many open files) is not the file's fault. Neither is what a
+    service answered: a HEAD that is refused for a stale token or a wrong region has a bare status, 400 or 301. But for a range beyond the end.
 
     Args:
         error: of a read.
     """
-    return isinstance(error, ObjectNotFoundError) or (type(error) is StorageError and getattr(error.__cause__, "errno", None) is None)
+    if type(error) is not StorageError:
+        return isinstance(error, ObjectNotFoundError)
+    cause = error.__cause__
+    return getattr(cause, "errno", None) is None and (cause is None or _service_codes(cause) <= _SHORT_CODES)
 
 
 @contextlib.contextmanager

@@ -114,9 +114,13 @@ def caches_in_use(store: Store, objects: Sequence[StoredObject]) -> list[CacheIn
         cache = found.setdefault(folder, CacheInUse(folder=folder, encoder=spec.encoder.model, precision=spec.precision))
         cache.runs.append(key)
     for path in store.list("recipes"):  # anew: a recipe that has come to a cache since keeps it
+        if not path.endswith(".json"):
+            continue
         record = store.read_json(path)
-        for folder in {record.get("table"), record.get("under_way")} & found.keys():
-            found[folder].recipes.append(path.removeprefix("recipes/").removesuffix(".json"))
+        if not isinstance(record, dict):
+            raise RecordError(f"{store.url(path)}: expected an object that names a recipe's cache, found {type(record).__name__}; remove it")
+        for used in found.keys() & {str(value) for value in record.values()}:
+            found[used].recipes.append(path.removeprefix("recipes/").removesuffix(".json"))
     for item in objects:
         folder = "/".join(item.path.split("/")[:2])
         if folder in found:
@@ -151,10 +155,11 @@ def find_leftovers(store: Store, objects: Sequence[StoredObject], *, older_than_
                 found.append(_whole_cache(store, cache, objects))
                 gone.add(cache.folder)
     promised = _promised(store, objects)
-    for folder in sorted({"/".join(item.path.split("/")[:2]) for item in old if item.path.startswith("features/")} - gone):
+    data = [item for item in old if item.path.startswith("features/") and "/branch=" in item.path]
+    for folder in sorted({"/".join(item.path.split("/")[:2]) for item in data} - gone):
         for table in (folder, f"{folder}/_index"):
             held = promised | {f"{table}/{file.path}" for file in Table(store, table, pa.schema([]), ("branch", "maps")).files()}
-            own = (item for item in old if item.path.startswith(f"{table}/branch=") and not item.is_unfinished)
+            own = (item for item in data if item.path.startswith(f"{table}/branch=") and not item.is_unfinished)
             found += _grouped("orphan", (item for item in own if item.path not in held), place=table)
     going = {path for item in found for path in (*item.paths, *item.records)}
     calibrations = [item for item in old if item.path.startswith("calibrations/") and not item.is_unfinished]

@@ -7,12 +7,14 @@
 Needs torch, transformers, numpy, safetensors and pyarrow, and none of Loupe's other packages: neither Ray nor Delta Lake. Prints JSON: of every rate
 the median of its repeats with the least and the most. Matrix product: the peak that torch reaches here on one large product. Bare: the encoder's
 forward pass over views that are on the device already, as it is written. Path: views on the host, through ViewEncoder to int8 and into Parquet files,
-written by a second thread as the cache writes them, a row group for an image.
+written by a second thread as the cache writes them, a row group for an image. Two units that were under way at once are then held against the bare
+forward pass, view by view: were a buffer written before its last reader is done, a view would be another one.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import time
@@ -149,7 +151,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from model.architectures import encoder_flops
     from model.encoder import compute_dtype
     from model.encoder_execution import EncoderForward, automatic_batch_views
-    from model.quantisation import ChannelCalibration
+    from model.quality import MapQuality
+    from model.quantisation import ChannelCalibration, map_quality
     from model.specs import CalibrationRule, FeatureSpec, MapSpec
     from model.views import ViewSpec
     from workers.caching.batching import ViewEncoder
@@ -235,6 +238,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         path()
         rates = [num_units * unit_views / _seconds(path, device) for _ in range(options.repeats)]
         written = sum(file.stat().st_size for file in Path(folder).iterdir()) / min(3, num_units)
+    both = [view_encoder.submit(part, wanted, {"global": 0, "local": 0}) for part in (unit, {branch: views[::-1] for branch, views in unit.items()})]
+    local, reversed_local = (pending.result()["local"].maps for pending in both)
+    quality, worst_view_db = {item.name: MapQuality() for item in maps}, math.inf
+    for start in range(0, len(unit["local"]), batch_views):
+        stop = min(start + batch_views, len(unit["local"]))
+        computed = encoder(torch.from_numpy(unit["local"][start:stop]).to(device), list(maps))
+        for item in maps:
+            for place in range(start, stop):
+                for stored, row in ((local[item.name], place), (reversed_local[item.name], len(unit["local"]) - 1 - place)):
+                    found_view = map_quality(computed[item.name][place - start], view_encoder.codec.load("local", item, stored[row : row + 1])[0])
+                    quality[item.name] += found_view
+                    worst_view_db = min(worst_view_db, found_view.snr_db)
     best = max([bare, *variants.values()], key=lambda rate: rate["median"])["median"]
     return found | {
         "batch_views": view_encoder.batch_size.views,
@@ -244,6 +259,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "unit_views": unit_views,
         "unit_file_bytes": int(written),
         "path_views_s": _spread(rates),
+        "path_snr_db": {name: round(kept.snr_db, 2) for name, kept in quality.items()},
+        "path_worst_view_snr_db": round(worst_view_db, 2),
         "path_of_bare": round(median(rates) / bare["median"], 4),
         "path_of_best": round(median(rates) / best, 4),
     }

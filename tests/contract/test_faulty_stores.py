@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pytest
 
-from tests.s3_faults import Plan, Proxy, every, fault_proxy, once
+from tests.s3_faults import Fault, Plan, Proxy, every, fault_proxy, once
 from workers.errors import ObjectNotFoundError, StorageError, StoreUnavailableError
 from workers.storage import Store
 from workers.tables import Table
@@ -72,6 +72,26 @@ def test_files_are_published_whole_through_faults(faulty: tuple[Store, Proxy], f
     assert all(store.read_bytes(f"files/{number}") == NOISE * 3 for number in range(2))
     assert store.read_bytes("files/small") == b"small"
     assert proxy.faults
+
+
+def test_an_upload_is_complete_though_the_answer_to_that_is_lost(faulty: tuple[Store, Proxy]) -> None:
+    """Asked again, AWS and SeaweedFS say that it is; MinIO, that there is no such upload."""
+    store, proxy = faulty
+    asked: dict[str, int] = {}
+
+    def as_minio(_number: int, method: str, path: str) -> Fault:
+        if method != "POST" or "uploadId=" not in path:
+            return None
+        asked[path] = asked.get(path, 0) + 1
+        if len(asked) > 1:
+            return None
+        return "lost" if asked[path] == 1 else "no upload"
+
+    proxy.plan = as_minio
+    with store.publishing("file") as path:
+        path.write_bytes(NOISE * 3)
+    assert list(asked.values()) == [2, 1]
+    assert store.read_bytes("file") == NOISE * 3
 
 
 def test_an_upload_that_fails_leaves_nothing_under_its_name(faulty: tuple[Store, Proxy]) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -284,6 +285,60 @@ def test_where_memory_ends_batches_are_halved_for_good(encoder, error, told, cap
     assert len(caplog.records) == 2
 
 
+def test_where_memory_ended_is_remembered_by_those_who_share_the_size(encoder):
+    watched, views = Watched(encoder, most_views=6), unit(num_global=0, num_local=20)
+    size = BatchSize(watched, 24)
+    for _ in range(2):
+        encode_views(watched, views["local"], "local", LOCAL_MAPS, codec_of(encoder), size)
+    assert watched.batches == [20, 12, 6, 6, 6, 2, 6, 6, 6, 2]
+    assert size.views == 6
+
+
+def test_views_are_written_to_a_new_buffer_behind_what_is_queued(encoder, monkeypatch):
+    """Torch hands out memory that kernels of the computing stream may still use; on CUDA only the order of the streams keeps them apart."""
+    said = []
+
+    class Stream:
+        def __init__(self, name=""):
+            self.name = name or f"copying {len([line for line in said if line[0] == 'made'])}"
+            if not name:
+                said.append(("made", self.name))
+
+        def wait_stream(self, other):
+            said.append((self.name, "waits for", other.name))
+
+    class Streams:
+        computing = Stream("computing")
+
+        def __init__(self):
+            self.Stream = Stream
+
+        def current_stream(self):
+            return self.computing
+
+        @contextlib.contextmanager
+        def stream(self, stream):
+            said.append((stream.name, "works"))
+            yield
+
+        class Event:
+            def record(self, stream):
+                pass
+
+            def synchronize(self):
+                pass
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Streams())
+    staged = ViewEncoder(encoder, codec_of(encoder), 5)
+    staged._is_staged = True
+    found = staged.submit(unit(num_global=5, num_local=15), MAPS, {"global": 0, "local": 0}).result()
+    inward = said[0][1]
+    orders = [line for line in said if line[0] in (inward, "computing")]
+    new, next_one = [(inward, "waits for", "computing")], [(inward, "works"), ("computing", "waits for", inward)]
+    assert orders == [*new, *next_one, *new, *next_one, *next_one, *next_one]
+    assert found["local"].finite.all()
+
+
 def test_memory_that_ends_midway_begins_the_unit_again(encoder):
     """What was encoded in larger batches is not mixed with what is encoded in smaller ones."""
 
@@ -463,3 +518,4 @@ assert not {{"ray", "deltalake"}} & set(sys.modules)
     for rate in ("bare_views_s", "path_views_s", "matrix_product_tflop_s"):
         assert 0 < found[rate]["min"] <= found[rate]["median"] <= found[rate]["max"]
     assert found["path_of_bare"] > 0
+    assert 25 < found["path_worst_view_snr_db"] <= min(found["path_snr_db"].values())

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from workers import runtime
-from workers.errors import ClusterError, StaleCacheError
+from workers.errors import ClusterError, ExecutionError, StaleCacheError
 from workers.execution import ExecutionSettings
 
 
@@ -96,6 +96,30 @@ def test_where_encoders_will_compute_is_known_before_they_start(monkeypatch, dev
         monkeypatch.setattr(runtime, "_start_ray", lambda execution: None)
         monkeypatch.setattr(runtime.RayCluster, "device", lambda self, num_processes, setting: "cpu")
     assert runtime.encodes_on_gpu(ExecutionSettings(device=device)) is expected
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_gpus_that_the_environment_hides_are_none(monkeypatch, hidden, expected):
+    monkeypatch.setattr("pathlib.Path.glob", lambda path, pattern: iter(["/dev/nvidia0"]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert runtime._has_gpu() is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("auto", 8, "cuda"), ("cpu", 1, "cpu"), ("auto", 1, None), ("cuda", 0, None)],
+)
+def test_processes_do_not_all_go_to_cpus_for_want_of_one_gpu(monkeypatch, device, gpus, expected):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, **({"GPU": float(gpus)} if gpus else {})})
+    cluster = runtime.RayCluster(ExecutionSettings(device=device))
+    if expected is None:
+        told = rf"device is {device}, but the cluster has {gpus} GPUs for 2 processes; lower encoder_actors or use device=cpu"
+        with pytest.raises(ExecutionError, match=told):
+            cluster.device(2, "encoder_actors")
+    else:
+        assert cluster.device(2, "encoder_actors") == expected
 
 
 def test_a_unit_fills_batches_where_gpus_encode_and_is_as_told_where_somebody_says():

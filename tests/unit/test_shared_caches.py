@@ -6,6 +6,7 @@ import hashlib
 import deltalake
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -275,6 +276,46 @@ def test_many_small_index_files_become_one_that_is_mapped(datasets, monkeypatch)
     assert len(index_table(store, spec.encoding).files()) == 2
     assert [FeatureIndex(store, spec).places(branch, names, images) for branch, names in asked] == whole
     assert FeatureIndex(store, spec).files() == {file.path for file in features_table(store, spec).files()}
+
+
+def test_rows_that_were_put_together_are_not_entered_again(datasets, monkeypatch):
+    """Of a run that was killed, whose small files another run has put together by the time it goes on."""
+    store, small, _ = datasets
+    many = dataclasses.replace(SETTINGS, feature_unit_bytes=1)
+    monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.caching.build._balance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache(store, small, many)
+    table = index_table(store, small.encoding)
+    entered = [[*table.files()], rows_of_index(table)]
+    assert [len(files) for files in entered] == [2, 2 * 10]
+    cache(store, small, many)
+    assert [[*index_table(store, small.encoding).files()], rows_of_index(table)] == entered
+
+
+def test_rows_that_are_there_twice_are_put_together_as_one(datasets, monkeypatch):
+    """Entered by two drivers of one cache, by the second after the first one's had been put together."""
+    store, small, _ = datasets
+    table = index_table(store, small.encoding)
+    cache(store, small, dataclasses.replace(SETTINGS, feature_unit_bytes=1))
+    before, files = rows_of_index(table), table.files()
+    monkeypatch.setattr(caching_index, "_COMPACT_ABOVE", 4)
+    compact_index(store, small)
+    table.commit(files)
+    assert sorted(rows_of_index(table)) == sorted(before * 2)
+    compact_index(store, small)
+    assert sorted(rows_of_index(table)) == sorted(before)
+    assert_reads_as_live(store, small)
+
+
+def rows_of_index(table):
+    """What each row tells of."""
+    found = []
+    for file in table.files():
+        rows = pq.read_table(table.store.local_path(f"{table.path}/{file.path}"), partitioning=None)
+        found += [(file.partition["branch"], *row.values()) for row in rows.select(["image_sha256", "file", "row_group"]).to_pylist()]
+    return sorted(found)
 
 
 def test_a_damaged_index_is_told(datasets):

@@ -6,6 +6,7 @@ CPU the same code runs with streams that do nothing and buffers that are the res
 first view, so a unit's numbers depend on the unit and on the batch's size alone.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,17 +145,23 @@ class ViewEncoder:
     Args:
         encoder: loaded deep enough.
         codec: of the cache.
-        batch_views: views in one forward pass; None is automatic. Halved where memory ends.
+        batch_views: views in one forward pass; None is automatic. Halved where memory ends. A BatchSize is shared with others, who then learn of it.
         compiled: as EncoderForward takes it.
         once: for a few views that are submitted together, and no others: they are encoded in less time than a compiler takes, and no batch is filled
             up to the size of others.
     """
 
     def __init__(
-        self, encoder: Encoder, codec: FeatureCodec, batch_views: int | None = None, *, compiled: bool | None = None, once: bool = False
+        self,
+        encoder: Encoder,
+        codec: FeatureCodec,
+        batch_views: int | BatchSize | None = None,
+        *,
+        compiled: bool | None = None,
+        once: bool = False,
     ) -> None:
         self.codec = codec
-        self.batch_size = BatchSize(encoder, batch_views)
+        self.batch_size = batch_views if isinstance(batch_views, BatchSize) else BatchSize(encoder, batch_views)
         self._encoder = encoder
         self._forward = EncoderForward(encoder, compiled=False, recorded=False) if once else EncoderForward(encoder, compiled=compiled)
         self._once = once
@@ -162,7 +169,8 @@ class ViewEncoder:
         """Whether views and maps go through buffers between host and device, in batches of one shape. Works on a CPU too, and is a waste there."""
         self._streams = torch.get_device_module(encoder.device)
         """torch.cuda, or torch.cpu, whose streams and events do nothing."""
-        self._inward, self._outward = self._streams.Stream(), self._streams.Stream()
+        with self._here():
+            self._inward, self._outward = self._streams.Stream(), self._streams.Stream()
         self._slots: list[_Slot] = []
         self._num_batches = 0
 
@@ -190,7 +198,16 @@ class ViewEncoder:
         Raises:
             EncoderError: memory ends at a single view, or the encoder was not loaded as deep as a map needs it.
         """
-        return self.batch_size.backing_off(lambda batch_views: self._submit(views, maps, num_compared, batch_views), self._release)
+        with self._here():
+            return self.batch_size.backing_off(lambda batch_views: self._submit(views, maps, num_compared, batch_views), self._release)
+
+    def _here(self) -> contextlib.AbstractContextManager[object]:
+        """A block in which the encoder's device is the current one.
+
+        CUDA's belongs to the thread: a new one begins at the first GPU, and streams and events that it makes would wait for nothing that the
+        encoder's does.
+        """
+        return torch.cuda.device(self._encoder.device) if self._encoder.device.type == "cuda" else contextlib.nullcontext()
 
     def _submit(
         self,
@@ -222,6 +239,8 @@ class ViewEncoder:
             side = self._encoder.spec.view_px
             host = torch.zeros((batch_views, 3, side, side), dtype=torch.uint8, pin_memory=self._pins)
             self._slots.append(_Slot(host_views=host, device_views=torch.empty_like(host, device=self._encoder.device) if self._is_staged else host))
+            # Memory that torch gives may be read and written still by what is queued on the stream that computes, which the other does not follow.
+            self._inward.wait_stream(self._streams.current_stream())
         slot = self._slots[self._num_batches % len(self._slots)] if len(self._slots) == _SLOTS else self._slots[-1]
         self._num_batches += 1
         slot.land()

@@ -127,7 +127,7 @@ def cache_features(
         books.ensure()
         plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), partial(_unit_size, execution))
         outcomes = _read_outcomes(stage)
-        books.enter(outcomes.values())
+        books.enter_again(outcomes.values())
         books.commit()
         missing = [unit for unit in plan.units if unit.number not in outcomes]
         if missing:
@@ -204,6 +204,13 @@ class _Books:
         waited_s = time.monotonic() - self._last
         if waited_s >= self._least_s and (len(self._pending) >= _COMMIT_UNITS or waited_s > _COMMIT_EVERY_S):
             self.commit()
+
+    def enter_again(self, outcomes: Iterable[UnitOutcome]) -> None:
+        """Take in outcomes of an earlier run. Where the features are in their table the index has their rows, put together with others' by now."""
+        held = {file.path for file in self._tables[-1].files()}
+        for outcome in outcomes:
+            is_entered = bool(outcome.files) and held.issuperset(file.path for file in outcome.files)
+            self._pending.append(replace(outcome, index_files=()) if is_entered else outcome)
 
     def commit(self) -> None:
         """Put all that is pending into the tables."""

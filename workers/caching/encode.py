@@ -17,6 +17,7 @@ import torch
 from jaxtyping import UInt8
 
 from model.encoder import Encoder, compute_dtype, load_encoder
+from model.encoder_execution import BatchSize
 from model.specs import FeatureSpec, MapSpec, fingerprint
 from model.views import Branch
 from workers.caching.batching import EncodedViews, ViewEncoder
@@ -60,7 +61,7 @@ def encode_views(
     branch: Branch,
     maps: Sequence[MapSpec],
     codec: FeatureCodec,
-    batch_views: int | None,
+    batch_views: int | BatchSize | None,
     *,
     num_compared: int = 0,
 ) -> EncodedViews:
@@ -72,7 +73,7 @@ def encode_views(
         branch: which.
         maps: which, of the branch.
         codec: of the cache.
-        batch_views: views in one forward pass; None is automatic.
+        batch_views: views in one forward pass; None is automatic. A BatchSize remembers where memory ended.
         num_compared: so many of the first views are read back, to tell how true they are.
 
     Returns:

@@ -106,6 +106,11 @@ class FileJob:
     folder: str
     file: TableFile
 
+    def fault(self, error: Exception) -> str:
+        """What is wrong with it, in a line that names it once."""
+        named = f"cannot read {Store(self.root).url(f'{self.folder}/{self.file.path}')}: "
+        return f"{self.file.path}: {first_line(error).removeprefix(named)}"
+
 
 def rows_of_file(store: Store, folder: str, file: TableFile) -> pa.Table:
     """The index's rows of a file, told from the file alone and read whole, with its pages' checksums verified.
@@ -360,9 +365,16 @@ def compact_index(store: Store, spec: FeatureSpec) -> None:
 
 def _merged(table: Table, files: Sequence[TableFile]) -> TableFile:
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        rows = pa.concat_tables(pool.map(partial(_read, table), files))
+        rows = _distinct(pa.concat_tables(pool.map(partial(_read, table), files)))
     digest = hashlib.sha256("".join(file.path for file in files).encode()).hexdigest()
     return write_sorted_rows(table, files[0].partition, digest[:32], rows)
+
+
+def _distinct(rows: pa.Table) -> pa.Table:
+    """Rows without those that say the same once more, as of a unit that two drivers entered, one of them before the last merging."""
+    numbered = rows.select(["image_sha256", "file", "row_group"]).append_column("number", pa.array(np.arange(len(rows))))
+    first = numbered.group_by(["image_sha256", "file", "row_group"]).aggregate([("number", "min")])["number_min"]
+    return rows if len(first) == len(rows) else rows.take(first)
 
 
 def _sorted_parts(table: Table, files: Sequence[TableFile], num_maps: int, pool: ThreadPoolExecutor) -> list[SortedRows]:

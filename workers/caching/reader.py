@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from model.encoder import Encoder, compute_dtype, load_encoder
+from model.encoder_execution import BatchSize
 from model.errors import MissingMapError, first_line
 from model.quantisation import PackedMap
 from model.specs import Compute, FeatureSpec, MapSpec, deepest_layer
@@ -148,7 +149,7 @@ class LiveFeatures:
         self._device = str(choose_device(device))
         self._maps = _Maps.chosen(spec, global_maps, local_maps)
         self._batch_views = batch_views
-        self._encoder: Encoder | None = None
+        self._encoder: tuple[Encoder, BatchSize] | None = None
         self._codec = FeatureCodec(spec, read_calibrations(store, spec))
 
     def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
@@ -169,16 +170,18 @@ class LiveFeatures:
         for branch, samples in self._maps.wanted(images).items():
             views = [load_views(self._spec, sample, self._store, branch) for sample in samples]
             maps = self._maps.by_branch[branch]
-            encoded = encode_views(self._loaded(), np.concatenate(views), branch, maps, self._codec, self._batch_views)
+            encoder, batch_size = self._loaded()
+            encoded = encode_views(encoder, np.concatenate(views), branch, maps, self._codec, batch_size)
             if not encoded.finite.all():
                 raise MissingFeaturesError(f"a {branch} map is not finite at {self._spec.precision}; a cache would have refused that image")
             found[branch] = {item.name: self._codec.packed(branch, item, encoded.maps[item.name]) for item in maps}
         return found
 
-    def _loaded(self) -> Encoder:
+    def _loaded(self) -> tuple[Encoder, BatchSize]:
         if self._encoder is None:
             deepest = max(map(deepest_layer, self._maps.by_branch.values()))
-            self._encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
+            encoder = load_encoder(self._spec.encoder, deepest, self._device, compute_dtype(self._spec.compute, self._device))
+            self._encoder = encoder, BatchSize(encoder, self._batch_views)
         return self._encoder
 
 
@@ -247,6 +250,7 @@ class CachedFeatures:
         policy: what to do about an image that is missing or damaged: `fail`; `encode` it live; or `substitute`, which fails too and leaves it to
             whoever makes batches to ask for another one.
         device: for `encode` and the canary.
+        batch_views: views in one forward pass of those; None is automatic.
         reads_in_flight: at once; None is 16 from an object store, and from a folder two for each core, 4 to 16.
         disk_cache_bytes: what was read from an object store is kept on this machine up to so many bytes, in `cache_folder()`; 0 keeps nothing.
 
@@ -267,6 +271,7 @@ class CachedFeatures:
         local_maps: Sequence[MapSpec] | None = None,
         policy: Literal["fail", "encode", "substitute"] = "fail",
         device: str = "cpu",
+        batch_views: int | None = None,
         reads_in_flight: int | None = None,
         disk_cache_bytes: int = 0,
     ) -> None:
@@ -274,7 +279,7 @@ class CachedFeatures:
         self._spec = spec
         self._maps = _Maps.chosen(spec, global_maps, local_maps)
         self._policy = policy
-        self._live = LiveFeatures(store, spec, device, global_maps=global_maps, local_maps=local_maps)
+        self._live = LiveFeatures(store, spec, device, global_maps=global_maps, local_maps=local_maps, batch_views=batch_views)
         self._codec = FeatureCodec(spec, read_calibrations(store, spec))
         self._folder = features_table(store, spec).path
         self._buffers = _Buffers()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from model.errors import first_line
 from model.specs import FeatureSpec, fingerprint
 from workers.caching.index import FeatureIndex, FileJob, rows_of_file, write_sorted_rows
 from workers.caching.layout import encoding_folder, features_table, index_table
@@ -78,7 +77,9 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     damaged: list[_FileRows] = []
     progress.start("reading files", len(jobs), 0)
     try:
-        for found in stream_tasks(_read_rows, jobs, execution, cluster):
+        for told in stream_tasks(_read_rows, jobs, execution, cluster):
+            # What goes for good is looked at once more, here: a machine of the cluster may lack the folder that the root lies in.
+            found = told if told.rows is not None else _read_rows(FileJob(root=store.root, folder=table.path, file=told.file))
             if found.rows is None:
                 damaged.append(found)
             else:
@@ -89,8 +90,7 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     # The index first: what it does not name is read by nobody. Then the table, then the runs that count on what is gone.
     _write_index(store, spec, parts)
     table.drop([found.file for found in damaged])
-    dropped = sorted(f"{found.file.path}: {found.fault}" for found in damaged)
-    return CacheRepair(num_files=len(jobs), dropped=tuple(dropped), reopened=tuple(_reopen(store, spec)))
+    return CacheRepair(num_files=len(jobs), dropped=tuple(sorted(found.fault or "" for found in damaged)), reopened=tuple(_reopen(store, spec)))
 
 
 def _read_rows(job: FileJob) -> _FileRows:
@@ -100,7 +100,7 @@ def _read_rows(job: FileJob) -> _FileRows:
     except (StorageError, MissingFeaturesError) as error:
         if isinstance(error, StorageError) and not is_damage(error):
             raise
-        return _FileRows(file=job.file, rows=None, fault=first_line(error))
+        return _FileRows(file=job.file, rows=None, fault=job.fault(error))
 
 
 def _write_index(store: Store, spec: FeatureSpec, parts: Mapping[tuple[tuple[str, str], ...], list[pa.Table]]) -> None:

@@ -171,11 +171,13 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
         fresh = UnitPlan(
             num_images=len(images), samples_sha256=digest, num_held=len(images) - num_missing, planned_bytes=planned_bytes, groups=tuple(groups)
         )
-        if stage.store.create_json(path, to_json(fresh)):
-            # Of a plan that there was before, and whose units were cut otherwise: whoever removed its outcomes left its refusals.
-            refused, own = quarantine_table(stage.store), {"stage": stage.name, "key": stage.key}
-            if refused.files(own):
-                refused.replace([], own)
+        stage.store.create_json(path, to_json(fresh))
+    if not stage.store.list(stage.path("units")):
+        # Nothing of the plan is done, so refusals are of one that there was before, and whose units were cut otherwise: whoever removed its outcomes
+        # left them. At every start: the process that made the plan may have been killed before it came to this.
+        refused, own = quarantine_table(stage.store), {"stage": stage.name, "key": stage.key}
+        if refused.files(own):
+            refused.replace([], own)
     plan = from_json(UnitPlan, stage.store.read_json(path), where=stage.store.url(path))
     if plan.samples_sha256 != digest:
         raise IncompleteError(

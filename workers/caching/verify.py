@@ -6,6 +6,7 @@ the checksums of their pages, and those of their maps are held against the index
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,7 +14,7 @@ from model.errors import ImageError, first_line
 from model.specs import FeatureSpec
 from model.views import Branch
 from workers.caching.index import FeatureIndex, FileJob, file_checksums
-from workers.caching.layout import features_table, maps_in
+from workers.caching.layout import BRANCHES, features_table, maps_in
 from workers.caching.units import num_views
 from workers.dataset.samples import Sample, read_images
 from workers.errors import MissingFeaturesError, StaleCacheError, StorageError
@@ -36,12 +37,14 @@ class CacheVerification:
     num_images: int
     """Distinct ones of the dataset."""
     num_cached: int
-    """With every map."""
+    """With every map, in files that can be read."""
     num_quarantined: int
     num_files: int
-    """Read whole: all that hold a map of these images."""
+    """That hold a map of these images."""
+    num_read: int
+    """Of those, read whole."""
     num_bytes: int
-    """Of those files."""
+    """Of what was read."""
     num_encoded: int
     """Encoded again and compared."""
     not_encoded: tuple[str, ...]
@@ -110,15 +113,23 @@ def verify_cache(
     table = features_table(store, spec)
     known = {file.path: file for file in table.files()}
     wanted = index.files()
-    faults += [f"{path} is in the index and not in the table" for path in sorted(wanted - known.keys())]
+    if faults and (unnamed := [path for path, file in known.items() if path not in wanted and _may_hold(spec, file)]):
+        faults.append(
+            f"{len(unnamed)} of the table's {len(known)} files are not in the index, first {unnamed[0]}: they may hold what is missing, and "
+            "--repair makes the index anew from what they hold"
+        )
+    unread = wanted - known.keys()
+    faults += [f"{path} is in the index and not in the table" for path in sorted(unread)]
     jobs = [FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted & known.keys())]
     seen: set[tuple[str, str, str]] = set()
     twice: set[str] = set()
     progress.start("reading files", len(jobs), 0)
     try:
-        for content in stream_tasks(_read_file, jobs, execution, cluster):
+        for found in stream_tasks(_read_file, jobs, execution, cluster) if jobs else ():  # Ray takes seconds to start
+            content = found if found.fault is None else _read_file(FileJob(root=store.root, folder=table.path, file=found.file))  # not on one word
             if content.fault is not None:
-                faults.append(f"{content.file.path}: {content.fault}")
+                unread.add(content.file.path)
+                faults.append(content.fault)
             faults += _differences(spec, index, content, expected)
             for image, _, _ in content.checksums:
                 row = (image, content.file.partition["branch"], content.file.partition["maps"])
@@ -128,6 +139,7 @@ def verify_cache(
             progress.advance(1, faults=len(faults))
     finally:
         progress.finish()
+    whole -= _images_in(spec, index, sorted(whole), unread)
     chosen = sorted(whole)
     random.Random(seed).shuffle(chosen)
     compared, not_encoded = 0, []
@@ -143,14 +155,30 @@ def verify_cache(
         num_images=len(images),
         num_cached=len(whole),
         num_quarantined=len(images) - len(expected),
-        num_files=len(jobs),
-        num_bytes=sum(job.file.size_bytes for job in jobs),
+        num_files=len(wanted),
+        num_read=len(wanted - unread),
+        num_bytes=sum(job.file.size_bytes for job in jobs if job.file.path not in unread),
         num_encoded=compared,
         not_encoded=tuple(not_encoded),
         num_twice=len(twice),
         faults=tuple(faults[:_MOST_TOLD]),
         num_faults=len(faults),
     )
+
+
+def _may_hold(spec: FeatureSpec, file: TableFile) -> bool:
+    """Whether a file holds a map of the spec's at all: a table is shared by others."""
+    held = maps_in(file.partition["maps"])
+    return any(branch == file.partition["branch"] and item.name in held for branch in BRANCHES for item in spec.maps(branch))
+
+
+def _images_in(spec: FeatureSpec, index: FeatureIndex, images: Sequence[str], files: AbstractSet[str]) -> set[str]:
+    """Those of the images of which a map lies in one of the files."""
+    found: set[str] = set()
+    for branch in BRANCHES if files else ():
+        located = index.places(branch, [item.name for item in spec.maps(branch)], images)
+        found |= {image for image, places in zip(images, located, strict=True) if places and any(place.file in files for place in places)}
+    return found
 
 
 def _encoded_again(spec: FeatureSpec, store: Store, device: str, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Exception | None]]:
@@ -181,7 +209,7 @@ def _read_file(job: FileJob) -> _FileContent:
     except (StorageError, MissingFeaturesError) as error:
         if isinstance(error, StorageError) and not is_damage(error):
             raise
-        return _FileContent(file=job.file, checksums=(), fault=first_line(error))
+        return _FileContent(file=job.file, checksums=(), fault=job.fault(error))
     return _FileContent(file=job.file, checksums=found, fault=None)
 
 

@@ -90,7 +90,7 @@ def open_features(spec: TrainingSpec, store: Store, execution: ExecutionSettings
     Args:
         spec: of the run.
         store: where the cache and the images are.
-        execution: missing_features and feature_cache_bytes count.
+        execution: missing_features, feature_cache_bytes and encode_batch_views count.
         device: for encoding.
 
     Returns:
@@ -101,13 +101,15 @@ def open_features(spec: TrainingSpec, store: Store, execution: ExecutionSettings
     """
     global_maps, local_maps = needed_maps(spec.connector)
     if spec.feature_source == "live":
-        return LiveFeatures(store, spec.features, device, global_maps=global_maps, local_maps=local_maps)
+        batch_views = execution.encode_batch_views
+        return LiveFeatures(store, spec.features, device, global_maps=global_maps, local_maps=local_maps, batch_views=batch_views)
     return CachedFeatures(
         store,
         spec.features,
         global_maps=global_maps,
         local_maps=local_maps,
         device=device,
+        batch_views=execution.encode_batch_views,
         policy=execution.missing_features,
         disk_cache_bytes=execution.feature_cache_bytes,
     )

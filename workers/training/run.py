@@ -393,7 +393,7 @@ def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, 
     name = "align" if stage == "align" else "sft"
     phases = [spec.schedule.phases[index] for index in stage_phases(spec.schedule, "align" if stage == "align" else "sft")]
     refused = screen(spec, store, execution, SilentProgress()).refused
-    data = training_data(spec, store, "train", execution, device=device.type, verify=rank == 0)
+    data = training_data(spec, store, "train", execution, device=str(device), verify=rank == 0)
     samples = [sample for sample in data.samples if sample.index not in refused]
     num_text_only = sum(sample.text_only for sample in samples)
     counts = {"num_images": len(samples) - num_text_only, "num_text_only": num_text_only}
