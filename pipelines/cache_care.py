@@ -10,15 +10,18 @@ from rich.table import Table
 
 from model.errors import first_line
 from model.specs import fingerprint
-from pipelines.errors import NothingThereError, PipelineError
+from pipelines.errors import FaultsFoundError, NothingThereError, SettingError
 from pipelines.progress import console_progress
 from pipelines.stages import Experiment
-from pipelines.wording import bytes_text, data_console, print_table
+from pipelines.wording import bytes_text, count_text, data_console, print_table
 from workers.errors import StorageError, StoreUnavailableError
 from workers.storage import Store
 from workers.sweeping import CacheInUse, caches_in_use, find_abandoned_uploads, find_leftovers, remove_leftovers
 
 __all__ = ["repair_experiment", "sweep_root", "verify_experiment"]
+
+_MOST_HOURS = 1_000_000
+"""Older than a century: nothing is."""
 
 
 def verify_experiment(experiment: Experiment, *, num_encoded: int, seed: int | None = None, as_json: bool = False) -> None:
@@ -28,17 +31,21 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, seed: int | N
         experiment: the resolved recipe and its root.
         num_encoded: images that are encoded again.
         seed: which ones; None is others every time.
-        as_json: as one JSON object for each cache instead of a table.
+        as_json: as a JSON list of the recipe's caches instead of tables.
 
     Raises:
+        SettingError: the number of images is none.
         NothingThereError: the recipe stores nothing, or its cache is not made.
-        PipelineError: a cache is not whole or not true; the faults are told.
+        FaultsFoundError: a cache is not whole or not true; the faults are told.
     """
     from workers.caching.verify import verify_cache
 
+    if num_encoded < 0:
+        raise SettingError(f"verify --encoded: found {num_encoded}; allowed: 0 or more")
+
     if not experiment.caches:
         raise NothingThereError(f"recipe {experiment.file.path}: features.source is live, so there is no cache to verify")
-    num_faults = 0
+    num_faults, told = 0, []
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     for _, features, _ in experiment.data:
         if experiment.record("cache-features", features) is None:
@@ -49,28 +56,32 @@ def verify_experiment(experiment: Experiment, *, num_encoded: int, seed: int | N
         progress = console_progress()
         found = verify_cache(features, experiment.store, experiment.execution, progress, stage_key=key, seed=seed, num_encoded=num_encoded)
         num_faults += found.num_faults
+        told.append({"features": key, "seed": seed, **asdict(found)})
         if as_json:
-            print(json.dumps({"features": key, "seed": seed, **asdict(found)}, indent=1))
             continue
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column("fact", no_wrap=True)
         table.add_column("value", overflow="fold")
         table.add_row("features", key)
-        table.add_row("images", f"{found.num_images}: {found.num_cached} with every map, {found.num_quarantined} in quarantine")
-        table.add_row("files", f"{found.num_files} read whole, {bytes_text(found.num_bytes)}")
-        table.add_row("encoded again", f"{found.num_encoded} images, by --seed {seed}")
+        table.add_row("images", f"{found.num_images:,}: {found.num_cached:,} with every map, {found.num_quarantined:,} in quarantine")
+        table.add_row("files", f"{found.num_read:,} of {found.num_files:,} read whole, {bytes_text(found.num_bytes)}")
+        skipped = found.num_faults and not (found.num_encoded or found.not_encoded)
+        table.add_row("encoded again", "none, since there are faults" if skipped else f"{count_text(found.num_encoded, 'image')}, by --seed {seed}")
         for reason in found.not_encoded:
             table.add_row("not encoded", reason)
         if found.num_twice:
-            table.add_row("stored twice", f"{found.num_twice} images, by two runs at once; one row of each is read")
-        table.add_row("faults", str(found.num_faults) if found.num_faults else "none")
+            table.add_row("stored twice", f"{count_text(found.num_twice, 'image')}, by two runs at once; one row of each is read")
+        table.add_row("faults", f"{found.num_faults:,}" if found.num_faults else "none")
         print_table(table)
         for fault in found.faults:
             data_console().print(f"  {fault}", soft_wrap=True)
+    if as_json:
+        print(json.dumps(told, indent=1))
     if num_faults:
-        raise PipelineError(
-            f"{num_faults} faults in the cache of recipe {experiment.file.recipe.name!r}. With --repair the index is made anew, and what is damaged "
-            "is left to the next `loupe run` to compute"
+        name, count = experiment.file.recipe.name, count_text(num_faults, "fault")
+        raise FaultsFoundError(
+            f"{count} in the cache of recipe {name!r}. With --repair the index is made anew, and what is damaged is left to the next `loupe run` to "
+            "compute"
         )
 
 
@@ -101,7 +112,9 @@ def repair_experiment(experiment: Experiment, *, as_json: bool = False) -> None:
         console.print(f"  dropped {fault}", soft_wrap=True)
     if found.reopened:
         console.print(
-            f"To be completed by the next `loupe run`: the caches {', '.join(found.reopened)}, of which images are missing now.", soft_wrap=True
+            f"Images are missing now from {count_text(len(found.reopened), 'cache')} ({', '.join(found.reopened)}); the next `loupe run` of a recipe "
+            "that uses one computes them.",
+            soft_wrap=True,
         )
 
 
@@ -116,9 +129,16 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
         as_json: print JSON instead of tables.
 
     Raises:
+        SettingError: the age is none.
+        NothingThereError: the root is a folder that does not exist.
         StorageError: the store is away, or refuses.
     """
+    if not 0 <= older_than_h <= _MOST_HOURS:
+        raise SettingError(f"gc --older-than: found {older_than_h:g}; allowed: hours from 0 to {_MOST_HOURS:,}")
     store = Store(root)
+    folder = store.local_path()
+    if folder is not None and not folder.is_dir():
+        raise NothingThereError(f"gc: the root {store.root} does not exist; name the one that runs write to with --root")
     objects = store.list_objects()
     leftovers = find_leftovers(store, objects, older_than_s=older_than_h * 3600, superseded=superseded)
     caches = caches_in_use(store, objects)
@@ -164,7 +184,8 @@ def _print_caches(caches: Sequence[CacheInUse]) -> None:
     if not caches:
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("cache", "encoder", "precision"):
+    table.add_column("cache", no_wrap=True)  # to be copied
+    for heading in ("encoder", "precision"):
         table.add_column(heading, overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("written", no_wrap=True)

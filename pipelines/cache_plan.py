@@ -20,6 +20,7 @@ from pipelines.cache_plan_text import CachePlan, CachePlanText, plan_text
 from pipelines.costs import CacheOption, Cluster, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
+from pipelines.wording import count_text
 from workers.commits import from_json, to_json
 from workers.dataset.spec import LlavaJsonSourceSpec
 from workers.errors import StorageError
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
     from workers.caching.sizing import FileOverhead
     from workers.dataset.samples import Sample
 
-__all__ = ["ImageSizes", "PlannedCache", "cache_options", "make_cache_plan", "note_cache_plan", "planned_cache"]
+__all__ = ["ImageSizes", "PlannedCache", "cache_options", "check_given_images", "make_cache_plan", "note_cache_plan", "planned_cache"]
 
 _SCANNED = 2000
 _PROBED_IMAGES = 6
 
 _PLAN = "plan.json"
+
+_MOST_IMAGES = 10**12
 
 _TEXT_TOKENS = 150
 """Of a conversation beside its image."""
@@ -100,7 +103,7 @@ def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[C
 
 
 def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_px: tuple[int, int] | None = None, at_hand: bool = False) -> CachePlan:
-    """Plan a recipe's cache. That of an `[evaluation.dataset]` is not counted.
+    """Plan a recipe's cache. That of an `[evaluation.dataset]` is not counted, and the plan says so.
 
     Args:
         experiment: to be planned.
@@ -118,6 +121,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     from workers.caching.sizing import file_overhead
     from workers.probing import probe_machine
 
+    check_given_images(images, size_px)
     features, recipe = experiment.features, experiment.file.recipe
     samples = None if images is not None else _built_samples(experiment)
     sizes = _sizes(experiment, samples, images, size_px)
@@ -140,19 +144,29 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     local = experiment.store.local_path() is not None
     if stated is not None:
         cluster = stated.cluster(view_flops, features.compute)
-        products_flop_s = stated.devices * stated.peak_tflops("bf16") * 1e12 * stated.device_share
+        products_flop_s = stated.devices * stated.peak_train_tflops(features.compute) * 1e12 * stated.device_share
         hardware = (
-            f"{stated.devices} devices of {stated.peak_tflops(features.compute):g} TFLOP/s in {features.compute} at {stated.device_share:.0%}, "
-            f"{stated.cores} cores, {stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; decoding as probed here"
+            f"{count_text(stated.devices, 'device')} of {stated.peak_tflops(features.compute):g} TFLOP/s in {features.compute} at "
+            f"{stated.device_share:.0%}, {count_text(stated.cores, 'core')}, {stated.network_gbit_s:g} Gbit/s at {stated.network_share:.0%}; "
+            "decoding as probed here"
         )
     else:
         assert machine.views_per_s is not None
         on_cpu = machine.device == "cpu"
-        products_flop_s = machine.views_per_s * view_flops
-        cluster = Cluster(devices=1, views_per_s=machine.views_per_s, cores=machine.cores, network_bytes_per_s=None, shares_cores=on_cpu)
+        # Of CPUs all cores were probed, of GPUs one: each process of ours has one of its own.
+        encoding, training = (1, 1) if on_cpu else (experiment.execution.encoder_actors, experiment.execution.train_workers)
+        products_flop_s = training * machine.views_per_s * view_flops
+        cluster = Cluster(
+            devices=encoding,
+            views_per_s=encoding * machine.views_per_s,
+            cores=machine.cores,
+            network_bytes_per_s=None,
+            shares_cores=on_cpu,
+        )
         kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
         far = "" if local else "; its network is not known and not counted, [plan.cluster] states one"
-        hardware = f"this machine, {machine.device} with {machine.cores} core{'s' if machine.cores > 1 else ''}, probed with {kind}{far}"
+        devices = machine.device if encoding == 1 else f"{encoding} times {machine.device}"
+        hardware = f"this machine, {devices} with {count_text(machine.cores, 'core')}, probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
     on_gpu = stated is not None or machine.device != "cpu"
@@ -170,7 +184,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
                 overhead_bytes=overhead_bytes,
                 file_bytes=file_bytes,
                 unit_bytes=experiment.execution.unit_bytes(on_gpu=on_gpu),
-                most_images=_most_images(experiment, 1 + num_local / sizes.num_images, on_gpu=on_gpu),
+                most_images=_most_images(experiment, 1 + (num_local / sizes.num_images if option.holds_local else 0), on_gpu=on_gpu),
                 months=recipe.plan.months,
                 cluster=cluster,
                 prices=prices,
@@ -182,6 +196,8 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         encoder=features.encoder.model,
         num_images=sizes.num_images,
         images_from=sizes.source,
+        not_counted=_not_counted(experiment),
+        on_disk=stated is None and local,
         local_views={count: histogram[count] for count in sorted(histogram)},
         num_views=sizes.num_images + num_local,
         view_gflop=view_flops / 1e9,
@@ -302,6 +318,11 @@ def _run_folder(experiment: Experiment) -> str:
     return f"runs/cache-features/{fingerprint(experiment.features)[:16]}"
 
 
+def _not_counted(experiment: Experiment) -> str:
+    """What the recipe caches besides."""
+    return "" if experiment.file.recipe.evaluation.dataset is None else "the images of [evaluation.dataset], which are cached as well"
+
+
 def _typical(sizes: ImageSizes) -> tuple[int, int]:
     """The size in the middle, by pixels: half of the images have fewer."""
     ordered = sorted(zip(sizes.sizes_px, sizes.weights, strict=True), key=lambda pair: pair[0][0] * pair[0][1])
@@ -313,14 +334,32 @@ def _typical(sizes: ImageSizes) -> tuple[int, int]:
     return ordered[-1][0]
 
 
-def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
+def check_given_images(images: int | None, size_px: tuple[int, int] | None) -> None:
+    """Look whether there can be so many images of a size, before anything else is looked at.
+
+    Args:
+        images: their number.
+        size_px: their width and height.
+
+    Raises:
+        SettingError: one without the other, or one that cannot be.
+    """
     if (images is None) != (size_px is None):
         raise SettingError("plan: --images and --size go together, such as --images 1200000 --size 1024x768; give both or neither")
     if images is not None and size_px is not None:
-        if images < 1:
-            raise SettingError(f"plan --images: found {images}; allowed: at least 1")
-        if size_px[0] * size_px[1] > DEFAULT_LIMITS.max_pixels:
-            raise SettingError(f"plan --size: found {size_px[0]}x{size_px[1]}; images of more than {DEFAULT_LIMITS.max_pixels:,} pixels are refused")
+        if not 1 <= images <= _MOST_IMAGES:
+            raise SettingError(
+                f"plan --images: found {images if abs(images) < 10**15 else 'a number of more than 15 digits'}; allowed: 1 to {_MOST_IMAGES:,}"
+            )
+        found, limits = f"plan --size: found {size_px[0]}x{size_px[1]}", DEFAULT_LIMITS
+        if size_px[0] * size_px[1] > limits.max_pixels:
+            raise SettingError(f"{found}; images of more than {limits.max_pixels:,} pixels are refused")
+        if max(size_px) > limits.max_aspect * min(size_px):
+            raise SettingError(f"{found}; images of which one side is more than {limits.max_aspect:g} times the other are refused")
+
+
+def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int | None, size_px: tuple[int, int] | None) -> ImageSizes:
+    if images is not None and size_px is not None:
         return ImageSizes(num_images=images, sizes_px=(size_px,), weights=(float(images),), by_source={}, source="as given")
     if samples is not None:
         if not samples:

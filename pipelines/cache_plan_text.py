@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from pipelines.costs import CacheCosts, Verdict
-from pipelines.wording import bytes_text, data_console, duration_text, print_table
+from pipelines.wording import bytes_text, data_console, dollars_text, duration_text, print_choices, print_table
 
 __all__ = ["OPTION_HEADINGS", "CachePlan", "CachePlanText", "plan_text", "print_cache_plan"]
 
@@ -37,6 +37,10 @@ class CachePlan:
     encoder: str
     num_images: int
     images_from: str
+    not_counted: str
+    """What else the recipe caches; empty where that is all."""
+    on_disk: bool
+    """Whether it lies on this machine's disk, where no request is paid for and no network is in the way."""
     local_views: dict[int, float]
     """How many images have so many local views."""
     num_views: int
@@ -81,6 +85,7 @@ def plan_text(plan: CachePlan) -> CachePlanText:
     return CachePlanText(
         facts=(
             ("images", f"{plan.num_images:,} ({plan.images_from})"),
+            *((("not counted", plan.not_counted),) if plan.not_counted else ()),
             ("views", f"{plan.num_views:,}: 1 global each, and {grids}"),
             ("encoder", f"{plan.encoder}: {plan.view_gflop:,.3g} GFLOP a view"),
             ("hardware", plan.hardware),
@@ -88,23 +93,26 @@ def plan_text(plan: CachePlan) -> CachePlanText:
             ("passes", f"{plan.passes:.3g} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}"),
             ("training", f"at most {plan.train_images_per_s:,.3g} images/s, by its language model's products alone; it then reads {reads}"),
         ),
-        options=tuple(_option_row(cost) for cost in plan.options),
+        options=tuple(_option_row(cost, on_disk=plan.on_disk) for cost in plan.options),
         recommended=f"{plan.verdict.choice}. {plan.verdict.reason[0].upper()}{plan.verdict.reason[1:]}.",
     )
 
 
-def _option_row(cost: CacheCosts) -> tuple[str, ...]:
+def _option_row(cost: CacheCosts, *, on_disk: bool) -> tuple[str, ...]:
     hours = cost.hours
+    network = "-" if hours.network is None else duration_text(hours.network * 3600)
     return (
         cost.option.name,
         bytes_text(round(cost.image_bytes)),
         bytes_text(cost.total_bytes),
         f"{cost.num_objects:,}",
-        f"{cost.num_puts:,}",
-        f"{cost.num_gets_pass:,}",
-        *(duration_text(spent * 3600) for spent in (hours.prepare, hours.encode, hours.network, hours.total)),
-        f"${cost.compute_usd:,.2f}",
-        f"${cost.storage_usd_month:,.2f}",
+        "-" if on_disk else f"{cost.num_puts:,}",
+        "-" if on_disk else f"{cost.num_gets_pass:,}",
+        *(duration_text(spent * 3600) for spent in (hours.prepare, hours.encode)),
+        network,
+        duration_text(hours.total * 3600),
+        dollars_text(cost.compute_usd),
+        dollars_text(cost.storage_usd_month),
         f"{cost.break_even_passes:,.3g}" if isfinite(cost.break_even_passes) else "never",
     )
 
@@ -127,13 +135,7 @@ def print_cache_plan(plan: CachePlan, *, as_json: bool) -> None:
         facts.add_row(*fact)
     console.print(f"{plan.recipe}: what its cache takes", style="italic")
     print_table(facts)
-    table = Table(box=None, pad_edge=False)
-    table.add_column(OPTION_HEADINGS[0], overflow="fold")
-    for heading in OPTION_HEADINGS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for option in text.options:
-        table.add_row(*option)
-    print_table(table)
+    print_choices(OPTION_HEADINGS, text.options)
     console.print(f"Recommended: {text.recommended}", soft_wrap=True)
 
 

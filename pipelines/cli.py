@@ -1,7 +1,8 @@
 """The `loupe` command. It sets execution only (where, how fast, how far); what is computed stands in the recipe.
 
-Whatever a user can put right ends with one paragraph on standard error and status 2. Ctrl-C ends with status 130, SIGTERM with 143, and both with a
-state that the next run resumes. Prefect, Ray and torch are imported only by the commands that use them.
+Whatever a user can put right ends with one paragraph on standard error and status 2; what a command was to look at and found wrong, with status 1.
+Ctrl-C ends with status 130, SIGTERM with 143, and both with a state that the next run resumes. Prefect, Ray and torch are imported only by the
+commands that use them.
 """
 
 import errno
@@ -19,7 +20,7 @@ from rich.table import Table
 from model.errors import ModelError, closest, first_line
 from model.metrics import MetricName
 from model.specs import ExportForm
-from pipelines.errors import FlowServerError, PipelineError
+from pipelines.errors import FaultsFoundError, FlowServerError, PipelineError
 from pipelines.recipe_files import RECIPES_FOLDER, RecipeFile, load_recipe, recipe_files
 from pipelines.settings import execution_settings, settings_from_words, size_from_word
 from pipelines.wording import data_console, print_table
@@ -28,6 +29,7 @@ from workers.errors import RecordError, WorkerError
 
 __all__ = ["app", "main"]
 
+FAULTS_FOUND = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 TERMINATED = 143
@@ -291,15 +293,17 @@ def plan(
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.", negative=())] = False,
 ) -> None:
     """What a recipe's feature cache takes before it is made: bytes, hours, dollars, and from which training pass on it pays."""
-    from pipelines.cache_plan import make_cache_plan
+    from pipelines.cache_plan import check_given_images, make_cache_plan
     from pipelines.cache_plan_text import print_cache_plan
     from pipelines.stages import open_experiment
     from workers.storage import Store
 
+    size_px = None if size is None else size_from_word(size)
+    check_given_images(images, size_px)
     file = load_recipe(recipe)
     execution = execution_settings(settings_from_words(settings), file.recipe)
     experiment = open_experiment(file, Store(root), execution, planning=True)
-    print_cache_plan(make_cache_plan(experiment, images=images, size_px=None if size is None else size_from_word(size)), as_json=as_json)
+    print_cache_plan(make_cache_plan(experiment, images=images, size_px=size_px), as_json=as_json)
 
 
 @app.command
@@ -372,7 +376,10 @@ def verify(
     ] = False,
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
 ) -> None:
-    """Look whether a recipe's cache is whole and true: every row once, every byte as written, a sample encoded again. Or repair it."""
+    """Look whether a recipe's cache is whole and true: every row once, every byte as written, a sample encoded again. Or repair it.
+
+    Ends with status 1 where it found faults.
+    """
     from pipelines.cache_care import repair_experiment, verify_experiment
     from pipelines.stages import open_experiment
     from workers.storage import Store
@@ -413,13 +420,13 @@ def doctor_storage(
     megabytes: Annotated[int, Parameter(name="--megabytes", help="Size of the large object that is written and read, in MiB.")] = 64,
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of a table.", negative=())] = False,
 ) -> None:
-    """Measure a root with every client that can reach it, on objects that are removed again. Ends with status 2 where Loupe must not be used."""
+    """Measure a root with every client that can reach it, on objects that are removed again. Ends with status 1 where Loupe must not be used."""
     from pipelines.doctor import examine_storage, print_storage_report
 
     report = examine_storage(root, megabytes)
     print_storage_report(report, as_json=as_json)
     if not report.creates_exclusively:
-        raise PipelineError(f"exclusive creation does not hold on {report.root}; do not use Loupe there")
+        raise FaultsFoundError(f"exclusive creation does not hold on {report.root}; do not use Loupe there")
 
 
 def _quiet_environment() -> None:
@@ -531,7 +538,7 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(USER_ERROR)  # cyclopts has printed it
     except (ModelError, WorkerError, PipelineError) as error:
         print(f"loupe: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(FAULTS_FOUND if isinstance(error, FaultsFoundError) else USER_ERROR)
     except OSError as error:
         sys.exit(_end_of_output(error))
     except KeyboardInterrupt as error:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.wording import dollars_text
 from workers.s3_clients import PART_BYTES
 
 __all__ = ["Bottleneck", "CacheCosts", "CacheOption", "Cluster", "Hours", "Prices", "Verdict", "cache_bytes", "cache_costs", "recommend"]
@@ -21,6 +22,8 @@ Bottleneck = Literal["decoding", "encoding", "network"]
 
 _GB = 1e9
 _HOUR_S = 3600.0
+_NO_DIFFERENCE = 0.01
+"""Of the costs: a probe of a machine does not repeat itself more exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +69,8 @@ class Hours:
 
     prepare: float
     encode: float
-    network: float
+    network: float | None
+    """None where nobody says how fast it is, and where there is none."""
     total: float
     bottleneck: Bottleneck
 
@@ -175,9 +179,9 @@ def cache_costs(
     )
     objects = max(1, units) * branches
     hours = _hours(num_images, num_images + held_local, prepare_core_s, total, cluster)
-    compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, cluster, prices)
-    live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, cluster, prices)
-    left_out = 0.0 if option.holds_local or not num_local_views else _compute_usd(num_images, num_local_views, prepare_core_s, cluster, prices)
+    compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, total, cluster, prices)
+    live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, 0, cluster, prices)
+    left_out = 0.0 if option.holds_local or not num_local_views else _compute_usd(num_images, num_local_views, prepare_core_s, 0, cluster, prices)
     gets = num_images * branches  # the index, which says where they lie, is read once a run
     per_pass = gets / 1000 * prices.get_thousand + left_out
     each = total / objects
@@ -206,19 +210,19 @@ def cache_costs(
 def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster) -> Hours:
     prepare = num_images * prepare_core_s / cluster.cores / _HOUR_S
     encode = num_views / cluster.views_per_s / _HOUR_S
-    network = 0.0 if cluster.network_bytes_per_s is None else total_bytes / cluster.network_bytes_per_s / _HOUR_S
+    network = None if cluster.network_bytes_per_s is None else total_bytes / cluster.network_bytes_per_s / _HOUR_S
     together = prepare + encode if cluster.shares_cores else max(prepare, encode)
-    busy: dict[Bottleneck, float] = {"decoding": prepare, "encoding": encode, "network": network}
+    busy: dict[Bottleneck, float] = {"decoding": prepare, "encoding": encode, "network": network or 0.0}
     slowest = max(busy, key=lambda resource: busy[resource])
-    return Hours(prepare=prepare, encode=encode, network=network, total=max(together, network), bottleneck=slowest)
+    return Hours(prepare=prepare, encode=encode, network=network, total=max(together, network or 0.0), bottleneck=slowest)
 
 
-def _compute_usd(num_images: int, num_views: int, prepare_core_s: float, cluster: Cluster, prices: Prices) -> float:
-    """Of preparing images and encoding views once.
+def _compute_usd(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster, prices: Prices) -> float:
+    """Of preparing images, encoding views and storing so many bytes once.
 
-    Devices are paid for as long as it takes, also where they wait for decoding; devices that are cores, as cores.
+    Devices are paid for as long as it takes, also where they wait for decoding or for the network; devices that are cores, as cores.
     """
-    hours = _hours(num_images, num_views, prepare_core_s, 0, cluster)
+    hours = _hours(num_images, num_views, prepare_core_s, total_bytes, cluster)
     if cluster.shares_cores:
         return hours.total * cluster.cores * prices.core_hour
     return hours.total * cluster.devices * prices.device_hour + hours.prepare * cluster.cores * prices.core_hour
@@ -232,11 +236,11 @@ def recommend(costs: Sequence[CacheCosts], passes: float) -> Verdict:
         passes: training passes that are planned.
 
     Returns:
-        The cheapest option, or not to cache; where nothing is cheaper than what the recipe says, that.
+        The cheapest option, or not to cache; where nothing is cheaper than what the recipe says by a hundredth at least, that.
     """
     live = passes * costs[0].live_pass_usd
     totals = [cost.once_usd + passes * cost.pass_usd for cost in costs]
-    best = min(range(len(costs)), key=lambda place: (round(totals[place], 2), place))
+    best = next(place for place, total in enumerate(totals) if total <= min(totals) * (1 + _NO_DIFFERENCE))
     shown = f"{passes:.3g} training passes"
     if live < totals[best]:
         first = min(costs, key=lambda cost: cost.break_even_passes)
@@ -245,11 +249,12 @@ def recommend(costs: Sequence[CacheCosts], passes: float) -> Verdict:
         )
         return Verdict(
             choice="do not cache",
-            reason=f"{shown} that encode everything themselves cost {live:,.2f} dollars, the cheapest cache ({costs[best].option.name}) "
-            f"{totals[best]:,.2f}; {pays}",
+            reason=f"{shown} that encode everything themselves cost {dollars_text(live)}, the cheapest cache ({costs[best].option.name}) "
+            f"{dollars_text(totals[best])}; {pays}",
         )
-    others = ", ".join(f"{cost.option.name} {total:,.2f}" for place, (cost, total) in enumerate(zip(costs, totals, strict=True)) if place != best)
+    told = [f"{cost.option.name} {dollars_text(total)}" for cost, total in zip(costs, totals, strict=True)]
+    others = "".join(f"{', ' if place else '; '}{text}" for place, text in enumerate(told[:best] + told[best + 1 :]))
     return Verdict(
         choice=f"cache {costs[best].option.name}",
-        reason=f"with {shown} it costs {totals[best]:,.2f} dollars in all, encoding in every pass {live:,.2f}{f'; {others}' if others else ''}",
+        reason=f"with {shown} it costs {dollars_text(totals[best])} in all, encoding in every pass {dollars_text(live)}{others}",
     )

@@ -21,10 +21,10 @@ from statistics import geometric_mean, median
 from rich.table import Table
 
 from pipelines.errors import SettingError
-from pipelines.wording import data_console, print_table
-from workers.errors import StorageError
+from pipelines.wording import bytes_text, data_console, print_table
+from workers.errors import StorageError, StoreUnavailableError
 from workers.s3_clients import CHOICES, CLIENT_VARIABLE, BulkClient, Bytes
-from workers.storage import Store, translated
+from workers.storage import Store, nearest_there, translated
 
 __all__ = ["Measurement", "StorageReport", "examine_storage", "print_storage_report"]
 
@@ -36,6 +36,8 @@ _SMALL_OBJECTS = 32
 _SMALL_BYTES = 4096
 _SMALL_IN_FLIGHT = 8
 _LISTS = 5
+_FILES_AT_ONCE = 3
+"""Of the large object's size: the file itself, what is written of it, and some air."""
 _RACES, _CALLERS = 8, 8
 _LEAST_RANGES = 12
 """So many ranges are read one after the other at least: a 95th percentile of fewer says nothing."""
@@ -99,16 +101,22 @@ def examine_storage(root: str, megabytes: int) -> StorageReport:
         The measurements, and which client is best.
 
     Raises:
-        SettingError: the large object is smaller than the largest range.
+        SettingError: the large object is smaller than the largest range, or larger than what it would be written to.
         StorageError: the root is not there, may not be written, or credentials are missing.
     """
     least = max(RANGE_BYTES) // MIB
     if megabytes < least:
         raise SettingError(f"doctor storage --megabytes: found {megabytes}; allowed: {least} or more, as ranges of {least} MiB are read")
     store = Store(root)
-    store.check_writable()
+    free = {"the folder of temporary files": shutil.disk_usage(tempfile.gettempdir()).free, store.root: store.free_bytes()}
+    for place, num_bytes in free.items():
+        if num_bytes is not None and megabytes * MIB * _FILES_AT_ONCE > num_bytes:
+            raise SettingError(
+                f"doctor storage --megabytes: found {megabytes}; allowed: what {place} has room for, which has {bytes_text(num_bytes)}"
+            )
     folder = f".doctor-{uuid.uuid4().hex}"
     with _removed(store, folder), tempfile.TemporaryDirectory(prefix="loupe-doctor-") as local:
+        store.check_writable()
         file = Path(local) / "large"
         _write_noise(file, megabytes)
         measurements: list[Measurement] = []
@@ -132,19 +140,31 @@ def examine_storage(root: str, megabytes: int) -> StorageReport:
 
 @contextlib.contextmanager
 def _removed(store: Store, folder: str) -> Iterator[None]:
-    """Nothing of a folder is left at the end, whatever happened in between: neither objects nor uploads that were cut off."""
+    """Nothing of a folder is left at the end, whatever happened in between: no objects, no uploads that were cut off, no root that was new."""
+    local = store.local_path(folder)
+    there = None if local is None else nearest_there(local)
     try:
         yield
     finally:
-        local = store.local_path(folder)
         if local is not None:
             with translated("remove", store.url(folder)):
                 if local.exists():
                     shutil.rmtree(local)
+            for made in local.parents:
+                if made == there:
+                    break
+                with contextlib.suppress(OSError):  # somebody has put something there
+                    made.rmdir()
         else:
             for path in store.list(folder):
                 store.delete(path)
-            for upload in store.abandoned_uploads(folder):
+            try:
+                uploads = store.abandoned_uploads(folder)
+            except StoreUnavailableError:
+                raise
+            except StorageError:  # not every server lists them, nor may every user; what ended properly left none
+                uploads = []
+            for upload in uploads:
                 store.abort_upload(upload)
 
 
@@ -268,7 +288,7 @@ def print_storage_report(report: StorageReport, *, as_json: bool = False) -> Non
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("client", "request"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for heading in ("in flight", "requests", "MB/s", "requests/s", "median ms", "p95 ms"):
         table.add_column(heading, overflow="fold", justify="right")
     shown = ""
@@ -286,7 +306,11 @@ def print_storage_report(report: StorageReport, *, as_json: bool = False) -> Non
         shown = item.client
     print_table(table)
     console = data_console()
-    for job, client in report.best.items():
+    if report.root.startswith("file:"):
+        console.print(
+            "A folder has one client, the operating system. What was just written is read from its memory, not from the disk.", soft_wrap=True
+        )
+    for job, client in () if report.root.startswith("file:") else report.best.items():
         used = report.used[job]
         note = "as Loupe does" if used == client else f"Loupe uses {used}"
         if used != client and job != "bulk reads" and client in CHOICES:

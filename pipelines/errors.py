@@ -5,11 +5,21 @@ PipelineError
 |-- SettingError        a --set names no execution setting, or gives it a value that it cannot have
 |-- ComparisonError     runs have nothing in common to be compared by
 |-- NothingThereError   a command looks for a dataset, cache, run or export that does not exist
+|-- FaultsFoundError    what a command was asked to look at is not as it should be
 |-- PluginError         another program asks Loupe for something that it does not do
 |-- FlowServerError     the flow's server did not start, or went away
 """
 
-__all__ = ["ComparisonError", "FlowServerError", "NothingThereError", "PipelineError", "PluginError", "RecipeError", "SettingError"]
+__all__ = [
+    "ComparisonError",
+    "FaultsFoundError",
+    "FlowServerError",
+    "NothingThereError",
+    "PipelineError",
+    "PluginError",
+    "RecipeError",
+    "SettingError",
+]
 
 
 class PipelineError(Exception):
@@ -30,6 +40,10 @@ class ComparisonError(PipelineError, ValueError):
 
 class NothingThereError(PipelineError):
     """What a command should show or use does not exist. The message names the command that makes it."""
+
+
+class FaultsFoundError(PipelineError):
+    """A command that looks at something did, and found faults. The message counts them and says what mends them."""
 
 
 class PluginError(PipelineError, ValueError):

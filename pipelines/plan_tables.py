@@ -41,6 +41,9 @@ class PlanCluster(Table):
     devices: Count = 8
     device_tflops: Positive | None = None
     """Peak of matrix products of one device, in the type that the encoder computes in; an H100's when absent: 67 in fp32, 989 in bf16 and fp16."""
+    train_tflops: Positive | None = None
+    """Peak in bf16, in which training multiplies; when absent `device_tflops` in the ratio of an H100's: the same where that is of bf16 or fp16, 989
+    for every 67 of fp32."""
     device_share: Annotated[KeptShare, allowed("a finite number greater than 0 and at most 1")] = 0.6
     """Of that peak, what the forward pass reaches."""
     cores: Count = 96
@@ -50,6 +53,10 @@ class PlanCluster(Table):
     def peak_tflops(self, compute: Compute) -> float:
         """Of one device, in a type."""
         return _PEAK_TFLOPS[compute] if self.device_tflops is None else self.device_tflops
+
+    def peak_train_tflops(self, compute: Compute) -> float:
+        """Of one device in bf16, where an encoder computes in a type."""
+        return self.peak_tflops(compute) * _PEAK_TFLOPS["bf16"] / _PEAK_TFLOPS[compute] if self.train_tflops is None else self.train_tflops
 
     def cluster(self, view_flops: int, compute: Compute) -> Cluster:
         """As the arithmetic takes it.

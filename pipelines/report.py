@@ -7,6 +7,7 @@ nothing is computed here but means over seeds.
 import hashlib
 import io
 import json
+import math
 import shlex
 import time
 from collections import Counter, defaultdict
@@ -367,8 +368,10 @@ def _data_row(run: "StageRun", record: dict[str, Any]) -> StageRow:
     else:
         # Of text alone nothing is cached, and nothing compared.
         least = min(record["quality"].values(), key=lambda quality: quality["snr_db"], default={"snr_db": EXACT_DB})
-        size, note = record["feature_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
-        note += f"; stored within {least['snr_db']:.0f} dB, cosine {least['worst_cosine']:.5f} or more" if least["snr_db"] < EXACT_DB else ""
+        size, note = record["written_bytes"], f"{record['num_global_views']} global and {record['num_local_views']} local views"
+        if least["snr_db"] < EXACT_DB:  # both rounded down
+            note += f"; what is stored keeps at least {math.floor(10 * least['snr_db']) / 10:.1f} dB of signal over rounding"
+            note += f", of the worst token a cosine of {math.floor(1e6 * least['worst_cosine']) / 1e6:.6f}"
     return StageRow(name=run.name, key=run.key, seconds=record["seconds"], num_bytes=size, note=note)
 
 

@@ -137,6 +137,7 @@ def size_from_word(word: str) -> tuple[int, int]:
         SettingError: it is none.
     """
     width, x, height = word.partition("x")
-    if not (x and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and int(width) and int(height)):
+    sides = (width, height)
+    if not (x and all(side.isascii() and side.isdigit() and len(side) < 10 and int(side) for side in sides)):
         raise SettingError(f"--size: found {word!r}; allowed: width and height in pixels, such as 1024x768")
     return int(width), int(height)

@@ -1,11 +1,13 @@
 """Figures as people read them, and one line for what a stage left behind."""
 
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from workers.errors import RecordError
@@ -13,7 +15,7 @@ from workers.errors import RecordError
 if TYPE_CHECKING:
     from pipelines.stages import StageOutcome
 
-__all__ = ["bytes_text", "data_console", "duration_text", "outcome_line", "print_table"]
+__all__ = ["bytes_text", "count_text", "data_console", "dollars_text", "duration_text", "outcome_line", "print_choices", "print_table"]
 
 
 UNLIMITED_WIDTH = 100_000
@@ -50,6 +52,29 @@ def print_table(table: Table) -> None:
         print(line.rstrip())
 
 
+def print_choices(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print choices beside each other's figures: a row each, or where the terminal is too narrow for that a column each.
+
+    Args:
+        headings: of the figures; the first names the choices.
+        rows: a text for each heading.
+    """
+    across = _figures_table(headings, rows)
+    console = data_console()
+    fits = Measurement.get(console, console.options.update(width=UNLIMITED_WIDTH), across).maximum <= console.width
+    print_table(across if fits else _figures_table([headings[0], *(row[0] for row in rows)], list(zip(headings, *rows, strict=True))[1:]))
+
+
+def _figures_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def duration_text(seconds: float) -> str:
     """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = round(seconds)
@@ -65,12 +90,31 @@ def bytes_text(number: int | None) -> str:
     if number is None:
         return "-"
     value = float(number)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB", "EB"):
         rounded = float(f"{value:.3g}")
-        if rounded < 1000 or unit == "TB":
+        if rounded < 1000 or unit == "EB":
             return f"{rounded:.0f} {unit}" if unit == "B" or rounded >= 100 else f"{rounded:.3g} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
+
+
+def dollars_text(dollars: float) -> str:
+    """US dollars for people: to the cent from one on, two digits below: `$1,204.50`, `$0.0031`."""
+    if dollars >= 1 or not dollars:
+        return f"${dollars:,.2f}"
+    rounded = float(f"{dollars:.2g}")
+    return f"${rounded:.{max(2, 1 - math.floor(math.log10(rounded)))}f}"
+
+
+def count_text(number: int, what: str, many: str | None = None) -> str:
+    """So many of something: `1 image`, `2,000 images`.
+
+    Args:
+        number: how many.
+        what: the word for one.
+        many: the word for several, where it is not the same with an s.
+    """
+    return f"{number:,} {what if number == 1 else many or f'{what}s'}"
 
 
 def outcome_line(outcome: "StageOutcome") -> str:
@@ -106,7 +150,7 @@ def _figures(outcome: "StageOutcome") -> str:
             return f"{images} images, int8 good enough for {number} of {len(record['maps'])} maps, {least:.0f} dB at least"
         case "cache-features":
             there = f", {record['num_held']} of {record['num_images']} images were there" if record["num_held"] else ""
-            return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['feature_bytes'])}{there}"
+            return f"{record['num_global_views'] + record['num_local_views']} views, {bytes_text(record['written_bytes'])} written{there}"
         case "train-connector":
             if not record["phases"]:
                 return "no phases, the weights as they are"

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines import cli
 from tests import s3_servers
-from workers.errors import StorageError
+from workers.errors import AccessDeniedError, StorageError
 from workers.storage import Store
 
 
@@ -47,7 +47,8 @@ def test_the_table_names_the_best_and_what_holds(tmp_path: Path, capsys: pytest.
     status, out, _ = doctor(capsys, "--root", str(tmp_path))
     assert status == 0
     assert "range of 8 MiB" in out
-    assert "Best for ranged reads: os, as Loupe does." in out
+    assert "A folder has one client, the operating system." in out
+    assert "Best for" not in out
     assert "Exclusive creation holds: 8 races of 8 callers, one winner each." in out
     assert list(tmp_path.iterdir()) == []
 
@@ -88,7 +89,7 @@ def test_a_store_whose_creates_overwrite_is_refused(tmp_path: Path, capsys: pyte
 
     monkeypatch.setattr(Store, "create_bytes", overwrite)
     status, out, err = doctor(capsys, "--root", str(tmp_path))
-    assert status == 2
+    assert status == 1
     assert "EXCLUSIVE CREATION DOES NOT HOLD: 8 callers created one object, and 8 of them won" in out
     assert "do not use Loupe there" in err
 
@@ -113,6 +114,31 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, capsys: pytes
 def test_objects_smaller_than_a_range_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = doctor(capsys, "--root", str(tmp_path), megabytes=7)
     assert (status, "found 7; allowed: 8 or more" in err) == (2, True)
+
+
+def test_objects_that_nothing_has_room_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = doctor(capsys, "--root", str(tmp_path), megabytes=10**9)
+    assert status == 2
+    assert "found 1000000000; allowed: what the folder of temporary files has room for, and" in err
+
+
+def test_a_root_that_was_not_there_is_not_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, _ = doctor(capsys, "--root", str(tmp_path / "new" / "deep"))
+    assert status == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_whose_uploads_may_not_be_listed_is_measured_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AccessDeniedError("cannot list uploads: access was denied")
+
+    monkeypatch.setattr(Store, "abandoned_uploads", refused)
+    with s3_servers.moto() as bucket:
+        status, out, err = doctor(capsys, "--root", f"{bucket}/unlisted")
+    assert (status, err) == (0, "")
+    assert "Exclusive creation holds" in out
 
 
 @pytest.mark.slow

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from model.specs import fingerprint
+from pipelines.errors import NothingThereError, SettingError
 from tests import small_data
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table
@@ -18,11 +22,12 @@ from workers.caching.repair import repair_cache
 from workers.caching.units import num_views
 from workers.caching.verify import verify_cache
 from workers.dataset.samples import read_samples
-from workers.errors import AccessDeniedError, TableError
+from workers.errors import AccessDeniedError, ObjectNotFoundError, RecordError, StorageError, TableError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
 from workers.storage import Store
+from workers.storage_errors import is_damage, translated
 from workers.sweeping import DAY_S, caches_in_use, find_leftovers, note_recipe, remove_leftovers
 
 SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
@@ -115,9 +120,14 @@ def test_files_that_are_gone_or_cut_are_found(cached, damage):
     path.unlink()
     if damage != "gone":
         path.write_bytes(data[:-30] if damage == "cut" else b"")
+    table = features_table(store, spec)
+    (file,) = [file for file in table.files() if file.path.endswith(path.name)]
     found = verify(store, spec)
-    assert found.num_faults >= 1
-    assert any(path.name in fault for fault in found.faults)
+    assert found.num_faults == 1
+    assert found.faults[0].startswith(f"{file.path}: ")
+    assert found.faults[0].count(path.name) == 1
+    assert (found.num_files, found.num_read, found.num_cached) == (8, 7, 16 - file.num_rows // 2)
+    assert found.num_bytes == sum(other.size_bytes for other in table.files() if other != file)
 
 
 def test_another_files_rows_under_a_name_are_found(cached):
@@ -142,8 +152,63 @@ def test_rows_that_the_index_does_not_tell_of_are_missed(cached):
     dropped = next(line for line in lines if '"add"' in line and "branch=global" in line)
     log[1].write_text("\n".join(line for line in lines if line != dropped))
     found = verify(store, spec)
-    assert {fault.split(" is missing")[0].split(" of ")[0] for fault in found.faults} == {f"the map global/{item.name}" for item in spec.global_maps}
+    missing = {fault.split(" is missing")[0].split(" of ")[0] for fault in found.faults[:-1]}
+    assert missing == {f"the map global/{item.name}" for item in spec.global_maps}
     assert found.num_cached < 16
+    assert "1 of the table's 8 files are not in the index, first branch=global/" in found.faults[-1]
+
+
+def test_an_index_that_is_gone_is_told_as_what_it_is(cached):
+    store, spec = cached
+    shutil.rmtree(store.local_path(index_table(store, spec.encoding).path))
+    found = verify(store, spec)
+    assert (found.num_cached, found.num_files) == (0, 0)
+    assert "8 of the table's 8 files are not in the index, first branch=" in found.faults[-1]
+    assert "--repair makes the index anew" in found.faults[-1]
+
+
+def test_nothing_is_called_damaged_on_one_workers_word(cached, monkeypatch):
+    """A machine of the cluster that lacks the folder finds none of the files."""
+    store, spec = cached
+
+    class Blind(InlineCluster):
+        def stream(self, work, jobs, *, in_flight):
+            for job in jobs:
+                with monkeypatch.context() as patch:
+                    patch.setattr(Store, "local_path", lambda store, path="": Path("/nowhere") / path)
+                    patch.setattr("workers.tables.Table.open_file", gone)
+                    result = work(job)
+                assert result.fault is not None
+                yield result
+
+    def gone(*_):
+        raise ObjectNotFoundError("cannot read it: nothing lies there")
+
+    files = features_table(store, spec).files()
+    found = verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=fingerprint(spec)[:16], cluster=Blind(), seed=0)
+    assert (found.num_faults, found.num_read, found.num_cached) == (0, 8, 16)
+    assert repair_cache(spec, store, SETTINGS, SilentProgress(), cluster=Blind()).dropped == ()
+    assert features_table(store, spec).files() == files
+    assert verify(store, spec).num_faults == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "damaged"),
+    [
+        (OSError("AWS Error NO_SUCH_KEY during HeadObject operation: gone"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 416) during GetObject operation: beyond its end"), True),
+        (pa.ArrowInvalid("Parquet magic bytes not found in footer"), True),
+        (OSError("could not verify page integrity, CRC checksum verification failed for page_ordinal 0"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 501) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error SLOW_DOWN during GetObject operation: busy"), False),
+    ],
+)
+def test_what_a_server_refuses_is_no_damage(error, damaged):
+    with pytest.raises(StorageError) as told, translated("read", "s3://bucket/file"):
+        raise error
+    assert is_damage(told.value) is damaged
 
 
 def test_a_cache_of_another_encoder_is_found(cached, tmp_path):
@@ -267,6 +332,51 @@ def test_a_cache_that_was_removed_is_made_again_in_units_of_another_size(root, t
     record = cache(store, spec, ExecutionSettings(feature_unit_bytes=10**9))
     assert (record.num_units, record.num_quarantined, record.num_cached) == (1, 2, 14)
     assert len(read_quarantine(store, "cache-features", fingerprint(spec)[:16])) == 2
+
+
+def test_refusals_of_an_old_plan_go_though_the_new_one_was_cut_off_before(root, tiny_encoder_folder, monkeypatch):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    for sample in read_samples(store, fingerprint(dataset))[2:8:3]:
+        store.delete(sample.image_path)
+    assert cache(store, spec).num_quarantined == 2
+    remove_leftovers(store, find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True))
+    larger = ExecutionSettings(feature_unit_bytes=10**9)
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.tables.Table.replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache(store, spec, larger)
+    assert cache(store, spec, larger).num_quarantined == 2
+    assert len(read_quarantine(store, "cache-features", fingerprint(spec)[:16])) == 2
+
+
+def test_what_does_not_belong_to_a_root_does_not_stop_the_sweeping(cached):
+    store, _ = cached
+    for path in ("features/notes.txt", "features/folder/notes.txt", "recipes/.DS_Store", "branch=local/x.parquet"):
+        store.write_bytes(path, b"mine")
+        age(store, path, 2)
+    assert find_leftovers(store, store.list_objects()) == []
+    store.write_json("recipes/odd.json", ["no", "object"])
+    with pytest.raises(RecordError, match=r"odd\.json: expected an object that names a recipe's cache, found list; remove it"):
+        caches_in_use(store, store.list_objects())
+
+
+@pytest.mark.parametrize("hours", [-3.0, 1e8, math.inf, math.nan])
+def test_an_age_that_cannot_be_removes_nothing(cached, hours):
+    from pipelines.cache_care import sweep_root
+
+    store, _ = cached
+    with pytest.raises(SettingError, match=r"gc --older-than: found .*; allowed: hours from 0 to 1,000,000"):
+        sweep_root(store.root, older_than_h=hours, superseded=True, delete=True)
+
+
+def test_a_root_that_is_not_there_is_no_clean_one(tmp_path):
+    from pipelines.cache_care import sweep_root
+
+    with pytest.raises(NothingThereError, match="no-such-root does not exist"):
+        sweep_root(str(tmp_path / "no-such-root"), older_than_h=24, superseded=False, delete=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):

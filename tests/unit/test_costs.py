@@ -15,6 +15,7 @@ from model.specs import CalibrationRule, CalibrationSpec, MapSpec, UnknownDigest
 from model.views import ViewSpec
 from pipelines import cli
 from pipelines.cache_plan import cache_options, make_cache_plan, note_cache_plan, planned_cache
+from pipelines.cache_plan_text import OPTION_HEADINGS, plan_text, print_cache_plan
 from pipelines.costs import CacheOption, Cluster, Prices, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.plan_tables import PlanCluster
@@ -69,12 +70,14 @@ def test_a_plan_by_hand():
     assert found.hours.encode == pytest.approx(7_000_000 / 8000 / 3600)
     assert found.hours.network == pytest.approx(9.0047e12 / 10e9 / 3600)
     assert (found.hours.total, found.hours.bottleneck) == (found.hours.network, "network")
-    compute = 50_000 / 3600 * 0.04 + 875 / 3600 * 8 * 3  # devices for the 875 s of encoding, which take longer than 500 s of decoding
+    compute = 50_000 / 3600 * 0.04 + 900.47 / 3600 * 8 * 3  # devices as long as it takes, and the network takes longest
     assert found.compute_usd == pytest.approx(compute)
+    live = 50_000 / 3600 * 0.04 + 875 / 3600 * 8 * 3  # nothing is stored: the 875 s of encoding take longer than 500 s of decoding
+    assert found.live_pass_usd == pytest.approx(live)
     assert found.storage_usd_month == pytest.approx(9004.7 * 0.02)
     once = compute + 1900 * 0.005 + 2 * 9004.7 * 0.02
     gets = 2000 * 0.0004  # the maps of both branches
-    assert found.break_even_passes == pytest.approx(once / (compute - gets))
+    assert found.break_even_passes == pytest.approx(once / (live - gets))
     assert found.break_even_passes > 50  # what the module says: keeping is dear, computing is cheap
 
 
@@ -82,7 +85,7 @@ def test_devices_that_are_cores_take_turns_with_decoding():
     here = Cluster(devices=1, views_per_s=100.0, cores=2, network_bytes_per_s=None, shares_cores=True)
     found = costs(cluster=here)
     assert found.hours.total == pytest.approx(found.hours.prepare + found.hours.encode)
-    assert (found.hours.network, found.hours.bottleneck) == (0, "encoding")
+    assert (found.hours.network, found.hours.bottleneck) == (None, "encoding")
     assert found.compute_usd == pytest.approx((25_000 + 70_000) / 3600 * 2 * 0.04)
 
 
@@ -124,9 +127,9 @@ def test_the_cheapest_is_recommended_with_its_reason(passes, choice):
 
 
 def test_what_costs_the_same_stays_as_the_recipe_says():
-    free = replace(PRICES, storage_gb_month=0.0, put_thousand=0.0)
+    free = {"prices": replace(PRICES, storage_gb_month=0.0, put_thousand=0.0), "cluster": replace(EIGHT, network_bytes_per_s=None)}
     half = replace(FP16, name="int8", precision="int8", global_view_bytes=1_500_000, local_view_bytes=500_000)
-    assert recommend((costs(prices=free), costs(half, prices=free)), 3).choice == "cache fp16"
+    assert recommend((costs(**free), costs(half, **free)), 3).choice == "cache fp16"
 
 
 def test_operations_of_a_view_are_those_of_the_published_arithmetic():
@@ -274,10 +277,32 @@ def test_images_may_be_given(experiment: Experiment) -> None:
     assert (plan.num_images, plan.images_from, sum(plan.local_views.values())) == (5000, "as given", 5000)
     with pytest.raises(SettingError, match="--images and --size go together"):
         make_cache_plan(experiment, images=5000)
-    with pytest.raises(SettingError, match="--images: found 0; allowed: at least 1"):
+    with pytest.raises(SettingError, match="--images: found 0; allowed: 1 to 1,000,000,000,000"):
         make_cache_plan(experiment, images=0, size_px=(200, 50))
     with pytest.raises(SettingError, match="--size: found 20000x20000; images of more than 64,000,000 pixels are refused"):
         make_cache_plan(experiment, images=5, size_px=(20_000, 20_000))
+    with pytest.raises(SettingError, match="--size: found 66000x1; images of which one side is more than 100 times the other are refused"):
+        make_cache_plan(experiment, images=5, size_px=(66_000, 1))
+    with pytest.raises(SettingError, match="--images: found a number of more than 15 digits"):
+        make_cache_plan(experiment, images=10**400, size_px=(200, 50))
+    longest = make_cache_plan(experiment, images=5, size_px=(66_000, 660))  # longer than a JPEG can be
+    assert longest.prepare_core_s > 0
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_every_figure_of_a_plan_is_shown_however_narrow_the_terminal(
+    experiment: Experiment, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_cache_plan(experiment, images=5000, size_px=(200, 50))
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_cache_plan(plan, as_json=False)
+    out = capsys.readouterr().out
+    assert all(len(line) <= width for line in out.splitlines() if not line.startswith("Recommended"))
+    shown = set(re.split(r"  +|\n", out))
+    assert "\u2026" not in out
+    for row in plan_text(plan).options:
+        assert set(row) <= shown
+    assert set(OPTION_HEADINGS) <= shown
 
 
 def test_passes_are_of_what_phases_see(tmp_path: Path, experiment: Experiment) -> None:
@@ -319,7 +344,7 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     (local_views,) = map(int, plan["local_views"])
     tokens = 49 + 49 * local_views + 150
     parameters = planned_shape(str(tiny_language_model_folder)).num_parameters
-    assert plan["train_images_per_s"] == pytest.approx(2 * 100e12 * 0.5 / (4 * parameters * tokens))
+    assert plan["train_images_per_s"] == pytest.approx(2 * 100e12 * 989 / 67 * 0.5 / (4 * parameters * tokens))
     assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
     cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])
     out = capsys.readouterr().out
@@ -333,6 +358,30 @@ def test_stated_hardware_computes_at_the_peak_of_the_encoders_type() -> None:
     assert stated.cluster(10**12, "fp32").views_per_s == pytest.approx(67)
     assert stated.cluster(10**12, "bf16").views_per_s == stated.cluster(10**12, "fp16").views_per_s == pytest.approx(989)
     assert PlanCluster(devices=2, device_share=0.5, device_tflops=100).cluster(10**12, "bf16").views_per_s == pytest.approx(100)
+
+
+def test_training_multiplies_in_bf16_whatever_the_encoder_computes_in() -> None:
+    plain = PlanCluster()
+    assert [plain.peak_train_tflops(compute) for compute in ("fp32", "bf16", "fp16")] == pytest.approx([989, 989, 989])
+    stated = PlanCluster(device_tflops=67)  # what is the default anyway changes nothing
+    assert stated.peak_train_tflops("fp32") == pytest.approx(989)
+    assert PlanCluster(device_tflops=312).peak_train_tflops("bf16") == 312
+    assert PlanCluster(device_tflops=19.5, train_tflops=312).peak_train_tflops("fp32") == 312
+
+
+def test_devices_that_wait_for_the_network_are_paid_for() -> None:
+    fast, slow = costs(), costs(cluster=replace(EIGHT, network_bytes_per_s=1e8))
+    assert slow.hours.bottleneck == "network"
+    assert slow.hours.network == pytest.approx(slow.total_bytes / 1e8 / 3600)
+    assert slow.compute_usd - fast.compute_usd == pytest.approx((slow.hours.total - fast.hours.total) * 8 * 3.0)
+    assert slow.live_pass_usd == fast.live_pass_usd  # nothing is stored
+    assert costs(cluster=replace(EIGHT, network_bytes_per_s=None)).hours.network is None
+
+
+def test_what_is_cheaper_by_nothing_that_can_be_measured_does_not_change_the_recipe() -> None:
+    own, other = costs(), costs(replace(FP16, name="other"))
+    assert recommend([own, replace(other, once_usd=own.once_usd * 0.995)], 100.0).choice == "cache fp16"
+    assert recommend([own, replace(other, once_usd=own.once_usd * 0.9)], 100.0).choice == "cache other"
 
 
 def test_records_that_are_not_here_need_a_number(experiment: Experiment, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from pipelines.progress import BarProgress, LineProgress, TeeProgress, console_progress
-from pipelines.wording import duration_text
+from pipelines.wording import bytes_text, count_text, dollars_text, duration_text
 
 
 class Clock:
@@ -90,3 +90,17 @@ def test_tee_tells_everybody() -> None:
 
 def test_durations_read_well() -> None:
     assert [duration_text(s) for s in (0.4, 59.4, 200, 7500)] == ["0 s", "59 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_figures_read_well() -> None:
+    assert [dollars_text(value) for value in (0.0, 0.00314, 0.0996, 0.42, 0.999, 1.0, 1204.5)] == [
+        "$0.00",
+        "$0.0031",
+        "$0.10",
+        "$0.42",
+        "$1.00",
+        "$1.00",
+        "$1,204.50",
+    ]
+    assert [bytes_text(number) for number in (999, 1000, 5_900_000_000_000_000)] == ["999 B", "1 kB", "5.9 PB"]
+    assert [count_text(1, "image"), count_text(2000, "image"), count_text(2, "copy", "copies")] == ["1 image", "2,000 images", "2 copies"]
