@@ -1,9 +1,11 @@
 """What every cluster promises: the same jobs give the same results, errors keep their types."""
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,38 @@ def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypat
     (dump,) = (tmp_path / "stalls").iterdir()
     assert "finish_or_hang" in dump.read_text()
     assert "time.sleep(0.1)" in dump.read_text()
+    # It would keep its GPU for ever on a cluster that outlives the run.
+    pid = int(re.search(r"process (\d+) on ", dump.read_text()).group(1))
+    deadline_s = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+@dataclass
+class Dies:
+    """A finisher whose process dies at some jobs: `often` at each of them, as a machine that is taken away, and then no more."""
+
+    folder: Path
+    often: int
+
+    def __call__(self):
+        def finish(number):
+            for time_of in range(self.often):
+                if not (self.folder / f"{number}-{time_of}").exists():
+                    (self.folder / f"{number}-{time_of}").touch()
+                    os._exit(1)
+            return number
+
+        return finish
+
+
+@pytest.mark.slow
+def test_what_counts_is_how_often_a_unit_was_tried_and_not_how_often_its_process_died(ray_session, tmp_path):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", max_failures=1))
+    assert list(cluster.pipeline(square, Dies(tmp_path, 1), range(4), finishers=1, in_flight=1)) == [0, 1, 4, 9]
+    with pytest.raises(ClusterError, match="beyond its retries"):
+        list(cluster.pipeline(square, Dies(tmp_path, 3), range(4, 6), finishers=1, in_flight=1))
 
 
 @dataclass
