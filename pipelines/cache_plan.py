@@ -196,6 +196,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         encoder=features.encoder.model,
         num_images=sizes.num_images,
         images_from=sizes.source,
+        is_made=images is None and experiment.caches and experiment.record("cache-features", features) is not None,
         not_counted=_not_counted(experiment),
         on_disk=stated is None and local,
         local_views={count: histogram[count] for count in sorted(histogram)},

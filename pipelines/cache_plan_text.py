@@ -37,6 +37,8 @@ class CachePlan:
     encoder: str
     num_images: int
     images_from: str
+    is_made: bool
+    """Whether all of it is there already."""
     not_counted: str
     """What else the recipe caches; empty where that is all."""
     on_disk: bool
@@ -85,6 +87,7 @@ def plan_text(plan: CachePlan) -> CachePlanText:
     return CachePlanText(
         facts=(
             ("images", f"{plan.num_images:,} ({plan.images_from})"),
+            *((("made", "already: a run finds this cache and adds nothing to it"),) if plan.is_made else ()),
             *((("not counted", plan.not_counted),) if plan.not_counted else ()),
             ("views", f"{plan.num_views:,}: 1 global each, and {grids}"),
             ("encoder", f"{plan.encoder}: {plan.view_gflop:,.3g} GFLOP a view"),

@@ -418,6 +418,12 @@ def test_a_run_that_is_about_to_cache_notes_what_it_expects(experiment: Experime
     assert noted.seconds is not None
     assert noted.seconds > 0
     assert "this machine" in noted.hardware
+    assert not plan.is_made
+    cache_features(experiment.features, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    made = make_cache_plan(experiment)
+    assert made.is_made
+    assert ("made", "already: a run finds this cache and adds nothing to it") in plan_text(made).facts
+    assert not make_cache_plan(experiment, images=5, size_px=(60, 40)).is_made
 
 
 def test_of_a_cluster_elsewhere_bytes_alone_are_expected_and_no_encoder_is_tried(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
