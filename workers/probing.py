@@ -8,7 +8,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from model.encoder import compute_dtype, load_encoder
 from model.encoder_execution import automatic_batch_views
 from model.images import cut_views, decode_image
 from model.packed_layers import can_pack, pack_layers
+from model.quantisation import ChannelCalibration
 from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
 from model.views import plan_views
 from workers.caching.codec import FeatureCodec
@@ -31,10 +32,12 @@ from workers.devices import choose_device
 __all__ = ["ProbedMachine", "probe_machine"]
 
 _ENOUGH_S = 3.0
-"""Seconds of measuring, for each of the two rates."""
+"""Seconds of measuring how images are prepared, and a third of those in which views are encoded. Cores that were idle begin faster than they go on:
+two of them encoded 3.6 views/s for the first three seconds, 3.1 half a minute later and 2.7 over minutes."""
 _MOST_IMAGES = 12
 _LONGEST_JPEG_PX = 65_500
 """Of a side, by libjpeg."""
+_MOST_CALLS = 1000
 _CPU_CALL_FLOPS = 2 * 10**11
 """Of one call of the encoder on a CPU: a few seconds on two cores."""
 
@@ -127,7 +130,8 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tup
     if isinstance(spec.encoder.weights_sha256, UnknownDigest):
         return _stand_in_rate(spec.encoder, deepest, device, dtype, batch_views), False
     encoder = load_encoder(spec.encoder, deepest, device, dtype)
-    codec = FeatureCodec(_uncalibrated(spec), {})
+    # The arithmetic of rounding, whatever the numbers: the calibration may be still to come.
+    codec = FeatureCodec(spec, {item.place(branch): ChannelCalibration.identity(spec.encoder.width) for branch, item in spec.branch_maps})
     views = np.random.default_rng(0).integers(0, 256, size=(batch_views, 3, side, side), dtype=np.uint8)
     branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
 
@@ -141,23 +145,18 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tup
     return batch_views / seconds, True
 
 
-def _uncalibrated(spec: FeatureSpec) -> FeatureSpec:
-    """In fp16 where the calibration is still to come: the forward pass is nearly all of it."""
-    return replace(spec, precision="fp16", calibration=None, calibration_sha256=None, fp16_maps=()) if spec.precision == "int8" else spec
-
-
 def _seconds(work: Callable[[], None], device: str) -> float:
-    """Of one call, the median of a few."""
+    """Of one call, the median of those in the second half of the time."""
     work()
     times: list[float] = []
     began = time.monotonic()
-    while len(times) < 2 or (time.monotonic() - began < _ENOUGH_S and len(times) < 20):
+    while len(times) < 2 or (time.monotonic() - began < 3 * _ENOUGH_S and len(times) < _MOST_CALLS):
         started = time.monotonic()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - started)
-    return float(np.median(times))
+    return float(np.median(times[len(times) // 2 :]))
 
 
 def _stand_in_rate(encoder: EncoderSpec, num_blocks: int, device: str, dtype: torch.dtype, batch_views: int) -> float:
