@@ -119,7 +119,7 @@ def test_objects_smaller_than_a_range_are_refused(tmp_path: Path, capsys: pytest
 def test_objects_that_nothing_has_room_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = doctor(capsys, "--root", str(tmp_path), megabytes=10**9)
     assert status == 2
-    assert "found 1000000000; allowed: what the folder of temporary files has room for, and" in err
+    assert "found 1000000000; allowed: what the folder of temporary files has room for, which has" in err
 
 
 def test_a_root_that_was_not_there_is_not_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
