@@ -306,11 +306,12 @@ def print_storage_report(report: StorageReport, *, as_json: bool = False) -> Non
         shown = item.client
     print_table(table)
     console = data_console()
-    if report.root.startswith("file:"):
+    is_folder = report.root.startswith("file:")
+    if is_folder:
         console.print(
             "A folder has one client, the operating system. What was just written is read from its memory, not from the disk.", soft_wrap=True
         )
-    for job, client in () if report.root.startswith("file:") else report.best.items():
+    for job, client in () if is_folder else report.best.items():
         used = report.used[job]
         note = "as Loupe does" if used == client else f"Loupe uses {used}"
         if used != client and job != "bulk reads" and client in CHOICES:

@@ -164,7 +164,9 @@ def find_leftovers(store: Store, objects: Sequence[StoredObject], *, older_than_
     going = {path for item in found for path in (*item.paths, *item.records)}
     calibrations = [item for item in old if item.path.startswith("calibrations/") and not item.is_unfinished]
     if calibrations:
-        named = _named_calibrations(store, [item.path for item in objects if item.path not in going])
+        # Calibrations anew: one that was found on record since the listing keeps its file, which may be an old one.
+        paths = {item.path for item in objects} | set(store.list("runs/calibrate-features"))
+        named = _named_calibrations(store, paths - going)
         found += _grouped("orphan", (item for item in calibrations if item.path not in named), place="calibrations")
     return found
 
@@ -231,7 +233,7 @@ def _promised(store: Store, objects: Sequence[StoredObject]) -> set[str]:
     return promised
 
 
-def _named_calibrations(store: Store, paths: Sequence[str]) -> set[str]:
+def _named_calibrations(store: Store, paths: set[str]) -> set[str]:
     """Files of centres and scales that a cache was made with, or that are on record for the next one."""
     named = {spec.calibration_sha256 for _, spec in _specs(store, "cache-features", FeatureSpec, paths) if spec.calibration_sha256}
     for path in paths:

@@ -321,7 +321,8 @@ def test_files_that_a_killed_run_has_on_record_are_left_to_it(root, tiny_encoder
     assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
 
 
-def test_a_cache_that_was_removed_is_made_again_in_units_of_another_size(root, tiny_encoder_folder):
+def removed_with_two_refusals(root, tiny_encoder_folder):
+    """A store whose cache was removed, but for its refusals, and the spec of that cache."""
     store, dataset = Store(root), small_data.dataset_spec()
     small_data.build(store, dataset)
     spec = small_data.feature_spec(dataset, tiny_encoder_folder)
@@ -329,19 +330,18 @@ def test_a_cache_that_was_removed_is_made_again_in_units_of_another_size(root, t
         store.delete(sample.image_path)
     assert cache(store, spec).num_quarantined == 2
     remove_leftovers(store, find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True))
+    return store, spec
+
+
+def test_a_cache_that_was_removed_is_made_again_in_units_of_another_size(root, tiny_encoder_folder):
+    store, spec = removed_with_two_refusals(root, tiny_encoder_folder)
     record = cache(store, spec, ExecutionSettings(feature_unit_bytes=10**9))
     assert (record.num_units, record.num_quarantined, record.num_cached) == (1, 2, 14)
     assert len(read_quarantine(store, "cache-features", fingerprint(spec)[:16])) == 2
 
 
 def test_refusals_of_an_old_plan_go_though_the_new_one_was_cut_off_before(root, tiny_encoder_folder, monkeypatch):
-    store, dataset = Store(root), small_data.dataset_spec()
-    small_data.build(store, dataset)
-    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
-    for sample in read_samples(store, fingerprint(dataset))[2:8:3]:
-        store.delete(sample.image_path)
-    assert cache(store, spec).num_quarantined == 2
-    remove_leftovers(store, find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True))
+    store, spec = removed_with_two_refusals(root, tiny_encoder_folder)
     larger = ExecutionSettings(feature_unit_bytes=10**9)
     with monkeypatch.context() as patch:
         patch.setattr("workers.tables.Table.replace", lambda *_: 1 / 0)
