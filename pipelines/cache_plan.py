@@ -45,7 +45,10 @@ _TEXT_TOKENS = 150
 """Of a conversation beside its image."""
 
 _START_S = 8.0
-"""Until the first view is encoded: Ray and its processes start, torch is imported, the encoder loaded. Two cores take 7 to 9 seconds."""
+"""Until the first view is encoded: processes start, torch is imported, the encoder loaded. Two cores take 9 to 13 seconds, in which they decode the
+first units."""
+_RAY_START_S = 8.0
+"""More where Ray has to start as well: 8 to 10 on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +224,8 @@ def note_cache_plan(experiment: Experiment) -> None:
     Args:
         experiment: about to cache; its dataset is built.
     """
+    from workers.runtime import ray_is_running
+
     folder = _run_folder(experiment)
     if any(experiment.store.exists(f"{folder}/{name}") for name in ("units.json", "COMMITTED.json", _PLAN)):
         return
@@ -232,7 +237,7 @@ def note_cache_plan(experiment: Experiment) -> None:
         planned = PlannedCache(
             num_views=plan.num_views,
             total_bytes=own.total_bytes,
-            seconds=own.hours.total * 3600 + _START_S,
+            seconds=own.hours.total * 3600 + _START_S + (0.0 if ray_is_running() else _RAY_START_S),
             hardware=plan.hardware,
             text=plan_text(plan),
         )

@@ -426,6 +426,18 @@ def test_a_run_that_is_about_to_cache_notes_what_it_expects(experiment: Experime
     assert not make_cache_plan(experiment, images=5, size_px=(60, 40)).is_made
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_run_that_has_to_start_ray_expects_to_take_longer(experiment: Experiment, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
+    build_dataset(experiment.dataset, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    plan = make_cache_plan(experiment)
+    monkeypatch.setattr("pipelines.cache_plan.make_cache_plan", lambda *_, **__: plan)
+    monkeypatch.setattr("workers.runtime.ray_is_running", lambda: running)
+    note_cache_plan(experiment)
+    noted = planned_cache(experiment)
+    assert noted is not None
+    assert noted.seconds == pytest.approx(plan.options[0].hours.total * 3600 + (8 if running else 16))
+
+
 def test_of_a_cluster_elsewhere_bytes_alone_are_expected_and_no_encoder_is_tried(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     build_dataset(experiment.dataset, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
     plan = make_cache_plan(experiment)

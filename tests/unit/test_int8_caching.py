@@ -1,26 +1,28 @@
 """Caches in int8: half the bytes, calibrated first, as good as was measured, and as live features are."""
 
+import collections
 import contextlib
 import dataclasses
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from model.encoder import load_encoder
+from model.encoder import Encoder, load_encoder
 from model.errors import EncoderError, SpecError
 from model.quality import MapQuality
 from model.quantisation import map_quality
 from model.specs import CalibrationRule, CalibrationSpec, fingerprint
 from tests import small_data
 from tests.features import fetch_images
+from workers.caching import batching, calibrate, codec
 from workers.caching import build as caching_build
-from workers.caching import calibrate, codec
 from workers.caching.build import cache_features
 from workers.caching.calibrate import calibrate_features
 from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
-from workers.caching.encode import begin_loading, encode_views, load_unit_encoder
+from workers.caching.encode import ComputingThread, UnitEncoder, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, features_table
 from workers.caching.reader import CachedFeatures, LiveFeatures
 from workers.caching.units import UnitJob, feature_bytes, prepare_unit
@@ -274,11 +276,37 @@ def test_an_encoder_is_loaded_once_for_all_threads_of_its_process(built, monkeyp
     assert len(loads) == 1
 
 
+@pytest.mark.parametrize("finisher", ["measurer", "encoder"])
+def test_one_thread_of_a_process_computes_whoever_calls(built, monkeypatch, finisher):
+    """Else OpenMP has more teams than there are cores, and lets their members sleep at every barrier."""
+    store, spec, samples = built
+    threads = collections.defaultdict(set)
+
+    def noted(name, function):
+        def call(*arguments, **options):
+            threads[name].add(threading.get_ident())
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Encoder, "forward", noted("forward", Encoder.forward))
+    monkeypatch.setattr(FeatureCodec, "rounded", noted("rounded", FeatureCodec.rounded))
+    monkeypatch.setattr(batching, "map_quality", noted("compared", map_quality))
+    monkeypatch.setattr(calibrate.ChannelMoments, "update", noted("measured", calibrate.ChannelMoments.update))
+    finish = calibrate._Measurer(spec, SETTINGS, None, None) if finisher == "measurer" else UnitEncoder(spec, store.root, SETTINGS, None)
+    units = [prepare_unit(UnitJob(spec=spec, root=store.root, number=number, samples=tuple(samples[number : number + 2]))) for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        assert [found.num_images for found in pool.map(finish, units)] == [2] * 4
+    assert set(threads) == ({"forward", "measured"} if finisher == "measurer" else {"forward", "rounded", "compared"})
+    assert len(set.union(*threads.values())) == 1
+    assert threading.get_ident() not in threads["forward"]
+
+
 def test_an_encoder_that_cannot_be_loaded_is_told_with_every_unit():
     def load():
         raise EncoderError("it is gone")
 
-    loading = begin_loading(load)
+    computing = ComputingThread(load)
     for _ in range(2):
         with pytest.raises(EncoderError, match="it is gone"):
-            loading.result()
+            computing.run(lambda _loaded: None)

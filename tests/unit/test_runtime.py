@@ -144,8 +144,11 @@ def test_threads_are_counted_by_the_node_that_an_encoder_is_on(monkeypatch, node
     assert runtime.RayCluster(ExecutionSettings()).node_cpus(processes) == expected
 
 
-@pytest.mark.parametrize(("device", "cpus", "encoders", "expected"), [("cuda", 16, 1, 8), ("cuda", 96, 1, 16), ("cuda", 2, 1, 1), ("cpu", 16, 1, 1)])
-def test_many_cores_decode_where_a_gpu_encodes(monkeypatch, device, cpus, encoders, expected):
+@pytest.mark.parametrize(
+    ("device", "cpus", "encoders", "threads", "reserved"),
+    [("cuda", 16, 1, 8, 8), ("cuda", 96, 1, 16, 16), ("cuda", 2, 1, 1, 1), ("cpu", 16, 1, 16, 1), ("cpu", 16, 4, 4, 1), ("cpu", 1, 1, 1, 1)],
+)
+def test_images_are_decoded_on_the_cores_that_an_encoder_leaves_or_on_all_that_it_shares(monkeypatch, device, cpus, encoders, threads, reserved):
     @contextlib.contextmanager
     def started(execution):
         yield runtime.RayCluster(execution)
@@ -154,4 +157,5 @@ def test_many_cores_decode_where_a_gpu_encodes(monkeypatch, device, cpus, encode
     monkeypatch.setattr(runtime.RayCluster, "device", lambda cluster, num_processes, setting: device)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus}}])
     with runtime.encoding_cluster(ExecutionSettings(encoder_actors=encoders), None) as place:
-        assert (place.prepare_threads, place.encoder_threads, place.execution.device) == (expected, cpus // encoders, device)
+        assert (place.prepare_threads, place.prepare_cpus) == (threads, reserved)
+        assert (place.encoder_threads, place.execution.device) == (cpus // encoders, device)

@@ -231,7 +231,10 @@ class ViewEncoder:
             for part in parts:
                 slot.host_views[part.rows].numpy()[:] = views[part.branch][part.start : part.stop]
             slot.landing = self._enqueue(slot, parts, maps, num_compared, encoded)
-            pending.landings.append(slot.landing)
+            if self._is_staged:
+                pending.landings.append(slot.landing)
+            else:  # nothing is on its way, and what is left is this thread's to compute: see ComputingThread
+                slot.land()
         return pending
 
     def _free_slot(self, batch_views: int) -> _Slot:

@@ -301,7 +301,7 @@ def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSetting
             (replace(job, threads=place.prepare_threads) for job in jobs),
             finishers=settled.encoder_actors,
             in_flight=settled.encoded_units_in_flight,
-            prepare_cpus=place.prepare_threads,
+            prepare_cpus=place.prepare_cpus,
         )
 
 

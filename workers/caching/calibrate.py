@@ -23,7 +23,7 @@ from model.quantisation import ChannelCalibration, ChannelMoments
 from model.specs import CalibrationRule, CalibrationSpec, FeatureSpec, MapSpec
 from model.views import Branch
 from workers.caching.codec import Calibrations, FeatureCodec, calibration_path, calibrations_to_bytes, read_calibration_file
-from workers.caching.encode import begin_loading, encode_views, load_unit_encoder
+from workers.caching.encode import ComputingThread, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, encoding_folder, lock_encoding
 from workers.caching.units import PreparedUnit, UnitJob, prepare_unit
 from workers.commits import Stage, from_json, to_json
@@ -207,7 +207,7 @@ def _measure(
             jobs,
             finishers=execution.encoder_actors,
             in_flight=execution.encoded_units_in_flight,
-            prepare_cpus=encoders.prepare_threads,
+            prepare_cpus=encoders.prepare_cpus,
         ):
             found.append(result)
             progress.advance(len(jobs[result.number].samples))
@@ -272,7 +272,7 @@ class _Measurer:
         if calibrations is not None:
             rule = CalibrationRule(num_images=4, min_snr_db=0.0)  # of no effect: the codec looks at centres and scales alone
             self._codec = FeatureCodec(replace(spec, precision="int8", calibration=rule, calibration_sha256="measured here"), calibrations)
-        self._loaded = begin_loading(self._load)
+        self._computing = ComputingThread(self._load)
 
     def _load(self) -> tuple[EncoderForward, BatchSize]:
         encoder = load_unit_encoder(self._spec, self._execution, self._threads)
@@ -280,7 +280,10 @@ class _Measurer:
 
     def __call__(self, prepared: PreparedUnit) -> _Measured:
         """Encode one unit. May be called from two threads."""
-        forward, batch_size = self._loaded.result()
+        return self._computing.run(partial(self._measure, prepared))
+
+    def _measure(self, prepared: PreparedUnit, loaded: tuple[EncoderForward, BatchSize]) -> _Measured:
+        forward, batch_size = loaded
         moments: dict[str, ChannelMoments] = {}
         quality: dict[str, MapQuality] = {}
         for branch in BRANCHES:
