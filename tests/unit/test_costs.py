@@ -84,9 +84,11 @@ def test_a_plan_by_hand():
 def test_devices_that_are_cores_take_turns_with_decoding():
     here = Cluster(devices=1, views_per_s=100.0, cores=2, network_bytes_per_s=None, shares_cores=True)
     found = costs(cluster=here)
-    assert found.hours.total == pytest.approx(found.hours.prepare + found.hours.encode)
+    write_s = found.total_bytes / 1.3e8
+    assert found.hours.total == pytest.approx(found.hours.prepare + found.hours.encode + write_s / 3600)
     assert (found.hours.network, found.hours.bottleneck) == (None, "encoding")
-    assert found.compute_usd == pytest.approx((25_000 + 70_000) / 3600 * 2 * 0.04)
+    assert found.compute_usd == pytest.approx((25_000 + 70_000 + write_s) / 3600 * 2 * 0.04)
+    assert found.live_pass_usd == pytest.approx((25_000 + 70_000) / 3600 * 2 * 0.04)  # which writes nothing
 
 
 def test_devices_are_paid_while_they_wait():
