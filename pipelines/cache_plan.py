@@ -17,7 +17,7 @@ from model.images import DEFAULT_LIMITS, decode_image
 from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, fingerprint
 from model.views import plan_views
 from pipelines.cache_plan_text import CachePlan, CachePlanText, plan_text
-from pipelines.costs import CacheOption, Cluster, cache_bytes, cache_costs, recommend
+from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheOption, Cluster, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import count_text
@@ -169,7 +169,8 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
         far = "" if local else "; its network is not known and not counted, [plan.cluster] states one"
         devices = machine.device if encoding == 1 else f"{encoding} times {machine.device}"
-        hardware = f"this machine, {devices} with {count_text(machine.cores, 'core')}, probed with {kind}{far}"
+        writing = f", writing {WRITTEN_BYTES_CORE_S / 1e6:g} MB/s in between," if on_cpu else ","
+        hardware = f"this machine, {devices} with {count_text(machine.cores, 'core')}{writing} probed with {kind}{far}"
         if local:  # this machine's disk is paid for already
             prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
     on_gpu = stated is not None or machine.device != "cpu"

@@ -16,13 +16,25 @@ from typing import Literal
 from pipelines.wording import dollars_text
 from workers.s3_clients import PART_BYTES
 
-__all__ = ["Bottleneck", "CacheCosts", "CacheOption", "Cluster", "Hours", "Prices", "Verdict", "cache_bytes", "cache_costs", "recommend"]
+__all__ = [
+    "WRITTEN_BYTES_CORE_S",
+    "Bottleneck",
+    "CacheCosts",
+    "CacheOption",
+    "Cluster",
+    "Hours",
+    "Prices",
+    "Verdict",
+    "cache_bytes",
+    "cache_costs",
+    "recommend",
+]
 
 Bottleneck = Literal["decoding", "encoding", "network"]
 
 _GB = 1e9
 _HOUR_S = 3600.0
-_WRITTEN_BYTES_CORE_S = 1.3e8
+WRITTEN_BYTES_CORE_S = 1.3e8
 """Of features that a core cuts into images, hashes and writes in a second: 67 MB in 0.4 to 0.7 s on the cores that caches were planned on."""
 _NO_DIFFERENCE = 0.01
 """Of the costs: a probe of a machine does not repeat itself more exactly."""
@@ -213,7 +225,7 @@ def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: 
     prepare = num_images * prepare_core_s / cluster.cores / _HOUR_S
     encode = num_views / cluster.views_per_s / _HOUR_S
     network = None if cluster.network_bytes_per_s is None else total_bytes / cluster.network_bytes_per_s / _HOUR_S
-    write = total_bytes / _WRITTEN_BYTES_CORE_S / _HOUR_S
+    write = total_bytes / WRITTEN_BYTES_CORE_S / _HOUR_S
     together = prepare + encode + write if cluster.shares_cores else max(prepare, encode)
     busy: dict[Bottleneck, float] = {"decoding": prepare, "encoding": encode, "network": network or 0.0}
     slowest = max(busy, key=lambda resource: busy[resource])
