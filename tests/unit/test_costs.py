@@ -419,6 +419,7 @@ def test_a_run_that_is_about_to_cache_notes_what_it_expects(experiment: Experime
     assert noted.total_bytes == pytest.approx(plan.options[0].total_bytes, rel=1e-4)  # a file's own overhead is measured each time
     assert noted.seconds is not None
     assert noted.seconds > 0
+    assert "this machine" in noted.hardware
     assert "writing 130 MB/s in between, probed with" in noted.hardware
     assert not plan.is_made
     cache_features(experiment.features, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
