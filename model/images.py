@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from model.errors import ImageError, SpecError
 from model.views import Branch, ViewPlan
@@ -28,6 +28,7 @@ __all__ = [
     "decoding_error",
     "detail_score",
     "open_image",
+    "shown_size",
     "upright_rgb",
 ]
 
@@ -37,6 +38,10 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are tried (a camera's MPO opens as JPEG). Others that Pillow knows (EPS, PSD, ...) start programs or are no pictures."""
+
+
+_LYING = (5, 6, 7, 8)
+"""EXIF's orientations of pictures that lie on their side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +103,33 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
     if min(width, height) < 1 or max(width, height) > limits.max_aspect * min(width, height):
         raise _refuse("extreme_aspect", f"the image is {width}x{height}; one side may be at most {limits.max_aspect:g} times the other")
     return image
+
+
+def shown_size(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """How large `decode_image` will find a picture, by what stands before its pixels; these are not decoded.
+
+    Args:
+        data: the file.
+        limits: what to refuse.
+
+    Returns:
+        Width and height in pixels, upright.
+
+    Raises:
+        ImageError: with a reason out of REASONS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(data, limits) as image:
+            try:
+                # By the base class: a PNG's own method decodes its pixels, to look for EXIF behind them.
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise decoding_error(error, limits) from error
+            # A TIFF's size is that of the upright picture already.
+            return (image.height, image.width) if orientation in _LYING and image.format != "TIFF" else image.size
 
 
 def decoding_error(error: Exception, limits: ImageLimits = DEFAULT_LIMITS) -> ImageError:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from model.architectures import encoder_flops
 from model.errors import ImageError
 from model.images import DEFAULT_LIMITS, decode_image
-from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, fingerprint
+from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, deepest_layer, fingerprint
 from model.views import plan_views
-from pipelines.cache_plan_text import CachePlan, CachePlanText, plan_text
-from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheOption, Cluster, cache_bytes, cache_costs, recommend
+from pipelines.cache_plan_text import CachePlan, CachePlanText, TrainMode, TrainRate, plan_text
+from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheCosts, CacheOption, Cluster, Work, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
-from pipelines.wording import count_text
+from pipelines.wording import count_text, number_text
 from workers.commits import from_json, to_json
-from workers.dataset.spec import LlavaJsonSourceSpec
+from workers.dataset.spec import LlavaJsonSourceSpec, source_label
 from workers.errors import StorageError
 from workers.quarantine import image_reason
 from workers.storage import Store
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from model.views import Branch
     from workers.caching.sizing import FileOverhead
     from workers.dataset.samples import Sample
+    from workers.probing import ProbedMachine
 
 __all__ = ["ImageSizes", "PlannedCache", "cache_options", "check_given_images", "make_cache_plan", "note_cache_plan", "planned_cache"]
 
@@ -63,12 +64,27 @@ class ImageSizes:
     """Images of each of the dataset's sources; empty where that is not known."""
     source: str
     """For people: where they come from."""
+    files: tuple[bytes, ...] = ()
+    """A few of them, as they lie there."""
+
+    @property
+    def mean_pixels(self) -> float:
+        """Of an image."""
+        pixels = sum(width_px * height_px * weight for (width_px, height_px), weight in zip(self.sizes_px, self.weights, strict=True))
+        return pixels / sum(self.weights)
+
+    @property
+    def typical_px(self) -> tuple[int, int]:
+        """The size that comes nearest to the mean, by pixels: what decoding all images takes is a matter of the mean."""
+        return min(self.sizes_px, key=lambda size_px: abs(size_px[0] * size_px[1] - self.mean_pixels))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedCache:
     """What a run expected of its cache before it began."""
 
+    recipe: str = ""
+    """Which one it was; others may use the same cache."""
     num_views: int
     total_bytes: int
     seconds: float | None
@@ -121,6 +137,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         NothingThereError: there are no images to count, and none were given.
         SettingError: a number of images without a size, or one that cannot be.
     """
+    from workers.caching.layout import BRANCHES
     from workers.caching.sizing import file_overhead
     from workers.probing import probe_machine
 
@@ -130,20 +147,21 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     sizes = _sizes(experiment, samples, images, size_px)
     histogram = _local_views(features, sizes)
     num_local = round(sum(count * weight for count, weight in histogram.items()))
-    typical = _typical(sizes)
     stated = None if at_hand else recipe.plan.cluster
+    execution = experiment.execution
     machine = probe_machine(
         features,
-        _readable(experiment.store, samples or []),
-        typical,
-        device=experiment.execution.device,
-        cores=experiment.execution.num_cpus,
-        batch_views=experiment.execution.encode_batch_views,
+        sizes.files,
+        sizes.typical_px,
+        sizes.mean_pixels,
+        device=execution.device,
+        cores=execution.num_cpus,
+        encoder_cores=None if execution.encoder_threads is None else execution.encoder_threads * execution.encoder_actors,
+        batch_views=execution.encode_batch_views,
         encodes=stated is None,
     )
-    deepest = features.deepest_layer
-    view_flops = encoder_flops(features.encoder, deepest)
-    prices = recipe.plan.prices.prices()
+    deepest = {branch: deepest_layer(features.maps(branch)) for branch in BRANCHES if features.maps(branch)}
+    view_flops = {branch: encoder_flops(features.encoder, layer) for branch, layer in deepest.items()}
     local = experiment.store.local_path() is not None
     if stated is not None:
         cluster = stated.cluster(view_flops, features.compute)
@@ -154,47 +172,37 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
             "decoding as probed here"
         )
     else:
-        assert machine.views_per_s is not None
-        on_cpu = machine.device == "cpu"
-        # Of CPUs all cores were probed, of GPUs one: each process of ours has one of its own.
-        encoding, training = (1, 1) if on_cpu else (experiment.execution.encoder_actors, experiment.execution.train_workers)
-        products_flop_s = training * machine.views_per_s * view_flops
-        cluster = Cluster(
-            devices=encoding,
-            views_per_s=encoding * machine.views_per_s,
-            cores=machine.cores,
-            network_bytes_per_s=None,
-            shares_cores=on_cpu,
-        )
-        kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
-        far = "" if local else "; its network is not known and not counted, [plan.cluster] states one"
-        devices = machine.device if encoding == 1 else f"{encoding} times {machine.device}"
-        writing = f", writing {WRITTEN_BYTES_CORE_S / 1e6:g} MB/s in between," if on_cpu else ","
-        hardware = f"this machine, {devices} with {count_text(machine.cores, 'core')}{writing} probed with {kind}{far}"
-        if local:  # this machine's disk is paid for already
-            prices = replace(prices, storage_gb_month=0.0, put_thousand=0.0, get_thousand=0.0)
+        cluster, products_flop_s, hardware = _at_hand(experiment, machine, view_flops)
     on_gpu = stated is not None or machine.device != "cpu"
+    work = Work(
+        num_images=sizes.num_images,
+        num_local_views=num_local,
+        prepare_core_s=machine.prepare_core_s,
+        num_fetched=_num_fetched(experiment, sizes),
+        file_bytes=machine.file_bytes,
+        num_calibrated=min(recipe.calibration_rule().num_images, sizes.num_images),
+    )
     costs = []
     options = cache_options(features, recipe.calibration_rule())
-    measured = {stored.precision: file_overhead(stored, *typical) for _, stored in options}
+    measured = {stored.precision: file_overhead(stored, *sizes.typical_px) for _, stored in options}
     for option, stored in options:
         overhead_bytes, file_bytes = _overhead(option, measured[stored.precision])
         costs.append(
             cache_costs(
                 option,
-                num_images=sizes.num_images,
-                num_local_views=num_local,
-                prepare_core_s=machine.prepare_core_s,
+                work,
                 overhead_bytes=overhead_bytes,
                 file_bytes=file_bytes,
-                unit_bytes=experiment.execution.unit_bytes(on_gpu=on_gpu),
+                unit_bytes=execution.unit_bytes(on_gpu=on_gpu),
                 most_images=_most_images(experiment, 1 + (num_local / sizes.num_images if option.holds_local else 0), on_gpu=on_gpu),
                 months=recipe.plan.months,
                 cluster=cluster,
-                prices=prices,
+                prices=recipe.plan.prices.prices(),
+                on_disk=local and stated is None,  # this machine's, which is paid for already
             )
         )
     passes, passes_from = _passes(experiment, sizes, num_local / sizes.num_images)
+    num_views = sizes.num_images + num_local
     return CachePlan(
         recipe=recipe.name,
         encoder=features.encoder.model,
@@ -204,19 +212,46 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         not_counted=_not_counted(experiment),
         on_disk=stated is None and local,
         local_views={count: histogram[count] for count in sorted(histogram)},
-        num_views=sizes.num_images + num_local,
-        view_gflop=view_flops / 1e9,
+        num_views=num_views,
+        view_gflop={branch: flops / 1e9 for branch, flops in view_flops.items()},
         passes=passes,
         passes_from=passes_from,
         months=recipe.plan.months,
         hardware=hardware,
         prepare_core_s=machine.prepare_core_s,
-        views_per_s=cluster.views_per_s,
-        train_images_per_s=products_flop_s / _train_flops(experiment, num_local / sizes.num_images),
+        prepared=f"a made-up photograph of {sizes.typical_px[0]} x {sizes.typical_px[1]} px" if machine.made_up else "a few of its own",
+        views_per_s=num_views / (costs[0].hours.encode * 3600),
+        num_calibrated=work.num_calibrated,
+        train_rates=_train_rates(experiment, products_flop_s, num_local / sizes.num_images, costs),
         options=tuple(costs),
         # What leaves local views out is shown for comparison: a recipe cannot choose it.
         verdict=recommend([cost for cost in costs if cost.option.holds_local], passes),
     )
+
+
+def _at_hand(experiment: Experiment, machine: "ProbedMachine", view_flops: "Mapping[Branch, int]") -> tuple[Cluster, float, str]:
+    """This machine, how many operations a second training has of it, and what to call it."""
+    assert machine.views_per_s is not None
+    assert machine.products_flop_s is not None
+    execution = experiment.execution
+    on_cpu = machine.device == "cpu"
+    # Of CPUs all cores were probed, of GPUs one: each process of ours has one of its own.
+    encoding, training = (1, 1) if on_cpu else (execution.encoder_actors, execution.train_workers)
+    flop_s = encoding * machine.views_per_s * view_flops[machine.branch]
+    cluster = Cluster(
+        devices=encoding,
+        views_per_s={branch: flop_s / flops for branch, flops in view_flops.items()},
+        cores=machine.cores,
+        encoders=execution.encoder_actors,
+        network_bytes_per_s=None,
+        shares_cores=on_cpu,
+    )
+    kind = "this encoder" if machine.real_weights else "a stand-in of its shape, whose weights are not here"
+    far = "" if experiment.store.local_path() is not None else "; its network is not known and not counted, [plan.cluster] states one"
+    devices = machine.device if encoding == 1 else f"{encoding} times {machine.device}"
+    writing = f", writing {WRITTEN_BYTES_CORE_S * execution.encoder_actors / 1e6:g} MB/s in between," if on_cpu else ","
+    hardware = f"this machine, {devices} with {count_text(machine.cores, 'core')}{writing} probed with {kind}{far}"
+    return cluster, training * machine.products_flop_s, hardware
 
 
 def note_cache_plan(experiment: Experiment) -> None:
@@ -236,9 +271,11 @@ def note_cache_plan(experiment: Experiment) -> None:
         plan = make_cache_plan(experiment, at_hand=True)
         own = plan.options[0]
         planned = PlannedCache(
+            recipe=plan.recipe,
             num_views=plan.num_views,
             total_bytes=own.total_bytes,
-            seconds=own.hours.total * 3600 + _START_S + (0.0 if ray_is_running() else _RAY_START_S),
+            # Calibrating is a stage of its own.
+            seconds=(own.hours.total - own.hours.calibrate) * 3600 + _START_S + (0.0 if ray_is_running() else _RAY_START_S),
             hardware=plan.hardware,
             text=plan_text(plan),
         )
@@ -253,7 +290,7 @@ def _plan_bytes(experiment: Experiment) -> PlannedCache:
     sizes = _sizes(experiment, _built_samples(experiment), None, None)
     num_local = round(sum(count * weight for count, weight in _local_views(features, sizes).items()))
     option, stored = cache_options(features, experiment.file.recipe.calibration_rule())[0]
-    overhead_bytes, file_bytes = _overhead(option, file_overhead(stored, *_typical(sizes)))
+    overhead_bytes, file_bytes = _overhead(option, file_overhead(stored, *sizes.typical_px))
     total_bytes, _ = cache_bytes(
         option,
         num_images=sizes.num_images,
@@ -263,7 +300,13 @@ def _plan_bytes(experiment: Experiment) -> PlannedCache:
         unit_bytes=experiment.execution.unit_bytes(on_gpu=True),
         most_images=_most_images(experiment, 1 + num_local / sizes.num_images, on_gpu=True),
     )
-    return PlannedCache(num_views=sizes.num_images + num_local, total_bytes=total_bytes, seconds=None, hardware="a cluster of somebody else's")
+    return PlannedCache(
+        recipe=experiment.file.recipe.name,
+        num_views=sizes.num_images + num_local,
+        total_bytes=total_bytes,
+        seconds=None,
+        hardware="a cluster of somebody else's",
+    )
 
 
 def _local_views(features: FeatureSpec, sizes: ImageSizes) -> dict[int, float]:
@@ -275,14 +318,49 @@ def _local_views(features: FeatureSpec, sizes: ImageSizes) -> dict[int, float]:
     return dict(histogram)
 
 
-def _train_flops(experiment: Experiment, local_views: float) -> float:
-    """Of an image's conversation forward and back through a language model that is frozen: two for each of its parameters and tokens, both ways."""
+def _train_rates(experiment: Experiment, flop_s: float, local_views: float, costs: Sequence[CacheCosts]) -> tuple[TrainRate, ...]:
+    """Of what phases show.
+
+    An image's conversation goes forward and back through a language model that is frozen: two operations for each parameter and token, both ways.
+    """
     from workers.language_models import planned_shape
 
     connector, num_patches = experiment.connector, experiment.encoder.num_patches
-    local = 0.0 if connector.local_branch is None else local_views * connector.local_branch.view_tokens(num_patches)
-    tokens = connector.global_tokens(num_patches) + local + _TEXT_TOKENS
-    return 4.0 * planned_shape(experiment.language_model.model).num_parameters * tokens
+    of_local = 0.0 if connector.local_branch is None else local_views * connector.local_branch.view_tokens(num_patches)
+    of_global = connector.global_tokens(num_patches)
+    num_parameters = planned_shape(experiment.language_model.model).num_parameters
+    mixes = [phase.mix() for phase in experiment.file.recipe.schedule.phases]
+    shown: dict[TrainMode, bool] = {
+        "both": any(mix.both > 0 for mix in mixes),
+        "global": any(mix.global_only > 0 for mix in mixes),
+        "local": any(mix.local_only > 0 for mix in mixes),
+    }
+    rates = []
+    for mode, is_shown in shown.items():
+        if not is_shown and any(shown.values()):
+            continue
+        tokens = (of_global if mode != "local" else 0) + (of_local if mode != "global" else 0) + _TEXT_TOKENS
+        images_per_s = flop_s / (4 * num_parameters * tokens)
+        read = {
+            cost.option.name: images_per_s
+            * ((cost.option.global_view_bytes if mode != "local" else 0) + (local_views * cost.option.local_view_bytes if mode != "global" else 0))
+            for cost in costs
+            if cost.option.holds_local
+        }
+        rates.append(TrainRate(mode=mode, images_per_s=images_per_s, read_bytes_per_s=read))
+    return tuple(rates)
+
+
+def _num_fetched(experiment: Experiment, sizes: ImageSizes) -> float:
+    """Images that lie in an object store: drawn ones in the root, others where their source says."""
+    sources = experiment.dataset.sources
+    # Of images that were given by their number alone, every source has as many.
+    counts = {
+        source_label(source): sizes.by_source.get(source_label(source), 0.0) if sizes.by_source else sizes.num_images / len(sources)
+        for source in sources
+    }
+    stores = {source_label(source): Store(source.images) if isinstance(source, LlavaJsonSourceSpec) else experiment.store for source in sources}
+    return sum(number for label, number in counts.items() if stores[label].local_path() is None)
 
 
 def _most_images(experiment: Experiment, views: float, *, on_gpu: bool) -> int:
@@ -330,17 +408,6 @@ def _not_counted(experiment: Experiment) -> str:
     return "" if experiment.file.recipe.evaluation.dataset is None else "the images of [evaluation.dataset], which are cached as well"
 
 
-def _typical(sizes: ImageSizes) -> tuple[int, int]:
-    """The size in the middle, by pixels: half of the images have fewer."""
-    ordered = sorted(zip(sizes.sizes_px, sizes.weights, strict=True), key=lambda pair: pair[0][0] * pair[0][1])
-    left = sum(sizes.weights) / 2
-    for size_px, weight in ordered:
-        left -= weight
-        if left <= 0:
-            return size_px
-    return ordered[-1][0]
-
-
 def check_given_images(images: int | None, size_px: tuple[int, int] | None) -> None:
     """Look whether there can be so many images of a size, before anything else is looked at.
 
@@ -378,6 +445,7 @@ def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int |
             weights=tuple(float(number) for number in found.values()),
             by_source={label: float(number) for label, number in Counter(sample.source for sample in samples).items()},
             source="the built dataset",
+            files=tuple(_readable(experiment.store, samples)),
         )
     trained = {source.records for source in experiment.dataset.sources if isinstance(source, LlavaJsonSourceSpec)}
     if unreadable := [part.what for part in experiment.missing if part.records in trained]:
@@ -395,6 +463,7 @@ def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int |
         sizes_px=scanned.sizes_px,
         weights=scanned.weights,
         by_source=scanned.by_source,
+        files=scanned.files[:: max(1, len(scanned.files) // _PROBED_IMAGES)][:_PROBED_IMAGES],
         source=f"{looked}{f', {scanned.num_unreadable} of them unreadable' if scanned.num_unreadable else ''}",
     )
 
@@ -425,5 +494,5 @@ def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tu
         shows_global, shows_local = mix.both + mix.global_only, mix.both + mix.local_only
         seen_views += images * (shows_global + shows_local * local_views)
     each, seeds = seen_views / (sizes.num_images * (1 + local_views)), len(recipe.seeds)
-    shown = f"views that the schedule sees over those of the cache, {each:.3g}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
+    shown = f"views that the schedule sees over those of the cache, {number_text(each)}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
     return each * seeds, shown

@@ -3,14 +3,18 @@
 import json
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
+from model.views import Branch
 from pipelines.costs import CacheCosts, Verdict
-from pipelines.wording import bytes_text, data_console, dollars_text, duration_text, print_choices, print_table
+from pipelines.wording import bytes_text, count_text, data_console, dollars_text, duration_text, number_text, print_choices, print_table
 
-__all__ = ["OPTION_HEADINGS", "CachePlan", "CachePlanText", "plan_text", "print_cache_plan"]
+__all__ = ["OPTION_HEADINGS", "CachePlan", "CachePlanText", "TrainMode", "TrainRate", "plan_text", "print_cache_plan"]
+
+TrainMode = Literal["both", "global", "local"]
+_SHOWN: dict[TrainMode, str] = {"both": "both views", "global": "global views alone", "local": "local views alone"}
 
 OPTION_HEADINGS = (
     "stored as",
@@ -30,6 +34,17 @@ OPTION_HEADINGS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRate:
+    """How fast training can be at most on some hardware: the language model frozen, and nothing else in the way."""
+
+    mode: TrainMode
+    """What it shows of an image."""
+    images_per_s: float
+    read_bytes_per_s: dict[str, float]
+    """Of the cache, by option."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CachePlan:
     """What a cache will take."""
 
@@ -46,16 +61,22 @@ class CachePlan:
     local_views: dict[int, float]
     """How many images have so many local views."""
     num_views: int
-    view_gflop: float
+    view_gflop: dict[Branch, float]
+    """Of one view, by the branch whose maps are wanted."""
     passes: float
     passes_from: str
     months: float
     hardware: str
     prepare_core_s: float
     """Seconds of one core for one image."""
+    prepared: str
+    """What images that was measured on, in words."""
     views_per_s: float
-    train_images_per_s: float
-    """That training takes at most on that hardware: the language model frozen, and nothing else in the way."""
+    """Of all views, in the mean over both branches."""
+    num_calibrated: int
+    """Images that int8 encodes once more, before."""
+    train_rates: tuple[TrainRate, ...]
+    """Of what the schedule's phases show."""
     options: tuple[CacheCosts, ...]
     """The first is what the recipe says."""
     verdict: Verdict
@@ -67,8 +88,9 @@ class CachePlanText:
 
     facts: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, ...], ...]
-    """By OPTION_HEADINGS, the recipe's own first."""
+    """By the headings, the recipe's own first."""
     recommended: str
+    headings: tuple[str, ...] = OPTION_HEADINGS
 
 
 def plan_text(plan: CachePlan) -> CachePlanText:
@@ -81,20 +103,31 @@ def plan_text(plan: CachePlan) -> CachePlanText:
         What to show of it.
     """
     grids = ", ".join(f"{count} local: {weight:,.0f}" for count, weight in plan.local_views.items())
-    reads = ", ".join(
-        f"{cost.option.name} {bytes_text(round(cost.image_bytes * plan.train_images_per_s))}/s" for cost in plan.options if cost.option.holds_local
-    )
+    own, prepare = plan.options[0], number_text(plan.prepare_core_s * 1000)
+    if len(set(plan.view_gflop.values())) == 1:
+        each = f"{number_text(plan.view_gflop['global'])} GFLOP a view"
+    else:
+        each = " and ".join(f"{number_text(flops)} GFLOP a {branch} view" for branch, flops in plan.view_gflop.items())
+    calibrated = [duration_text(cost.hours.calibrate * 3600) for cost in plan.options if cost.hours.calibrate]
+    fastest = max(plan.train_rates, key=lambda rate: rate.read_bytes_per_s[own.option.name])
+    reads = ", ".join(f"{name} {bytes_text(round(rate))}/s" for name, rate in fastest.read_bytes_per_s.items())
+    shows = "" if len(plan.train_rates) == 1 else f" in phases that show {_SHOWN[fastest.mode]}"
     return CachePlanText(
         facts=(
             ("images", f"{plan.num_images:,} ({plan.images_from})"),
             *((("made", "already: a run finds this cache and adds nothing to it"),) if plan.is_made else ()),
             *((("not counted", plan.not_counted),) if plan.not_counted else ()),
             ("views", f"{plan.num_views:,}: 1 global each, and {grids}"),
-            ("encoder", f"{plan.encoder}: {plan.view_gflop:,.3g} GFLOP a view"),
+            ("encoder", f"{plan.encoder}: {each}"),
             ("hardware", plan.hardware),
-            ("rates", f"{plan.prepare_core_s * 1000:,.3g} ms of a core to decode and cut an image, {plan.views_per_s:,.4g} views/s encoded"),
-            ("passes", f"{plan.passes:.3g} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}"),
-            ("training", f"at most {plan.train_images_per_s:,.3g} images/s, by its language model's products alone; it then reads {reads}"),
+            ("rates", f"{prepare} ms of a core to decode and cut an image ({plan.prepared}), {number_text(plan.views_per_s)} views/s encoded"),
+            ("passes", f"{number_text(plan.passes)} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}"),
+            ("encoding anew", f"{dollars_text(own.live_pass_usd)} for a pass without a cache"),
+            *((("calibration", f"of int8, on {count_text(plan.num_calibrated, 'image')}: {calibrated[0]}, in its time"),) if calibrated else ()),
+            (
+                "training",
+                f"at most {number_text(fastest.images_per_s)} images/s{shows}, by its language model's products alone; it then reads {reads}",
+            ),
         ),
         options=tuple(_option_row(cost, on_disk=plan.on_disk) for cost in plan.options),
         recommended=f"{plan.verdict.choice}. {plan.verdict.reason[0].upper()}{plan.verdict.reason[1:]}.",
@@ -116,7 +149,7 @@ def _option_row(cost: CacheCosts, *, on_disk: bool) -> tuple[str, ...]:
         duration_text(hours.total * 3600),
         dollars_text(cost.compute_usd),
         dollars_text(cost.storage_usd_month),
-        f"{cost.break_even_passes:,.3g}" if isfinite(cost.break_even_passes) else "never",
+        number_text(cost.break_even_passes) if isfinite(cost.break_even_passes) else "never",
     )
 
 

@@ -9,11 +9,12 @@ dollars a month to keep on object storage. A cache pays by small maps, by a shor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.wording import dollars_text
+from model.views import Branch
+from pipelines.wording import dollars_text, number_text
 from workers.s3_clients import PART_BYTES
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Hours",
     "Prices",
     "Verdict",
+    "Work",
     "cache_bytes",
     "cache_costs",
     "recommend",
@@ -56,9 +58,11 @@ class Cluster:
     """What encodes. Rates are of the whole cluster."""
 
     devices: int
-    views_per_s: float
-    """Of all devices, in the forward pass alone."""
+    views_per_s: Mapping[Branch, float]
+    """Of all devices, in the forward pass alone, by the branch whose maps are wanted: it ends at the deepest of them."""
     cores: int
+    encoders: int
+    """Processes that encode, and write what they encoded."""
     network_bytes_per_s: float | None
     """To the store; None where nobody says, or the store is this machine's disk."""
     shares_cores: bool
@@ -78,13 +82,35 @@ class CacheOption:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is to be cached, however it is stored."""
+
+    num_images: int
+    """Each with one global view."""
+    num_local_views: int
+    """Of all of them."""
+    prepare_core_s: float
+    """Seconds of one core to decode and cut one image, in the mean."""
+    num_fetched: float
+    """Images that lie in an object store, where reading one is a request."""
+    file_bytes: float
+    """Of an image's file, in the mean."""
+    num_calibrated: int
+    """Images that int8 encodes once more, before all others, to measure its centres and scales."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Hours:
     """How long each resource is busy; the cache takes as long as the one that takes longest, or as those that share cores together."""
 
     prepare: float
     encode: float
+    write: float
+    """By cores that encode as well and do not encode meanwhile; 0 where others write beside."""
     network: float | None
-    """None where nobody says how fast it is, and where there is none."""
+    """Reading images and writing features; None where nobody says how fast it is, and where there is none."""
+    calibrate: float
+    """Before all that: what int8 is measured on."""
     total: float
     bottleneck: Bottleneck
 
@@ -150,10 +176,8 @@ def cache_bytes(
 
 def cache_costs(
     option: CacheOption,
+    work: Work,
     *,
-    num_images: int,
-    num_local_views: int,
-    prepare_core_s: float,
     overhead_bytes: float,
     file_bytes: float,
     unit_bytes: int,
@@ -161,14 +185,13 @@ def cache_costs(
     months: float,
     cluster: Cluster,
     prices: Prices,
+    on_disk: bool,
 ) -> CacheCosts:
     """The costs of one option.
 
     Args:
         option: how maps are stored.
-        num_images: that are cached, each with one global view.
-        num_local_views: of all of them.
-        prepare_core_s: seconds of one core to read, decode and cut one image.
+        work: what is cached.
         overhead_bytes: of the files, for one image: headers, footers, the columns beside the maps.
         file_bytes: of the files, for one unit: what each has whatever is in it.
         unit_bytes: of features that a unit holds, about.
@@ -176,38 +199,44 @@ def cache_costs(
         months: for which it is kept.
         cluster: what encodes.
         prices: in US dollars.
+        on_disk: whether it lies on a disk of the user's, which is paid for already and asks for nothing.
 
     Returns:
         Its costs.
     """
-    held_local = num_local_views if option.holds_local else 0
-    branches = 2 if held_local else 1
     total, units = cache_bytes(
         option,
-        num_images=num_images,
-        num_local_views=num_local_views,
+        num_images=work.num_images,
+        num_local_views=work.num_local_views,
         overhead_bytes=overhead_bytes,
         file_bytes=file_bytes,
         unit_bytes=unit_bytes,
         most_images=most_images,
     )
-    objects = max(1, units) * branches
-    hours = _hours(num_images, num_images + held_local, prepare_core_s, total, cluster)
-    compute = _compute_usd(num_images, num_images + held_local, prepare_core_s, total, cluster, prices)
-    live = _compute_usd(num_images, num_images + num_local_views, prepare_core_s, 0, cluster, prices)
-    left_out = 0.0 if option.holds_local or not num_local_views else _compute_usd(num_images, num_local_views, prepare_core_s, 0, cluster, prices)
-    gets = num_images * branches  # the index, which says where they lie, is read once a run
-    per_pass = gets / 1000 * prices.get_thousand + left_out
+    left_out: dict[Branch, int] = {"local": work.num_local_views} if work.num_local_views else {}
+    all_views: dict[Branch, int] = {"global": work.num_images, **left_out}
+    held: dict[Branch, int] = all_views if option.holds_local else {"global": work.num_images}
+    left_out = {} if option.holds_local else left_out
+    objects = max(1, units) * len(held)
+    calibrate = work.num_calibrated / max(1, work.num_images) if option.precision == "int8" else 0.0
+    hours = _hours(work, held, total, cluster, calibrate)
+    compute = _compute_usd(hours, cluster, prices)
+    asked = work.num_fetched / 1000 * prices.get_thousand  # for the images, whenever they are encoded
+    live = _compute_usd(_hours(work, all_views, 0, cluster), cluster, prices) + asked
+    gets = work.num_images * len(held)  # the index, which says where they lie, is read once a run
+    per_pass = 0.0 if on_disk else gets / 1000 * prices.get_thousand
+    if left_out:
+        per_pass += _compute_usd(_hours(work, left_out, 0, cluster), cluster, prices) + asked
     each = total / objects
     # A larger object goes in parts, begun and completed by a request each; each one has a file of the index, and each unit its record.
     puts = objects * (1 if each <= PART_BYTES else math.ceil(each / PART_BYTES) + 2) + objects + units
-    storage = total / _GB * prices.storage_gb_month
-    once = compute + puts / 1000 * prices.put_thousand + storage * months
+    storage = 0.0 if on_disk else total / _GB * prices.storage_gb_month
+    once = compute + asked * (1 + calibrate) + storage * months + (0.0 if on_disk else puts / 1000 * prices.put_thousand)
     saved = live - per_pass
     return CacheCosts(
         option=option,
         total_bytes=total,
-        image_bytes=total / max(1, num_images),
+        image_bytes=total / max(1, work.num_images),
         num_objects=objects,
         num_puts=puts,
         num_gets_pass=gets,
@@ -221,23 +250,30 @@ def cache_costs(
     )
 
 
-def _hours(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster) -> Hours:
-    prepare = num_images * prepare_core_s / cluster.cores / _HOUR_S
-    encode = num_views / cluster.views_per_s / _HOUR_S
-    network = None if cluster.network_bytes_per_s is None else total_bytes / cluster.network_bytes_per_s / _HOUR_S
-    write = total_bytes / WRITTEN_BYTES_CORE_S / _HOUR_S
-    together = prepare + encode + write if cluster.shares_cores else max(prepare, encode)
+def _hours(work: Work, views: Mapping[Branch, int], written_bytes: int, cluster: Cluster, calibrated: float = 0.0) -> Hours:
+    """Of encoding some views of all images and of writing so many bytes; a share of the images is encoded once more, before."""
+    prepare = work.num_images * work.prepare_core_s / cluster.cores / _HOUR_S
+    encode = sum(number / cluster.views_per_s[branch] for branch, number in views.items()) / _HOUR_S
+    write = written_bytes / (WRITTEN_BYTES_CORE_S * cluster.encoders) / _HOUR_S if cluster.shares_cores else 0.0
+    rate = cluster.network_bytes_per_s
+    fetch = 0.0 if rate is None else work.num_fetched * work.file_bytes / rate / _HOUR_S
+    network = None if rate is None else fetch + written_bytes / rate / _HOUR_S
     busy: dict[Bottleneck, float] = {"decoding": prepare, "encoding": encode, "network": network or 0.0}
-    slowest = max(busy, key=lambda resource: busy[resource])
-    return Hours(prepare=prepare, encode=encode, network=network, total=max(together, network or 0.0), bottleneck=slowest)
+    together = prepare + encode + write if cluster.shares_cores else max(prepare, encode)
+    calibrate = calibrated * max(prepare + encode if cluster.shares_cores else max(prepare, encode), fetch)
+    return Hours(
+        prepare=prepare,
+        encode=encode,
+        write=write,
+        network=network,
+        calibrate=calibrate,
+        total=max(together, network or 0.0) + calibrate,
+        bottleneck=max(busy, key=lambda resource: busy[resource]),
+    )
 
 
-def _compute_usd(num_images: int, num_views: int, prepare_core_s: float, total_bytes: int, cluster: Cluster, prices: Prices) -> float:
-    """Of preparing images, encoding views and storing so many bytes once.
-
-    Devices are paid for as long as it takes, also where they wait for decoding or for the network; devices that are cores, as cores.
-    """
-    hours = _hours(num_images, num_views, prepare_core_s, total_bytes, cluster)
+def _compute_usd(hours: Hours, cluster: Cluster, prices: Prices) -> float:
+    """Devices are paid for as long as it takes, also where they wait for decoding or for the network; devices that are cores, as cores."""
     if cluster.shares_cores:
         return hours.total * cluster.cores * prices.core_hour
     return hours.total * cluster.devices * prices.device_hour + hours.prepare * cluster.cores * prices.core_hour
@@ -255,18 +291,21 @@ def recommend(costs: Sequence[CacheCosts], passes: float) -> Verdict:
     """
     live = passes * costs[0].live_pass_usd
     totals = [cost.once_usd + passes * cost.pass_usd for cost in costs]
-    best = next(place for place, total in enumerate(totals) if total <= min(totals) * (1 + _NO_DIFFERENCE))
-    shown = f"{passes:.3g} training passes"
-    if live < totals[best]:
+    cheapest = min(range(len(costs)), key=totals.__getitem__)
+    shown = f"{number_text(passes)} training passes"
+    if live < totals[cheapest]:
         first = min(costs, key=lambda cost: cost.break_even_passes)
         pays = (
-            f"{first.option.name} pays from {first.break_even_passes:,.1f} passes on" if math.isfinite(first.break_even_passes) else "none ever pays"
+            f"{first.option.name} pays from {number_text(first.break_even_passes)} passes on"
+            if math.isfinite(first.break_even_passes)
+            else "none ever pays"
         )
         return Verdict(
             choice="do not cache",
-            reason=f"{shown} that encode everything themselves cost {dollars_text(live)}, the cheapest cache ({costs[best].option.name}) "
-            f"{dollars_text(totals[best])}; {pays}",
+            reason=f"{shown} that encode everything themselves cost {dollars_text(live)}, the cheapest cache ({costs[cheapest].option.name}) "
+            f"{dollars_text(totals[cheapest])}; {pays}",
         )
+    best = next(place for place, total in enumerate(totals) if total <= min(totals[cheapest] * (1 + _NO_DIFFERENCE), live))
     told = [f"{cost.option.name} {dollars_text(total)}" for cost, total in zip(costs, totals, strict=True)]
     others = "".join(f"{', ' if place else '; '}{text}" for place, text in enumerate(told[:best] + told[best + 1 :]))
     return Verdict(

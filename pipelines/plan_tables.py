@@ -4,11 +4,13 @@ Source of the defaults: a large cloud's list prices of 2026 (standard object sto
 type that the encoder computes in.
 """
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
 
 from model.specs import Compute
+from model.views import Branch
 from pipelines.costs import Cluster, Prices
 from pipelines.recipe_fields import Count, KeptShare, NotNegative, Positive, Table, allowed
 
@@ -58,17 +60,19 @@ class PlanCluster(Table):
         """Of one device in bf16, where an encoder computes in a type."""
         return self.peak_tflops(compute) * _PEAK_TFLOPS["bf16"] / _PEAK_TFLOPS[compute] if self.train_tflops is None else self.train_tflops
 
-    def cluster(self, view_flops: int, compute: Compute) -> Cluster:
+    def cluster(self, view_flops: Mapping[Branch, int], compute: Compute) -> Cluster:
         """As the arithmetic takes it.
 
         Args:
-            view_flops: operations of one view's forward pass.
+            view_flops: operations of one view's forward pass, by branch.
             compute: in which type.
         """
+        flop_s = self.devices * self.peak_tflops(compute) * 1e12 * self.device_share
         return Cluster(
             devices=self.devices,
-            views_per_s=self.devices * self.peak_tflops(compute) * 1e12 * self.device_share / view_flops,
+            views_per_s={branch: flop_s / flops for branch, flops in view_flops.items()},
             cores=self.cores,
+            encoders=self.devices,
             network_bytes_per_s=self.network_gbit_s * 1e9 / 8 * self.network_share,
             shares_cores=False,
         )

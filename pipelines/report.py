@@ -398,7 +398,7 @@ def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
     if not experiment.caches or (planned := planned_cache(experiment)) is None:
         return ()
     made = from_json(CacheRecord, _record(experiment, "cache-features", experiment.features))
-    if made.num_held:
+    if made.num_held or made.written_bytes < made.feature_bytes:  # of images whose other maps were there, only some were written
         return ()
     found_views = made.num_global_views + made.num_local_views
     rows: list[tuple[str, float, float, str, str]] = [
@@ -416,11 +416,12 @@ def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
 def _planned_options(experiment: "Experiment") -> PlannedOptions | None:
     """What the plan counted, where this machine made it."""
     from pipelines.cache_plan import planned_cache
-    from pipelines.cache_plan_text import OPTION_HEADINGS
 
     if not experiment.caches or (planned := planned_cache(experiment)) is None or (text := planned.text) is None:
         return None
-    return PlannedOptions(facts=text.facts, headings=OPTION_HEADINGS, rows=text.options, recommended=text.recommended)
+    own = experiment.file.recipe.name
+    facts = text.facts if planned.recipe in ("", own) else (("planned for", f"recipe {planned.recipe}, which uses the same cache"), *text.facts)
+    return PlannedOptions(facts=facts, headings=text.headings, rows=text.options, recommended=text.recommended)
 
 
 def _phase_curves(store: Store, runs: Sequence[_SeedRun]) -> tuple[PhaseCurves, ...]:

@@ -15,7 +15,7 @@ from workers.errors import RecordError
 if TYPE_CHECKING:
     from pipelines.stages import StageOutcome
 
-__all__ = ["bytes_text", "count_text", "data_console", "dollars_text", "duration_text", "outcome_line", "print_choices", "print_table"]
+__all__ = ["bytes_text", "count_text", "data_console", "dollars_text", "duration_text", "number_text", "outcome_line", "print_choices", "print_table"]
 
 
 UNLIMITED_WIDTH = 100_000
@@ -104,6 +104,12 @@ def dollars_text(dollars: float) -> str:
         return f"${dollars:,.2f}"
     rounded = float(f"{dollars:.2g}")
     return f"${rounded:.{max(2, 1 - math.floor(math.log10(rounded)))}f}"
+
+
+def number_text(number: float) -> str:
+    """A figure for people, to three digits and never with an exponent for what is large: `0.0305`, `11.2`, `12,970`."""
+    rounded = float(f"{number:.3g}")
+    return f"{number:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
 
 
 def count_text(number: int, what: str, many: str | None = None) -> str:

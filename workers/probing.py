@@ -5,7 +5,6 @@ block of the same shape stands in for its blocks, since what a matrix product co
 """
 
 import io
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,15 @@ from model.architectures import encoder_flops
 from model.encoder import compute_dtype, load_encoder
 from model.encoder_execution import automatic_batch_views
 from model.images import cut_views, decode_image
+from model.language_model import multiplies_bf16
 from model.packed_layers import can_pack, pack_layers
 from model.quantisation import ChannelCalibration
-from model.specs import EncoderSpec, FeatureSpec, UnknownDigest
-from model.views import plan_views
+from model.specs import EncoderSpec, FeatureSpec, UnknownDigest, deepest_layer
+from model.views import Branch, plan_views
 from workers.caching.codec import FeatureCodec
 from workers.caching.encode import encode_views
 from workers.caching.layout import BRANCHES
-from workers.devices import choose_device
+from workers.devices import choose_device, usable_cores
 
 __all__ = ["ProbedMachine", "probe_machine"]
 
@@ -38,6 +38,8 @@ _MOST_IMAGES = 12
 _LONGEST_JPEG_PX = 65_500
 """Of a side, by libjpeg."""
 _MOST_CALLS = 1000
+_PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
+"""Of square matrices that are large enough for a device's best rate: 20 ms on two cores, 2 ms on an H100."""
 _CPU_CALL_FLOPS = 2 * 10**11
 """Of one call of the encoder on a CPU: a few seconds on two cores."""
 
@@ -49,9 +51,17 @@ class ProbedMachine:
     device: str
     cores: int
     prepare_core_s: float
-    """Seconds of one core to decode and cut one image of the typical size; reading it is not among them."""
+    """Seconds of one core to decode and cut one image of the mean size; reading it is not among them."""
+    file_bytes: float
+    """Of such an image's file."""
+    made_up: bool
+    """Whether those images were made up."""
+    branch: Branch
+    """Whose maps were encoded."""
     views_per_s: float | None
     """Encoded, reduced to maps and rounded, on the whole device; on a CPU with as many cores as are counted. None where it was not asked for."""
+    products_flop_s: float | None
+    """Of matrix products in the type that training multiplies in, on the whole device; None where `views_per_s` is."""
     real_weights: bool
     """Whether the encoder itself ran, and not a stand-in of its shape."""
 
@@ -60,9 +70,11 @@ def probe_machine(
     spec: FeatureSpec,
     images: Sequence[bytes],
     size_px: tuple[int, int],
+    mean_pixels: float,
     *,
     device: str,
     cores: int | None,
+    encoder_cores: int | None,
     batch_views: int | None,
     encodes: bool = True,
 ) -> ProbedMachine:
@@ -72,25 +84,42 @@ def probe_machine(
         spec: of the cache.
         images: files to decode, a few of the dataset's own; none, then one of that size is made up.
         size_px: width and height of the one that is made up.
+        mean_pixels: of the images whose time is asked for: decoding takes time by pixels.
         device: `auto`, `cpu` or `cuda`.
         cores: that may be used; None is all.
+        encoder_cores: out of those, what encoders on a CPU have; None is all.
         batch_views: views in one forward pass; None is automatic.
         encodes: False leaves the encoder out.
 
     Returns:
         What was found. Decoding is measured in one thread, as a preparing task runs.
     """
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = there if cores is None else cores
+    cores = usable_cores() if cores is None else cores
     files = list(images)[:_MOST_IMAGES] or [_made_up(*size_px)]
     place = choose_device(device).type
+    branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
     threads = torch.get_num_threads()
-    torch.set_num_threads(cores)
+    rate, real, products = None, False, None
     try:
-        rate, real = _encode_rate(spec, place, batch_views) if encodes else (None, False)
-        return ProbedMachine(device=place, cores=cores, prepare_core_s=_prepare_s(spec, files), views_per_s=rate, real_weights=real)
+        if encodes:
+            torch.set_num_threads(min(cores, encoder_cores or cores))
+            rate, real = _encode_rate(spec, branch, place, batch_views)
+            torch.set_num_threads(cores)
+            products = _products_flop_s(place)
+        prepare_s, file_bytes = _prepare_s(spec, files, mean_pixels)
     finally:
         torch.set_num_threads(threads)
+    return ProbedMachine(
+        device=place,
+        cores=cores,
+        prepare_core_s=prepare_s,
+        file_bytes=file_bytes,
+        made_up=not images,
+        branch=branch,
+        views_per_s=rate,
+        products_flop_s=products,
+        real_weights=real,
+    )
 
 
 def _made_up(width_px: int, height_px: int) -> bytes:
@@ -108,22 +137,29 @@ def _made_up(width_px: int, height_px: int) -> bytes:
     return file.getvalue()
 
 
-def _prepare_s(spec: FeatureSpec, files: Sequence[bytes]) -> float:
-    def prepare(data: bytes) -> None:
+def _prepare_s(spec: FeatureSpec, files: Sequence[bytes], mean_pixels: float) -> tuple[float, float]:
+    """Seconds of a core for an image of so many pixels, and its file's bytes."""
+
+    def prepare(data: bytes) -> int:
         image = decode_image(data)
         cut_views(image, plan_views(image.width, image.height, spec.encoder.view_px, spec.views), mean_colour=spec.encoder.mean_colour)
+        return image.width * image.height
 
     prepare(files[0])  # loads what is loaded once
-    done, started = 0, time.thread_time()
+    done = pixels = num_bytes = 0
+    started = time.thread_time()
     while time.thread_time() - started < _ENOUGH_S and done < max(_MOST_IMAGES, len(files)):
-        prepare(files[done % len(files)])
+        data = files[done % len(files)]
+        pixels += prepare(data)
+        num_bytes += len(data)
         done += 1
-    return (time.thread_time() - started) / done
+    share = mean_pixels / pixels
+    return (time.thread_time() - started) * share, num_bytes * share
 
 
-def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tuple[float, bool]:
-    """Views a second, and whether the encoder itself ran."""
-    side, deepest, dtype = spec.encoder.view_px, spec.deepest_layer, compute_dtype(spec.compute, device)
+def _encode_rate(spec: FeatureSpec, branch: Branch, device: str, batch_views: int | None) -> tuple[float, bool]:
+    """Views of a branch a second, and whether the encoder itself ran."""
+    side, deepest, dtype = spec.encoder.view_px, deepest_layer(spec.maps(branch)), compute_dtype(spec.compute, device)
     batch_views = batch_views or automatic_batch_views(spec.encoder, device, dtype)
     if device == "cpu":  # a batch of CLIP-L's 64 views would take minutes
         batch_views = max(1, min(batch_views, _CPU_CALL_FLOPS // max(1, encoder_flops(spec.encoder, deepest))))
@@ -133,7 +169,6 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tup
     # The arithmetic of rounding, whatever the numbers: the calibration may be still to come.
     codec = FeatureCodec(spec, {item.place(branch): ChannelCalibration.identity(spec.encoder.width) for branch, item in spec.branch_maps})
     views = np.random.default_rng(0).integers(0, 256, size=(batch_views, 3, side, side), dtype=np.uint8)
-    branch = next(branch for branch in reversed(BRANCHES) if spec.maps(branch))  # local views are the many
 
     def encode() -> None:
         encode_views(encoder, views, branch, spec.maps(branch), codec, batch_views)
@@ -145,12 +180,25 @@ def _encode_rate(spec: FeatureSpec, device: str, batch_views: int | None) -> tup
     return batch_views / seconds, True
 
 
-def _seconds(work: Callable[[], None], device: str) -> float:
+def _products_flop_s(device: str) -> float:
+    """Of matrix products as training multiplies them."""
+    side, dtype = _PRODUCT_SIDE[device], torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    left, right = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    @torch.inference_mode()
+    def multiply() -> None:
+        torch.mm(left, right)
+
+    return 2 * side**3 / _seconds(multiply, device, _ENOUGH_S / 3)
+
+
+def _seconds(work: Callable[[], None], device: str, enough_s: float | None = None) -> float:
     """Of one call, the median of those in the second half of the time."""
     work()
     times: list[float] = []
+    enough_s = 3 * _ENOUGH_S if enough_s is None else enough_s
     began = time.monotonic()
-    while len(times) < 2 or (time.monotonic() - began < 3 * _ENOUGH_S and len(times) < _MOST_CALLS):
+    while len(times) < 2 or (time.monotonic() - began < enough_s and len(times) < _MOST_CALLS):
         started = time.monotonic()
         work()
         if device == "cuda":

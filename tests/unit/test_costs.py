@@ -1,22 +1,27 @@
 """Plans of caches: the arithmetic by hand, bytes against files that were written, sizes against images that are there."""
 
+import io
 import json
 import math
+import os
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from model.architectures import encoder_flops, known_encoder
+from model.errors import ImageError
+from model.images import decode_image, shown_size
 from model.specs import CalibrationRule, CalibrationSpec, MapSpec, UnknownDigest, fingerprint
 from model.views import ViewSpec
 from pipelines import cli
-from pipelines.cache_plan import cache_options, make_cache_plan, note_cache_plan, planned_cache
-from pipelines.cache_plan_text import OPTION_HEADINGS, plan_text, print_cache_plan
-from pipelines.costs import CacheOption, Cluster, Prices, cache_costs, recommend
+from pipelines.cache_plan import ImageSizes, cache_options, make_cache_plan, note_cache_plan, planned_cache
+from pipelines.cache_plan_text import OPTION_HEADINGS, CachePlan, plan_text, print_cache_plan
+from pipelines.costs import CacheOption, Cluster, Prices, Work, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.plan_tables import PlanCluster
 from pipelines.recipe_files import load_recipe
@@ -31,22 +36,23 @@ from workers.dataset.build import build_dataset
 from workers.dataset.samples import read_images, read_samples
 from workers.dataset.scanning import scan_images
 from workers.dataset.spec import DatasetSpec, LegibilitySpec, LlavaJsonSourceSpec, RenderedSourceSpec
+from workers.devices import usable_cores
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.language_models import planned_shape
+from workers.probing import probe_machine
 from workers.runtime import InlineCluster
 from workers.storage import Store
 
 RULE = CalibrationRule(num_images=12, min_snr_db=30.0)
 FP16 = CacheOption(name="fp16", precision="fp16", global_view_bytes=3_000_000, local_view_bytes=1_000_000)
-EIGHT = Cluster(devices=8, views_per_s=8000.0, cores=100, network_bytes_per_s=10e9, shares_cores=False)
+RATES = {"global": 8000.0, "local": 8000.0}
+EIGHT = Cluster(devices=8, views_per_s=RATES, cores=100, encoders=8, network_bytes_per_s=10e9, shares_cores=False)
+WORK = Work(num_images=1_000_000, num_local_views=6_000_000, prepare_core_s=0.05, num_fetched=0, file_bytes=0, num_calibrated=0)
 PRICES = Prices(storage_gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, device_hour=3.0, core_hour=0.04)
 
 
-def costs(option=FP16, **changes):
+def costs(option=FP16, work=WORK, **changes):
     values = {
-        "num_images": 1_000_000,
-        "num_local_views": 6_000_000,
-        "prepare_core_s": 0.05,
         "overhead_bytes": 4000.0,
         "file_bytes": 7000.0,
         "unit_bytes": 90_000_000,
@@ -54,8 +60,9 @@ def costs(option=FP16, **changes):
         "months": 2.0,
         "cluster": EIGHT,
         "prices": PRICES,
+        "on_disk": False,
     }
-    return cache_costs(option, **(values | changes))
+    return cache_costs(option, work, **(values | changes))
 
 
 def test_a_plan_by_hand():
@@ -82,9 +89,11 @@ def test_a_plan_by_hand():
 
 
 def test_devices_that_are_cores_take_turns_with_decoding():
-    here = Cluster(devices=1, views_per_s=100.0, cores=2, network_bytes_per_s=None, shares_cores=True)
+    here = Cluster(devices=1, views_per_s={"global": 100.0, "local": 100.0}, cores=2, encoders=1, network_bytes_per_s=None, shares_cores=True)
     found = costs(cluster=here)
     write_s = found.total_bytes / 1.3e8
+    assert found.hours.write == pytest.approx(write_s / 3600)
+    assert costs(cluster=replace(here, encoders=4)).hours.write == pytest.approx(write_s / 4 / 3600)  # each writes its own
     assert found.hours.total == pytest.approx(found.hours.prepare + found.hours.encode + write_s / 3600)
     assert (found.hours.network, found.hours.bottleneck) == (None, "encoding")
     assert found.compute_usd == pytest.approx((25_000 + 70_000 + write_s) / 3600 * 2 * 0.04)
@@ -92,7 +101,7 @@ def test_devices_that_are_cores_take_turns_with_decoding():
 
 
 def test_devices_are_paid_while_they_wait():
-    slow = costs(prepare_core_s=0.2)
+    slow = costs(work=replace(WORK, prepare_core_s=0.2))
     assert slow.hours.prepare > slow.hours.encode
     assert slow.compute_usd == pytest.approx(2000 / 3600 * 8 * 3 + 200_000 / 3600 * 0.04)
 
@@ -110,6 +119,43 @@ def test_a_cache_without_local_views_leaves_them_to_every_pass():
     left_out = 50_000 / 3600 * 0.04 + 750 / 3600 * 8 * 3
     assert alone.pass_usd == pytest.approx(1000 * 0.0004 + left_out)
     assert alone.live_pass_usd == pytest.approx(costs().live_pass_usd)
+
+
+def test_branches_are_encoded_as_deep_as_their_own_maps():
+    found = costs(cluster=replace(EIGHT, views_per_s={"global": 1000.0, "local": 6000.0}, network_bytes_per_s=None))
+    assert found.hours.encode == pytest.approx((1000 + 1000) / 3600)
+    alone = replace(FP16, name="global", local_view_bytes=0, holds_local=False)
+    assert costs(alone, cluster=replace(EIGHT, views_per_s={"global": 1000.0, "local": 6000.0})).hours.encode == pytest.approx(1000 / 3600)
+
+
+def test_images_from_a_bucket_are_asked_for_whenever_they_are_encoded():
+    far = replace(WORK, num_fetched=500_000.0, file_bytes=200_000.0)
+    found, near = costs(work=far), costs()
+    asked = 500 * 0.0004
+    assert found.hours.network == pytest.approx(near.hours.network + 500_000 * 200_000 / 10e9 / 3600)
+    waiting = (found.hours.total - near.hours.total) * 8 * 3  # the network takes longest here
+    assert found.compute_usd == pytest.approx(near.compute_usd + waiting)
+    assert found.once_usd == pytest.approx(near.once_usd + waiting + asked)
+    assert found.live_pass_usd == pytest.approx(near.live_pass_usd + asked)
+    assert found.pass_usd == near.pass_usd
+    alone = replace(FP16, name="global", local_view_bytes=0, holds_local=False)
+    assert costs(alone, work=far).pass_usd == pytest.approx(costs(alone).pass_usd + asked)
+
+
+def test_int8_encodes_once_more_what_it_is_measured_on():
+    int8 = replace(FP16, name="int8", precision="int8")
+    some = replace(WORK, num_calibrated=50_000)
+    found, plain = costs(int8, work=some), costs(int8)
+    assert found.hours.calibrate == pytest.approx(0.05 * max(plain.hours.prepare, plain.hours.encode))
+    assert found.hours.total == pytest.approx(plain.hours.total + found.hours.calibrate)
+    assert costs(FP16, work=some) == costs(FP16)
+
+
+def test_a_disk_of_the_users_own_costs_nothing_but_the_work():
+    found, paid = costs(on_disk=True), costs()
+    assert (found.storage_usd_month, found.pass_usd) == (0, 0)
+    assert found.once_usd == found.compute_usd == paid.compute_usd
+    assert found.live_pass_usd == paid.live_pass_usd
 
 
 def test_nothing_pays_where_a_request_costs_more_than_the_work():
@@ -132,6 +178,16 @@ def test_what_costs_the_same_stays_as_the_recipe_says():
     free = {"prices": replace(PRICES, storage_gb_month=0.0, put_thousand=0.0), "cluster": replace(EIGHT, network_bytes_per_s=None)}
     half = replace(FP16, name="int8", precision="int8", global_view_bytes=1_500_000, local_view_bytes=500_000)
     assert recommend((costs(**free), costs(half, **free)), 3).choice == "cache fp16"
+
+
+def test_what_is_dearer_than_no_cache_by_nothing_that_can_be_measured_is_not_recommended():
+    own, half = costs(), costs(replace(FP16, name="int8", precision="int8"))
+    own = replace(own, once_usd=100.9, pass_usd=0.0, live_pass_usd=100.5)
+    found = recommend((own, replace(half, once_usd=100.0, pass_usd=0.0, live_pass_usd=100.5)), 1)
+    assert found.choice == "cache int8"
+    none = recommend((own, replace(half, once_usd=100.6, pass_usd=0.0, live_pass_usd=100.5)), 1)
+    assert none.choice == "do not cache"
+    assert "the cheapest cache (int8) $100.60" in none.reason
 
 
 def test_operations_of_a_view_are_those_of_the_published_arithmetic():
@@ -246,9 +302,95 @@ def test_headers_tell_sizes_as_they_are_seen(tmp_path):
     assert (found.num_images, found.num_looked_at, found.num_unreadable) == (7 + 3, 5, 2)  # one is gone, one is no image
     assert sorted(zip(found.sizes_px, found.weights, strict=True)) == [((30, 90), 1), ((40, 60), 1), ((60, 40), 1), ((672, 448), 7)]
     assert found.by_source == {"rendered/charts": 7, "llava_json/records": 3}
+    assert sorted(decode_image(file).size for file in found.files) == [(30, 90), (60, 40)]  # the others cannot be decoded
     some = scan_images(dataset, 2)
     assert some == scan_images(dataset, 2)
     assert sum(some.weights) == pytest.approx(some.num_images, abs=1)
+
+
+def encoded(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, size=(40, 60, 3), dtype=np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def orientation(value) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("value", [1, 3, 6, 8, 9])
+def test_a_header_tells_the_size_that_decoding_finds(kind, value):
+    data = encoded(kind, exif=orientation(value))
+    assert shown_size(data) == decode_image(data).size == ((40, 60) if value in {6, 8} else (60, 40))
+
+
+def test_a_header_is_enough(monkeypatch):
+    """A PNG's own method would decode its pixels, to look for EXIF behind them."""
+    whole = encoded("PNG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    assert shown_size(whole[: len(whole) // 2]) == (60, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_is_no_accident(kind):
+    entry = struct.pack("<HHI4s", 0x0112, 2, 2, b"6\x00")  # as text
+    text = encoded(kind, exif=b"Exif\x00\x00II*\x00" + struct.pack("<IH", 8, 1) + entry + bytes(4))
+    assert Image.open(io.BytesIO(text)).getexif()[0x0112] == "6"
+    assert shown_size(text) == decode_image(text).size == (60, 40)
+    broken = encoded(kind, exif=b"Exif\x00\x00no TIFF at all")
+    if kind == "JPEG":  # whose plugin looks away
+        assert shown_size(broken) == decode_image(broken).size
+        return
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(broken)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        shown_size(broken)
+
+
+def test_decoding_is_planned_by_the_mean_of_images_and_not_by_the_image_in_the_middle():
+    sizes = ImageSizes(num_images=100, sizes_px=((640, 480), (4000, 3000), (2600, 2100)), weights=(55.0, 44.0, 1.0), by_source={}, source="")
+    assert sizes.mean_pixels == pytest.approx(0.55 * 640 * 480 + 0.44 * 12e6 + 0.01 * 2600 * 2100)
+    assert sizes.typical_px == (2600, 2100)
+
+
+def test_a_probe_knows_the_time_of_larger_images_than_it_decoded(tiny_encoder_folder, monkeypatch):
+    spec = small_data.feature_spec(small_data.dataset_spec(), tiny_encoder_folder)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("workers.probing.time.thread_time", lambda: next(ticks))
+    monkeypatch.setattr("workers.probing._ENOUGH_S", 3.5)
+    options = {"device": "cpu", "cores": 1, "encoder_cores": None, "batch_views": None, "encodes": False}
+    files = [encoded("JPEG")]
+    found = probe_machine(spec, files, (60, 40), 10 * 2400.0, **options)
+    # Asked for the time before, and then until 3.5 s are over: of three images it takes 5 ticks.
+    assert found.prepare_core_s == pytest.approx(10 * 5 / 3)
+    assert found.file_bytes == pytest.approx(10 * len(files[0]))
+    assert not found.made_up
+    assert probe_machine(spec, [], (60, 40), 2400.0, **options).made_up
+    assert found.views_per_s is found.products_flop_s is None
+
+
+def test_cores_are_those_that_a_container_has_time_for(tmp_path):
+    there = usable_cores(tmp_path)
+    assert there == len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == there
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text(f"{100000 * (there + 1)} 100000\n")
+    assert usable_cores(tmp_path) == there
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert usable_cores(tmp_path) == there
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n")
+    assert usable_cores(tmp_path) == 1
 
 
 @pytest.fixture
@@ -309,22 +451,52 @@ def test_every_figure_of_a_plan_is_shown_however_narrow_the_terminal(
 
 def test_passes_are_of_what_phases_see(tmp_path: Path, experiment: Experiment) -> None:
     text = experiment.file.text
-    plan = make_cache_plan(experiment)
-    sees = re.findall(r"(?m)^steps = .*$", text)
-    assert sees
-    train = plan.num_images * (1 - experiment.dataset.held_out_fraction)
-    path = tmp_path / "epochs.toml"
-    one = """
-[[schedule.align]]
-train = ["global_mlp"]
-branch = "global"
-epochs = 2
-learning_rate = 1e-3
-"""
-    path.write_text(text[: text.index("[[schedule.align]]")] + one)
-    planned = make_cache_plan(open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"), planning=True))
-    seeds = len(experiment.file.recipe.seeds)
-    assert planned.passes == pytest.approx(2 * train * seeds / planned.num_views)  # two epochs of one view of each image
+    train, local = 16 * 0.6, sum(count * number for count, number in make_cache_plan(experiment).local_views.items()) / 16
+
+    def passes(phases: str) -> tuple[float, CachePlan]:
+        path = tmp_path / "phases.toml"
+        path.write_text(text[: text.index("[[schedule.align]]")] + phases)
+        plan = make_cache_plan(open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"), planning=True))
+        return plan.passes, plan
+
+    one = "[[schedule.align]]\ntrain = ['global_mlp']\nbranch = 'global'\nepochs = 2\nlearning_rate = 1e-3\n"
+    views = 16 * (1 + local)
+    found, plan = passes(one)
+    assert found == pytest.approx(2 * 2 * train / views)  # two seeds, two epochs of one view of each image
+    assert [rate.mode for rate in plan.train_rates] == ["global"]
+    two = "[[schedule.align]]\ntrain = ['compression']\nbranch = 'local'\nsteps = 5\nbatch_size = 8\nlearning_rate = 1e-3\nsources = ['charts']\n"
+    mix = "{ both = 0.5, global = 0.25, blind = 0.25 }"
+    last = f"[schedule.sft]\ntrain = ['language_model']\nbranch = {mix}\nepochs = 3\nlearning_rate = 1e-3\nsources = ['pages']\n"
+    found, plan = passes(f"[schedule]\nrepeats = 3\n{one}{two}{last}")
+    aligned = 3 * (2 * train + 5 * 8 * local)
+    assert found == pytest.approx(2 * (aligned + 3 * train / 2 * (0.75 + 0.5 * local)) / views)
+    assert [rate.mode for rate in plan.train_rates] == ["both", "global", "local"]
+
+
+def test_training_reads_fastest_where_phases_show_local_views_alone(tmp_path: Path, experiment: Experiment) -> None:
+    path = tmp_path / "local.toml"
+    path.write_text(experiment.file.text.replace('branch = "global"', 'branch = "local"').replace('["global_mlp"]', '["compression"]'))
+    plan = make_cache_plan(open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"), planning=True))
+    both, alone = plan.train_rates
+    assert (both.mode, alone.mode) == ("both", "local")
+    connector, patches, local = experiment.connector, experiment.encoder.num_patches, (plan.num_views - 16) / 16
+    tokens = [connector.global_tokens(patches) + 4 * local + 150, 4 * local + 150]
+    assert alone.images_per_s / both.images_per_s == pytest.approx(tokens[0] / tokens[1])
+    own = plan.options[0].option
+    assert alone.read_bytes_per_s["fp16"] == pytest.approx(alone.images_per_s * local * own.local_view_bytes)
+    facts = dict(plan_text(plan).facts)
+    shown = max(plan.train_rates, key=lambda rate: rate.read_bytes_per_s["fp16"])
+    assert f"phases that show {'both views' if shown is both else 'local views alone'}, by its language model's" in facts["training"]
+    assert facts["encoding anew"].endswith("for a pass without a cache")
+    assert facts["calibration"].startswith("of int8, on 16 images: ")
+
+
+@pytest.mark.parametrize(("passes", "shown"), [(0.04, "0.04 "), (5.8123, "5.81 "), (1500, "1,500 "), (123_456, "123,456 ")])
+def test_figures_have_no_exponents(experiment: Experiment, passes: float, shown: str) -> None:
+    plan = replace(make_cache_plan(experiment), passes=passes, views_per_s=12_968.4)
+    facts = dict(plan_text(plan).facts)
+    assert facts["passes"].startswith(shown)
+    assert "12,968 views/s" in facts["rates"]
 
 
 def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardware(
@@ -346,7 +518,12 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
     (local_views,) = map(int, plan["local_views"])
     tokens = 49 + 49 * local_views + 150
     parameters = planned_shape(str(tiny_language_model_folder)).num_parameters
-    assert plan["train_images_per_s"] == pytest.approx(2 * 100e12 * 989 / 67 * 0.5 / (4 * parameters * tokens))
+    flop_s = 2 * 100e12 * 989 / 67 * 0.5
+    rates = {rate["mode"]: rate for rate in plan["train_rates"]}
+    assert rates["both"]["images_per_s"] == pytest.approx(flop_s / (4 * parameters * tokens))
+    own = plan["options"][0]["option"]
+    both_bytes = own["global_view_bytes"] + local_views * own["local_view_bytes"]
+    assert rates["both"]["read_bytes_per_s"]["fp16"] == pytest.approx(rates["both"]["images_per_s"] * both_bytes)
     assert plan["options"][0]["storage_usd_month"] == pytest.approx(plan["options"][0]["total_bytes"] / 1e9 * 0.023)
     cli.main(["plan", str(path), "--root", str(tmp_path / "root"), "--images", "1000", "--size", "640x480"])
     out = capsys.readouterr().out
@@ -357,9 +534,10 @@ def test_an_encoder_that_is_not_here_is_planned_by_its_shape_and_on_stated_hardw
 
 def test_stated_hardware_computes_at_the_peak_of_the_encoders_type() -> None:
     stated = PlanCluster(devices=2, device_share=0.5)
-    assert stated.cluster(10**12, "fp32").views_per_s == pytest.approx(67)
-    assert stated.cluster(10**12, "bf16").views_per_s == stated.cluster(10**12, "fp16").views_per_s == pytest.approx(989)
-    assert PlanCluster(devices=2, device_share=0.5, device_tflops=100).cluster(10**12, "bf16").views_per_s == pytest.approx(100)
+    flops = {"global": 10**12, "local": 10**11}
+    assert stated.cluster(flops, "fp32").views_per_s == pytest.approx({"global": 67, "local": 670})
+    assert stated.cluster(flops, "bf16").views_per_s == stated.cluster(flops, "fp16").views_per_s == pytest.approx({"global": 989, "local": 9890})
+    assert PlanCluster(devices=2, device_share=0.5, device_tflops=100).cluster(flops, "bf16").views_per_s["global"] == pytest.approx(100)
 
 
 def test_training_multiplies_in_bf16_whatever_the_encoder_computes_in() -> None:
@@ -452,3 +630,23 @@ def test_of_a_cluster_elsewhere_bytes_alone_are_expected_and_no_encoder_is_tried
     assert noted.seconds is None
     assert noted.num_views == plan.num_views
     assert noted.total_bytes == pytest.approx(plan.options[0].total_bytes, rel=0.02)  # in units of another size
+
+
+def test_a_branch_with_shallower_maps_takes_fewer_operations(tmp_path: Path, experiment: Experiment) -> None:
+    assert dict(plan_text(make_cache_plan(experiment)).facts)["encoder"].endswith("GFLOP a view")
+    head, tail = experiment.file.text.split("[connector.local]")
+    path = tmp_path / "shallow.toml"
+    tail = tail.replace('{ kind = "dci", groups = 2 }', '{ kind = "single", layer = 1 }', 1)
+    path.write_text(f"{head}[connector.local]\nprojector = 'own'{tail}")
+    plan = make_cache_plan(open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"), planning=True))
+    deepest = experiment.features.deepest_layer
+    assert plan.view_gflop == {"global": encoder_flops(experiment.encoder, deepest) / 1e9, "local": encoder_flops(experiment.encoder, 1) / 1e9}
+    # The probe's rate is of local views; the global ones take as much longer as they take more operations.
+    total_s = plan.options[0].hours.encode * 3600
+    ratio = plan.view_gflop["global"] / plan.view_gflop["local"]
+    local_views_per_s = (16 * ratio + plan.num_views - 16) / total_s
+    assert plan.views_per_s == pytest.approx(plan.num_views / total_s)
+    assert plan.views_per_s < local_views_per_s
+    shown = dict(plan_text(plan).facts)["encoder"]
+    assert " GFLOP a global view and " in shown
+    assert shown.endswith(" GFLOP a local view")

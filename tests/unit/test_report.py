@@ -1,12 +1,25 @@
 """The report's reading of records: seeds side by side, groups in order, the view that holds the answer."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from model.views import ViewSpec, plan_views
-from pipelines.report import _asked_words, accuracy_rows, answer_view, metric_rows
+from pipelines.cache_plan import note_cache_plan
+from pipelines.cache_plan_text import OPTION_HEADINGS
+from pipelines.recipe_files import load_recipe
+from pipelines.report import _asked_words, _planned_options, _planned_rows, accuracy_rows, answer_view, metric_rows
+from pipelines.stages import Experiment, open_experiment
 from tests.evaluation_records import evaluation
+from tests.tiny import tiny_recipe
+from workers.caching.build import cache_features
+from workers.dataset.build import build_dataset
 from workers.dataset.samples import Turn
 from workers.evaluation import ClassificationFigure
+from workers.execution import ExecutionSettings, SilentProgress
+from workers.runtime import InlineCluster
+from workers.storage import Store
 
 
 def test_rows_are_in_order_and_hold_every_seed() -> None:
@@ -63,3 +76,42 @@ def test_small_details_with_a_place_are_shown_first() -> None:
 
     box = (0.0, 0.0, 1.0, 1.0)
     assert _shown_turns([turn("large", box), turn("small", None), turn("small", box)]) == [2, 0, 1]
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tiny_encoder_folder: Path, tiny_language_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """Of a dataset that is built."""
+    monkeypatch.setattr("workers.probing._ENOUGH_S", 0.01)
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_recipe(tiny_encoder_folder, tiny_language_model_folder))
+    found = open_experiment(load_recipe(str(path)), Store(str(tmp_path / "root")), ExecutionSettings(device="cpu"))
+    build_dataset(found.dataset, found.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    return found
+
+
+def test_a_plan_stands_beside_what_came_of_it(experiment: Experiment, tmp_path: Path) -> None:
+    note_cache_plan(experiment)
+    cache_features(experiment.features, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    views, size, time = _planned_rows(experiment)
+    assert (views.what, views.planned, views.difference) == ("views", views.found, "+0.0 %")
+    assert (size.what, time.what) == ("bytes", "time")
+    assert abs(float(size.difference.split()[0])) < 2
+    told = _planned_options(experiment)
+    assert told is not None
+    assert (told.facts[0][0], told.headings) == ("images", OPTION_HEADINGS)
+    assert [row[0] for row in told.rows] == ["fp16", "int8", "fp32", "int8, global view only"]
+    other = tmp_path / "other.toml"  # another recipe over the same cache
+    other.write_text(experiment.file.text.replace('name = "tiny"', 'name = "other"').replace("seeds = [0, 1]", "seeds = [0]"))
+    reported = _planned_options(open_experiment(load_recipe(str(other)), experiment.store, ExecutionSettings(device="cpu")))
+    assert reported is not None
+    assert reported.facts == (("planned for", "recipe tiny, which uses the same cache"), *told.facts)
+
+
+def test_a_plan_of_the_whole_is_not_held_against_a_part_that_was_missing(experiment: Experiment) -> None:
+    whole = experiment.features
+    part = replace(whole, global_maps=whole.global_maps[:1], local_maps=whole.local_maps)
+    cache_features(part, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    note_cache_plan(experiment)
+    record = cache_features(whole, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    assert (record.num_held, record.num_cached) == (0, 16)
+    assert _planned_rows(experiment) == ()
