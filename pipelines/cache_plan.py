@@ -16,8 +16,8 @@ from model.errors import ImageError
 from model.images import DEFAULT_LIMITS, decode_image
 from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, deepest_layer, fingerprint
 from model.views import plan_views
-from pipelines.cache_plan_text import CachePlan, CachePlanText, TrainMode, TrainRate, plan_text
-from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheCosts, CacheOption, Cluster, Work, cache_bytes, cache_costs, recommend
+from pipelines.cache_plan_text import CachePlan, CachePlanText, TrainRate, plan_text
+from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheCosts, CacheOption, Cluster, TrainMode, Work, cache_bytes, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
 from pipelines.stages import Experiment
 from pipelines.wording import count_text, number_text
@@ -94,12 +94,13 @@ class PlannedCache:
     """The whole plan; None where another machine does the work."""
 
 
-def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
-    """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views.
+def cache_options(features: FeatureSpec, rule: CalibrationRule, *, global_alone: bool = False) -> tuple[tuple[CacheOption, FeatureSpec], ...]:
+    """Ways to store a cache's maps: as the recipe says, in other precisions, and without the local views (`features.source = "global_cached"`).
 
     Args:
-        features: the recipe's cache.
+        features: what training sees.
         rule: how int8 would be calibrated.
+        global_alone: whether the recipe stores the global views' maps alone.
 
     Returns:
         Each with the cache that it would be; the recipe's own first.
@@ -116,8 +117,11 @@ def cache_options(features: FeatureSpec, rule: CalibrationRule) -> tuple[tuple[C
         )
         options.append((option, stored))
     if features.global_maps and features.local_maps:
-        packed, stored = next(pair for pair in options if pair[0].precision == "int8")
-        options.append((replace(packed, name="int8, global view only", local_view_bytes=0, holds_local=False), stored))
+        alone = [
+            (replace(option, name=f"{option.name}, global view only", local_view_bytes=0, holds_local=False), stored) for option, stored in options
+        ]
+        own = alone[:1] if global_alone else []
+        options = [*own, *options, *(pair for pair in alone if pair not in own and pair[0].precision == "int8")]
     return tuple(options)
 
 
@@ -174,6 +178,8 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     else:
         cluster, products_flop_s, hardware = _at_hand(experiment, machine, view_flops)
     on_gpu = stated is not None or machine.device != "cpu"
+    num_views = sizes.num_images + num_local
+    passes, passes_from, shown = _passes(experiment, sizes, num_local / sizes.num_images)
     work = Work(
         num_images=sizes.num_images,
         num_local_views=num_local,
@@ -181,9 +187,10 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         num_fetched=_num_fetched(experiment, sizes),
         file_bytes=machine.file_bytes,
         num_calibrated=min(recipe.calibration_rule().num_images, sizes.num_images),
+        shown=shown,
     )
     costs = []
-    options = cache_options(features, recipe.calibration_rule())
+    options = cache_options(features, recipe.calibration_rule(), global_alone=_global_alone(experiment))
     measured = {stored.precision: file_overhead(stored, *sizes.typical_px) for _, stored in options}
     for option, stored in options:
         overhead_bytes, file_bytes = _overhead(option, measured[stored.precision])
@@ -201,14 +208,12 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
                 on_disk=local and stated is None,  # this machine's, which is paid for already
             )
         )
-    passes, passes_from = _passes(experiment, sizes, num_local / sizes.num_images)
-    num_views = sizes.num_images + num_local
     return CachePlan(
         recipe=recipe.name,
         encoder=features.encoder.model,
         num_images=sizes.num_images,
         images_from=sizes.source,
-        is_made=images is None and experiment.caches and experiment.record("cache-features", features) is not None,
+        is_made=images is None and experiment.caches and experiment.record("cache-features", experiment.cache) is not None,
         not_counted=_not_counted(experiment),
         on_disk=stated is None and local,
         local_views={count: histogram[count] for count in sorted(histogram)},
@@ -224,8 +229,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         num_calibrated=work.num_calibrated,
         train_rates=_train_rates(experiment, products_flop_s, num_local / sizes.num_images, costs),
         options=tuple(costs),
-        # What leaves local views out is shown for comparison: a recipe cannot choose it.
-        verdict=recommend([cost for cost in costs if cost.option.holds_local], passes),
+        verdict=recommend(costs, passes),
     )
 
 
@@ -272,7 +276,7 @@ def note_cache_plan(experiment: Experiment) -> None:
         own = plan.options[0]
         planned = PlannedCache(
             recipe=plan.recipe,
-            num_views=plan.num_views,
+            num_views=plan.num_views if own.option.holds_local else plan.num_images,
             total_bytes=own.total_bytes,
             # Calibrating is a stage of its own.
             seconds=(own.hours.total - own.hours.calibrate) * 3600 + _START_S + (0.0 if ray_is_running() else _RAY_START_S),
@@ -289,7 +293,7 @@ def _plan_bytes(experiment: Experiment) -> PlannedCache:
     features = experiment.features
     sizes = _sizes(experiment, _built_samples(experiment), None, None)
     num_local = round(sum(count * weight for count, weight in _local_views(features, sizes).items()))
-    option, stored = cache_options(features, experiment.file.recipe.calibration_rule())[0]
+    option, stored = cache_options(features, experiment.file.recipe.calibration_rule(), global_alone=_global_alone(experiment))[0]
     overhead_bytes, file_bytes = _overhead(option, file_overhead(stored, *sizes.typical_px))
     total_bytes, _ = cache_bytes(
         option,
@@ -298,11 +302,11 @@ def _plan_bytes(experiment: Experiment) -> PlannedCache:
         overhead_bytes=overhead_bytes,
         file_bytes=file_bytes,
         unit_bytes=experiment.execution.unit_bytes(on_gpu=True),
-        most_images=_most_images(experiment, 1 + num_local / sizes.num_images, on_gpu=True),
+        most_images=_most_images(experiment, 1 + (num_local / sizes.num_images if option.holds_local else 0), on_gpu=True),
     )
     return PlannedCache(
         recipe=experiment.file.recipe.name,
-        num_views=sizes.num_images + num_local,
+        num_views=sizes.num_images + (num_local if option.holds_local else 0),
         total_bytes=total_bytes,
         seconds=None,
         hardware="a cluster of somebody else's",
@@ -345,7 +349,6 @@ def _train_rates(experiment: Experiment, flop_s: float, local_views: float, cost
             cost.option.name: images_per_s
             * ((cost.option.global_view_bytes if mode != "local" else 0) + (local_views * cost.option.local_view_bytes if mode != "global" else 0))
             for cost in costs
-            if cost.option.holds_local
         }
         rates.append(TrainRate(mode=mode, images_per_s=images_per_s, read_bytes_per_s=read))
     return tuple(rates)
@@ -400,7 +403,11 @@ def planned_cache(experiment: Experiment) -> PlannedCache | None:
 
 
 def _run_folder(experiment: Experiment) -> str:
-    return f"runs/cache-features/{fingerprint(experiment.features)[:16]}"
+    return f"runs/cache-features/{fingerprint(experiment.cache)[:16]}"
+
+
+def _global_alone(experiment: Experiment) -> bool:
+    return experiment.cache != experiment.features
 
 
 def _not_counted(experiment: Experiment) -> str:
@@ -477,22 +484,27 @@ def _built_samples(experiment: Experiment) -> "list[Sample] | None":
     return read_images(experiment.store, fingerprint(experiment.dataset))
 
 
-def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str]:
-    """Training passes over the cache, and where the number comes from: a phase that sees global views alone of half the images is no whole pass."""
+def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tuple[float, str, dict[TrainMode, float]]:
+    """Training passes over all views, where the number comes from, and how often one of them shows every image in each mode.
+
+    A phase that sees global views alone of half the images is no whole pass.
+    """
     recipe = experiment.file.recipe
     if recipe.plan.passes is not None:
-        return recipe.plan.passes, "plan.passes"
+        return recipe.plan.passes, "plan.passes", {"both": 1.0}
     labels = recipe.source_labels
     train = sizes.num_images * (1 - experiment.dataset.held_out_fraction)
-    seen_views = 0.0
+    seen: dict[TrainMode, float] = {"both": 0.0, "global": 0.0, "local": 0.0}
     for phase in recipe.schedule.phases:
         named = phase.source_labels(labels) or labels
         # Of images that were given by their number alone, every source has as many.
         share = sum(sizes.by_source.get(label, 0.0) for label in named) / sizes.num_images if sizes.by_source else len(named) / len(labels)
         images = phase.epochs * train * share if phase.epochs is not None else (phase.steps or 0) * phase.batch_size
         mix = phase.mix()
-        shows_global, shows_local = mix.both + mix.global_only, mix.both + mix.local_only
-        seen_views += images * (shows_global + shows_local * local_views)
-    each, seeds = seen_views / (sizes.num_images * (1 + local_views)), len(recipe.seeds)
-    shown = f"views that the schedule sees over those of the cache, {number_text(each)}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
-    return each * seeds, shown
+        shares: dict[TrainMode, float] = {"both": mix.both, "global": mix.global_only, "local": mix.local_only}
+        for mode in seen:
+            seen[mode] += images * shares[mode] / sizes.num_images
+    views: dict[TrainMode, float] = {"both": 1 + local_views, "global": 1.0, "local": local_views}
+    each, seeds = sum(seen[mode] * views[mode] for mode in seen) / (1 + local_views), len(recipe.seeds)
+    told = f"views that the schedule sees over those of the cache, {number_text(each)}{f' for each of {seeds} seeds' if seeds > 1 else ''}"
+    return each * seeds, told, {mode: times / each for mode, times in seen.items()} if each else {"both": 1.0}

@@ -3,17 +3,16 @@
 import json
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
 from model.views import Branch
-from pipelines.costs import CacheCosts, Verdict
+from pipelines.costs import CacheCosts, TrainMode, Verdict
 from pipelines.wording import bytes_text, count_text, data_console, dollars_text, duration_text, number_text, print_choices, print_table
 
-__all__ = ["OPTION_HEADINGS", "CachePlan", "CachePlanText", "TrainMode", "TrainRate", "plan_text", "print_cache_plan"]
+__all__ = ["OPTION_HEADINGS", "CachePlan", "CachePlanText", "TrainRate", "plan_text", "print_cache_plan"]
 
-TrainMode = Literal["both", "global", "local"]
 _SHOWN: dict[TrainMode, str] = {"both": "both views", "global": "global views alone", "local": "local views alone"}
 
 OPTION_HEADINGS = (
@@ -110,7 +109,9 @@ def plan_text(plan: CachePlan) -> CachePlanText:
         each = " and ".join(f"{number_text(flops)} GFLOP a {branch} view" for branch, flops in plan.view_gflop.items())
     calibrated = [duration_text(cost.hours.calibrate * 3600) for cost in plan.options if cost.hours.calibrate]
     fastest = max(plan.train_rates, key=lambda rate: rate.read_bytes_per_s[own.option.name])
-    reads = ", ".join(f"{name} {bytes_text(round(rate))}/s" for name, rate in fastest.read_bytes_per_s.items())
+    reads = ", ".join(
+        f"{cost.option.name} {bytes_text(round(fastest.read_bytes_per_s[cost.option.name]))}/s" for cost in plan.options if cost.option.holds_local
+    )
     shows = "" if len(plan.train_rates) == 1 else f" in phases that show {_SHOWN[fastest.mode]}"
     return CachePlanText(
         facts=(

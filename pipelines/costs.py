@@ -25,6 +25,7 @@ __all__ = [
     "Cluster",
     "Hours",
     "Prices",
+    "TrainMode",
     "Verdict",
     "Work",
     "cache_bytes",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 Bottleneck = Literal["decoding", "encoding", "network"]
+TrainMode = Literal["both", "global", "local"]
+"""What training shows of an image."""
 
 _GB = 1e9
 _HOUR_S = 3600.0
@@ -97,6 +100,13 @@ class Work:
     """Of an image's file, in the mean."""
     num_calibrated: int
     """Images that int8 encodes once more, before all others, to measure its centres and scales."""
+    shown: Mapping[TrainMode, float]
+    """How often a training pass shows every image, by what it shows of it: in all as many views as the images have."""
+
+    def views(self, mode: TrainMode) -> dict[Branch, int]:
+        """Views of all images that a mode shows, by branch."""
+        found: dict[Branch, int] = {"global": self.num_images} if mode != "local" else {}
+        return found | ({"local": self.num_local_views} if mode != "global" and self.num_local_views else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,20 +223,20 @@ def cache_costs(
         unit_bytes=unit_bytes,
         most_images=most_images,
     )
-    left_out: dict[Branch, int] = {"local": work.num_local_views} if work.num_local_views else {}
-    all_views: dict[Branch, int] = {"global": work.num_images, **left_out}
-    held: dict[Branch, int] = all_views if option.holds_local else {"global": work.num_images}
-    left_out = {} if option.holds_local else left_out
+    held = work.views("both" if option.holds_local else "global")
     objects = max(1, units) * len(held)
     calibrate = work.num_calibrated / max(1, work.num_images) if option.precision == "int8" else 0.0
     hours = _hours(work, held, total, cluster, calibrate)
     compute = _compute_usd(hours, cluster, prices)
     asked = work.num_fetched / 1000 * prices.get_thousand  # for the images, whenever they are encoded
-    live = _compute_usd(_hours(work, all_views, 0, cluster), cluster, prices) + asked
-    gets = work.num_images * len(held)  # the index, which says where they lie, is read once a run
-    per_pass = 0.0 if on_disk else gets / 1000 * prices.get_thousand
-    if left_out:
-        per_pass += _compute_usd(_hours(work, left_out, 0, cluster), cluster, prices) + asked
+    live = per_pass = gets = 0.0
+    for mode, times in work.shown.items():
+        shown = work.views(mode)
+        live += times * (_compute_usd(_hours(work, shown, 0, cluster), cluster, prices) + asked)
+        gets += times * work.num_images * len(shown.keys() & held.keys())  # the index, which says where they lie, is read once a run
+        if left_out := {branch: number for branch, number in shown.items() if branch not in held}:
+            per_pass += times * (_compute_usd(_hours(work, left_out, 0, cluster), cluster, prices) + asked)
+    per_pass += 0.0 if on_disk else gets / 1000 * prices.get_thousand
     each = total / objects
     # A larger object goes in parts, begun and completed by a request each; each one has a file of the index, and each unit its record.
     puts = objects * (1 if each <= PART_BYTES else math.ceil(each / PART_BYTES) + 2) + objects + units
@@ -239,7 +249,7 @@ def cache_costs(
         image_bytes=total / max(1, work.num_images),
         num_objects=objects,
         num_puts=puts,
-        num_gets_pass=gets,
+        num_gets_pass=round(gets),
         hours=hours,
         compute_usd=compute,
         storage_usd_month=storage,

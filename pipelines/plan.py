@@ -60,8 +60,10 @@ def plan_lines(experiment: Experiment, until: StageName = "report", form: Export
     yield PlanLine(topic="features", fact="views of an image", value=_views_text(experiment))
     for branch, maps in (("global", experiment.features.global_maps), ("local", experiment.features.local_maps)):
         yield PlanLine(topic="features", fact=f"{branch} maps", value=", ".join(map_spec.name for map_spec in maps) or "none")
-    live = "none: every view is encoded whenever it is seen"
-    yield PlanLine(topic="features", fact="cache", value=_cache_text(experiment.features, images) if experiment.caches else live)
+    cache = _cache_text(experiment.cache, images) if experiment.caches else "none: every view is encoded whenever it is seen"
+    if experiment.caches and experiment.cache != experiment.features:
+        cache += "; local views are encoded whenever one is seen"
+    yield PlanLine(topic="features", fact="cache", value=cache)
     yield from _connector_lines(experiment)
     if experiment.weights is not None:
         known = not isinstance(experiment.weights.sha256, UnknownDigest)

@@ -317,6 +317,13 @@ def _headline(accuracy: Sequence[AccuracyRow], metric: str, dataset: dict[str, A
     return tuple(tiles)
 
 
+_STORED = {
+    "cached": "stored as {}",
+    "global_cached": "of the global view stored as {}, of local views encoded whenever one is seen",
+    "live": "encoded whenever a view is seen, nothing stored",
+}
+
+
 def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[str, str], ...]:
     encoder, features, training = experiment.encoder, experiment.features, runs[0].training
     size = f"{encoder.num_blocks} blocks of {encoder.width}, views of {encoder.view_px} px in {encoder.num_patches} patches"
@@ -329,7 +336,7 @@ def _facts(experiment: "Experiment", runs: Sequence[_SeedRun]) -> tuple[tuple[st
         ("Training", f"{training.steps} steps, {training.samples} samples seen, {training.samples_per_second:.1f} samples/s on {training.device}"),
         ("Asked", _asked_words(runs[0].evaluation)),
         ("Seeds", ", ".join(str(run.seed) for run in runs)),
-        ("Features", f"stored as {features.precision}" if experiment.caches else "encoded whenever a view is seen, nothing stored"),
+        ("Features", _STORED[experiment.file.recipe.features.source].format(features.precision)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
         ("Root", experiment.store.root),
     )
@@ -397,7 +404,7 @@ def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
 
     if not experiment.caches or (planned := planned_cache(experiment)) is None:
         return ()
-    made = from_json(CacheRecord, _record(experiment, "cache-features", experiment.features))
+    made = from_json(CacheRecord, _record(experiment, "cache-features", experiment.cache))
     if made.num_held or made.written_bytes < made.feature_bytes:  # of images whose other maps were there, only some were written
         return ()
     found_views = made.num_global_views + made.num_local_views

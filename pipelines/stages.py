@@ -161,7 +161,7 @@ class Experiment:
     connector: ConnectorSpec
     dataset: DatasetSpec
     planned_features: FeatureSpec
-    """The cache, of int8 before it is calibrated."""
+    """What training sees; of int8 before it is calibrated."""
     asked_dataset: DatasetSpec | None = None
     """What is asked instead of the held-out images."""
     missing: tuple[MissingPart, ...] = ()
@@ -176,7 +176,7 @@ class Experiment:
     @property
     def caches(self) -> bool:
         """Whether features are stored before anything is trained."""
-        return self.file.recipe.features.source == "cached"
+        return self.file.recipe.features.source != "live"
 
     @property
     def left_out(self) -> frozenset[StageName]:
@@ -186,11 +186,12 @@ class Experiment:
     @property
     def calibration(self) -> CalibrationSpec | None:
         """How maps are measured for int8, on the dataset that is trained on; None of another precision."""
-        return self.file.recipe.calibration_spec(self.planned_features)
+        recipe = self.file.recipe
+        return recipe.calibration_spec(recipe.cached_features(self.planned_features))
 
     @property
     def features(self) -> FeatureSpec:
-        """The cache; of int8 its calibration is an UnknownDigest until that is done."""
+        """What training sees; of int8 its calibration is an UnknownDigest until that is done."""
         calibration = self.calibration
         if calibration is None:
             return self.planned_features
@@ -203,16 +204,21 @@ class Experiment:
         return self._calibrated[root]
 
     @property
+    def cache(self) -> FeatureSpec:
+        """What is stored of that, where anything is."""
+        return self.file.recipe.cached_features(self.features)
+
+    @property
     def asked(self) -> tuple[DatasetSpec, FeatureSpec] | None:
-        """The dataset that is asked instead of the held-out images, and its features, stored as those that are trained on."""
+        """The dataset that is asked instead of the held-out images, and its cache, stored as those that are trained on."""
         if self.asked_dataset is None:
             return None
-        return self.asked_dataset, replace(self.features, dataset_fingerprint=fingerprint_if_known(self.asked_dataset))
+        return self.asked_dataset, replace(self.cache, dataset_fingerprint=fingerprint_if_known(self.asked_dataset))
 
     @property
     def data(self) -> tuple[tuple[DatasetSpec, FeatureSpec, bool], ...]:
-        """Each dataset with its features, and whether it is asked alone."""
-        trained = (self.dataset, self.features, False)
+        """Each dataset with its cache, and whether it is asked alone."""
+        trained = (self.dataset, self.cache, False)
         return (trained,) if self.asked is None else (trained, (*self.asked, True))
 
     def record(self, stage: StageName, spec: Any) -> dict[str, Any] | None:

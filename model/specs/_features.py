@@ -1,7 +1,7 @@
 """Encoders, the maps that are read off them, and the identity of a feature cache."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -210,6 +210,19 @@ class FeatureSpec:
     def maps(self, branch: Literal["global", "local"]) -> tuple[MapSpec, ...]:
         """The maps stored for the views of a branch."""
         return self.global_maps if branch == "global" else self.local_maps
+
+    def only(self, branch: Literal["global", "local"]) -> "FeatureSpec":
+        """The same features of one branch alone."""
+        return replace(
+            self,
+            global_maps=self.global_maps if branch == "global" else (),
+            local_maps=self.local_maps if branch == "local" else (),
+            fp16_maps=tuple(place for place in self.fp16_maps if place.startswith(f"{branch}/")),
+        )
+
+    def unpacked(self) -> "FeatureSpec":
+        """The same features where nothing is stored and no calibration is needed: of int8 in fp16, of another precision as they are."""
+        return replace(self, precision="fp16", calibration=None, calibration_sha256=None, fp16_maps=()) if self.precision == "int8" else self
 
     def stored_as(self, branch: Literal["global", "local"], item: MapSpec) -> Precision:
         """How a map of a branch is stored."""

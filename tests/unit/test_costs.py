@@ -47,7 +47,7 @@ RULE = CalibrationRule(num_images=12, min_snr_db=30.0)
 FP16 = CacheOption(name="fp16", precision="fp16", global_view_bytes=3_000_000, local_view_bytes=1_000_000)
 RATES = {"global": 8000.0, "local": 8000.0}
 EIGHT = Cluster(devices=8, views_per_s=RATES, cores=100, encoders=8, network_bytes_per_s=10e9, shares_cores=False)
-WORK = Work(num_images=1_000_000, num_local_views=6_000_000, prepare_core_s=0.05, num_fetched=0, file_bytes=0, num_calibrated=0)
+WORK = Work(num_images=1_000_000, num_local_views=6_000_000, prepare_core_s=0.05, num_fetched=0, file_bytes=0, num_calibrated=0, shown={"both": 1.0})
 PRICES = Prices(storage_gb_month=0.02, put_thousand=0.005, get_thousand=0.0004, device_hour=3.0, core_hour=0.04)
 
 
@@ -158,6 +158,35 @@ def test_a_disk_of_the_users_own_costs_nothing_but_the_work():
     assert found.live_pass_usd == paid.live_pass_usd
 
 
+def test_passes_that_show_one_branch_read_and_encode_that_alone():
+    shown = {"both": 0.5, "global": 1.5, "local": 1 / 3}  # (0.5 * 7 + 1.5 + 2) views of the 7
+    found, alone = (
+        costs(work=replace(WORK, shown=shown)),
+        costs(replace(FP16, local_view_bytes=0, holds_local=False), work=replace(WORK, shown=shown)),
+    )
+
+    def usd(views: int) -> float:
+        return 50_000 / 3600 * 0.04 + max(views / 8000, 500) / 3600 * 8 * 3
+
+    assert found.live_pass_usd == pytest.approx(0.5 * usd(7_000_000) + 1.5 * usd(1_000_000) + usd(6_000_000) / 3)
+    assert found.num_gets_pass == round(1e6 * (0.5 * 2 + 1.5 + 1 / 3))
+    assert alone.num_gets_pass == 2_000_000
+    assert alone.pass_usd == pytest.approx(2000 * 0.0004 + (0.5 + 1 / 3) * usd(6_000_000))
+    assert alone.live_pass_usd == pytest.approx(found.live_pass_usd)
+
+
+def test_the_global_view_alone_is_cached_where_it_is_seen_much_oftener():
+    """Its maps are small, and local views are seen so seldom that keeping theirs never pays."""
+    work = replace(WORK, shown={"both": 0.0, "global": 6.5, "local": 0.5 / 6})
+    small = replace(FP16, global_view_bytes=30_000)
+    alone = replace(small, name="fp16, global view only", local_view_bytes=0, holds_local=False)
+    options = [costs(option, work=work, months=1.0) for option in (small, alone)]
+    found = recommend(options, 40.0)
+    assert found.choice == "cache fp16, global view only"
+    totals = [cost.once_usd + 40 * cost.pass_usd for cost in options]
+    assert totals[1] < min(totals[0], 40 * options[0].live_pass_usd)
+
+
 def test_nothing_pays_where_a_request_costs_more_than_the_work():
     found = costs(prices=replace(PRICES, get_thousand=1000.0))
     assert found.break_even_passes == math.inf
@@ -220,6 +249,10 @@ def test_options_are_those_of_the_maps():
     }
     packed = replace(features, precision="int8", calibration=RULE, calibration_sha256=UnknownDigest("it"), local_maps=())
     assert [option.name for option, _ in cache_options(packed, RULE)] == ["int8", "fp16", "fp32"]
+    alone = [option.name for option, _ in cache_options(features, RULE, global_alone=True)]
+    assert alone == ["fp16, global view only", "fp16", "int8", "fp32", "int8, global view only"]
+    alone = [option.name for option, _ in cache_options(replace(packed, local_maps=maps), RULE, global_alone=True)]
+    assert alone == ["int8, global view only", "int8", "fp16", "fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -650,3 +683,21 @@ def test_a_branch_with_shallower_maps_takes_fewer_operations(tmp_path: Path, exp
     shown = dict(plan_text(plan).facts)["encoder"]
     assert " GFLOP a global view and " in shown
     assert shown.endswith(" GFLOP a local view")
+
+
+def test_a_recipe_that_stores_global_views_alone_is_planned_as_it_stores(experiment: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "global.toml"
+    path.write_text(experiment.file.text + '\n[features]\nsource = "global_cached"\n')
+    split = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings(device="cpu"))
+    build_dataset(split.dataset, split.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    note_cache_plan(split)
+    made = cache_features(split.cache, split.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
+    noted = planned_cache(split)
+    assert noted is not None
+    assert noted.text is not None
+    assert noted.text.options[0][0] == "fp16, global view only"
+    assert noted.num_views == made.num_global_views == 16
+    assert made.num_local_views == 0
+    assert noted.total_bytes == pytest.approx(made.written_bytes, rel=0.02)
+    assert make_cache_plan(split).is_made
+    assert not make_cache_plan(experiment).is_made

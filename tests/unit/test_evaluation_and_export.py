@@ -17,6 +17,7 @@ from model.export import load_export
 from model.metrics import anls, exact_match
 from model.specs import LoraSpec, fingerprint
 from tests.tiny_training import build_small_store, draw_spoilt_square, tiny_schedule
+from workers.caching.build import cache_features
 from workers.caching.layout import features_table, index_table
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
@@ -25,6 +26,7 @@ from workers.evaluation import EvaluationSpec, check_other_dataset, evaluate
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.exporting import ExportSpec, export, model_card
 from workers.quarantine import QuarantineRow, commit_quarantine, read_quarantine
+from workers.runtime import InlineCluster
 from workers.storage import Store
 from workers.training.assemble import load_trained, training_data
 from workers.training.run import train_connector, train_stage
@@ -442,11 +444,17 @@ def test_an_export_needs_finished_runs(trained):
         export(wanted, spec, store, EXECUTION, SilentProgress())
 
 
-def test_live_features_train_to_the_same_losses(trained, tmp_path):
+@pytest.mark.parametrize("source", ["live", "global_cached"])
+def test_live_features_train_to_the_same_losses(trained, tmp_path, source):
     """Cached maps are fp16, and so are the live ones after rounding: the same bytes but for batch shapes in the encoder."""
     store, spec, _ = trained
     copy = type(store)(str(shutil.copytree(store.local_path(), tmp_path / "root")))
-    live = replace(spec, feature_source="live")
+    live = replace(spec, feature_source=source)
+    for branch in ("local",) if source == "global_cached" else ("global", "local"):
+        shutil.rmtree(copy.local_path(features_table(copy, spec.features).path) / f"branch={branch}")  # nobody reads it
+    if live.cache is not None:
+        record = cache_features(live.cache, copy, EXECUTION, SilentProgress(), cluster=InlineCluster())
+        assert (record.num_held, record.num_units) == (record.num_cached, 0)  # all that it asks for is there
     train_stage(live, copy, EXECUTION, "align", threads=1)
 
     def losses(where, what):
@@ -454,6 +462,29 @@ def test_live_features_train_to_the_same_losses(trained, tmp_path):
         return [json.loads(line)["loss"] for line in text.splitlines()][:8]
 
     assert losses(copy, live) == pytest.approx(losses(store, spec), rel=1e-4)
+
+
+def test_of_global_views_in_a_cache_and_local_ones_from_the_encoder_all_is_asked(trained, evaluated, tmp_path):
+    store, spec, _ = trained
+    copy = Store(str(shutil.copytree(store.local_path(), tmp_path / "root")))
+    split = replace(spec, feature_source="global_cached")
+    cache_features(split.cache, copy, EXECUTION, SilentProgress(), cluster=InlineCluster())
+    samples = read_samples(copy, spec.dataset_fingerprint, "held_out")
+    cached, both = (training_data(what, copy, "held_out", EXECUTION).source for what in (spec, split))
+    asked = {"global": samples[:3], "local": [samples[4], samples[0]]}
+    for branches in (("global", "local"), ("local",), ("global",)):
+        some = {branch: asked[branch] for branch in branches}
+        ours, theirs = both.fetch(some), cached.fetch(some)
+        assert tuple(ours) == tuple(theirs) == branches
+        for branch in branches:
+            for name, packed in theirs[branch].items():
+                torch.testing.assert_close(ours[branch][name].dense(), packed.dense(), rtol=2**-10, atol=2e-5)
+    assert both.num_encoded_live == 0
+    for stage in ("align", "sft"):
+        train_stage(split, copy, EXECUTION, stage, threads=1)
+    train_connector(split, copy, EXECUTION, SilentProgress())
+    found = evaluate(evaluation_spec(split), split, copy, EXECUTION, SilentProgress())
+    assert (found.num_questions, found.modes) == (evaluated[1].num_questions, evaluated[1].modes)
 
 
 # ---- adapters

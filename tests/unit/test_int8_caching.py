@@ -24,7 +24,7 @@ from workers.caching.calibrate import calibrate_features
 from workers.caching.codec import FeatureCodec, calibration_path, calibrations_to_bytes, read_calibrations
 from workers.caching.encode import ComputingThread, UnitEncoder, encode_views, load_unit_encoder
 from workers.caching.layout import BRANCHES, features_table
-from workers.caching.reader import CachedFeatures, LiveFeatures
+from workers.caching.reader import CachedFeatures, LiveFeatures, SplitFeatures
 from workers.caching.units import UnitJob, feature_bytes, prepare_unit
 from workers.dataset.samples import read_samples
 from workers.errors import CalibrationError, MissingFeaturesError
@@ -116,6 +116,24 @@ def test_maps_that_int8_is_not_good_enough_for_stay_fp16(built):
         for place, item in enumerate(spec.maps(branch)):
             quality = map_quality(rows_of(exact, branch, place), rows_of(found, branch, place))
             assert quality.snr_db > (60 if f"{branch}/{item.name}" in second.fp16_maps else 38)
+
+
+def test_global_views_alone_are_calibrated_and_stored(built):
+    store, spec, samples = built
+    packed, record = calibrated(store, spec.only("global"), min_snr_db=60.0)  # which no map reaches
+    assert {item.branch for item in record.maps} == {"global"}
+    assert record.fp16_maps == packed.fp16_maps == packed.only("global").fp16_maps
+    assert packed.fp16_maps
+    assert packed.only("local").fp16_maps == ()
+    cache(store, packed)
+    whole = dataclasses.replace(packed, local_maps=spec.local_maps)  # what training sees
+    assert whole.only("global") == packed
+    split = SplitFeatures(CachedFeatures(store, whole.only("global")), LiveFeatures(store, whole.only("local").unpacked()))
+    exact = LiveFeatures(store, dataclasses.replace(spec, precision="fp32"))
+    ours, theirs = (source.fetch(dict.fromkeys(BRANCHES, samples)) for source in (split, exact))
+    for branch in BRANCHES:
+        for name, packed in theirs[branch].items():
+            assert map_quality(packed.dense().flatten(0, 1), ours[branch][name].dense().flatten(0, 1)).snr_db > 60
 
 
 def test_a_calibration_is_the_same_however_its_units_arrive(built):

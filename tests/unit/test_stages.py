@@ -136,6 +136,29 @@ def test_live_features_are_not_stored(experiment: Experiment, tmp_path: Path) ->
         show_recipe("cache", live)
 
 
+def test_features_of_global_views_alone_can_be_stored(experiment: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "global.toml"
+    path.write_text(experiment.file.text + '\n[features]\nsource = "global_cached"\nprecision = "int8"\ncalibration_images = 4\n')
+    split = open_experiment(load_recipe(str(path)), experiment.store, ExecutionSettings())
+    assert [run.stage for run in stage_runs(split)][:4] == ["build-dataset", "calibrate-features", "cache-features", "train-connector"]
+    assert split.calibration is not None
+    assert (split.calibration.global_maps, split.calibration.local_maps) == (split.features.global_maps, ())
+    assert split.cache == replace(split.features, local_maps=()) != split.features
+    assert split.training(0).cache == split.cache
+    assert split.training(0).features == split.features
+    lines = {(line.topic, line.fact): line.value for line in plan_lines(split)}
+    assert lines["features", "cache"].endswith(" an image; local views are encoded whenever one is seen")
+    assert lines["features", "local maps"] != "none"
+    plain = tmp_path / "plain.toml"
+    plain.write_text(experiment.file.text + '\n[features]\nsource = "global_cached"\n')
+    keys = [run.key for run in stage_runs(open_experiment(load_recipe(str(plain)), experiment.store, ExecutionSettings()))]
+    assert keys[1] == fingerprint(replace(experiment.features, local_maps=()))[:16]
+    head, tail = plain.read_text().split("[connector.local]")
+    plain.write_text(head + tail[tail.index("[language_model]") :].replace('branch = "both"', 'branch = "global"'))
+    with pytest.raises(RecipeError, match=r"features\.source is global_cached, .* but the connector has no local branch; use cached"):
+        open_experiment(load_recipe(str(plain)), experiment.store, ExecutionSettings())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

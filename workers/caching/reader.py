@@ -1,9 +1,9 @@
 """Features for training and evaluation, from the cache or from the encoder itself, through one interface and with the same numbers.
 
-`CachedFeatures` reads only the maps that are asked for, from known places, with checksums verified. `LiveFeatures` encodes
-on the spot and rounds to the cache's precision. Tolerance between the two, for the same device type: at fp32 2e-5 of a map's largest value
-(batch shapes change the order of sums), at fp16 one rounding step more, 2**-10 of each value, at int8 one code more for the few numbers that lie
-between two.
+`CachedFeatures` reads only the maps that are asked for, from known places, with checksums verified. `LiveFeatures` encodes on the spot and rounds
+to the cache's precision. `SplitFeatures` is the one for global and the other for local views. Tolerance between cached and live ones, for the same
+device type: at fp32 2e-5 of a map's largest value (batch shapes change the order of sums), at fp16 one rounding step more, 2**-10 of each value, at
+int8 one code more for the few numbers that lie between two.
 """
 
 import math
@@ -39,7 +39,7 @@ from workers.execution import cache_folder
 from workers.storage import Store
 from workers.storage_errors import is_damage
 
-__all__ = ["OTHER_POLICIES", "CachedFeatures", "FeatureSource", "LiveFeatures"]
+__all__ = ["OTHER_POLICIES", "CachedFeatures", "FeatureSource", "LiveFeatures", "SplitFeatures"]
 
 _CANARY_TOLERANCE: Mapping[Compute, float] = {"fp32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
 """Relative error (L2) of a map, by what the encoder computes in. Rounding to fp16 costs about 3e-4, another device type less; other weights or
@@ -62,8 +62,9 @@ _NEAR_BYTES = 64 * 2**10
 class FeatureSource(Protocol):
     """Gives the features of images, wherever they come from."""
 
-    num_encoded_live: int
-    """Images so far whose features were not where they should be, and were computed."""
+    @property
+    def num_encoded_live(self) -> int:
+        """Images so far whose features were not where they should be, and were computed."""
 
     def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
         """Maps of images' views, as they are stored.
@@ -341,6 +342,10 @@ class CachedFeatures:
                 if room.steps is not None and packed.steps is not None:
                     room.steps[:] = packed.steps.numpy()
 
+    def gives(self, branch: Branch) -> bool:
+        """Whether it reads any map of a branch."""
+        return bool(self._maps.by_branch[branch])
+
     def holds(self, samples: Sequence[Sample]) -> list[bool]:
         """Whether every branch of the spec has what is asked for of each sample's image; of text alone nothing is expected.
 
@@ -443,6 +448,42 @@ class CachedFeatures:
             f"Run `loupe verify` with --repair and then the run again, or {OTHER_POLICIES}.",
             sample.image_sha256,
         )
+
+
+class SplitFeatures:
+    """Features of one branch's views from the cache, those of the other's from the encoder, whenever they are seen.
+
+    Args:
+        cached: holds the maps of one branch alone.
+        live: gives those of the other one.
+    """
+
+    def __init__(self, cached: CachedFeatures, live: LiveFeatures) -> None:
+        self.cached = cached
+        self._live = live
+
+    @property
+    def num_encoded_live(self) -> int:
+        """Images so far whose features should have been in the cache, and were computed."""
+        return self.cached.num_encoded_live
+
+    def fetch(self, images: Mapping[Branch, Sequence[Sample]]) -> dict[Branch, dict[str, PackedMap]]:
+        """As FeatureSource.fetch.
+
+        Args:
+            images: by branch, those whose views of it are wanted; an image may stand there twice.
+
+        Returns:
+            Of every branch that has images, its maps by name.
+
+        Raises:
+            MissingFeaturesError: as of CachedFeatures.fetch; or a value of a view that was encoded is not finite.
+            StorageError: the store is away, or refuses us.
+        """
+        stored = {branch: samples for branch, samples in images.items() if self.cached.gives(branch)}
+        others = {branch: samples for branch, samples in images.items() if branch not in stored}
+        found = self.cached.fetch(stored) | self._live.fetch(others)  # what is missing is found before anything is encoded
+        return {branch: found[branch] for branch in BRANCHES if branch in found}
 
 
 def _wrong(parts: Sequence[_Part]) -> list[str]:

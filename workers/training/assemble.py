@@ -18,7 +18,7 @@ from model.language_model import embedding_rms, hold_rounded, load_language_mode
 from model.lora import add_adapters
 from model.specs import fingerprint
 from model.vision_language import VisionLanguageModel
-from workers.caching.reader import OTHER_POLICIES, CachedFeatures, FeatureSource, LiveFeatures
+from workers.caching.reader import OTHER_POLICIES, CachedFeatures, FeatureSource, LiveFeatures, SplitFeatures
 from workers.dataset.samples import Sample, read_samples
 from workers.errors import MissingFeaturesError, TrainingError
 from workers.execution import ExecutionSettings
@@ -94,25 +94,29 @@ def open_features(spec: TrainingSpec, store: Store, execution: ExecutionSettings
         device: for encoding.
 
     Returns:
-        Cached or live features.
+        Cached features, live ones, or both, by branch.
 
     Raises:
         MissingFeaturesError: there is no cache.
     """
     global_maps, local_maps = needed_maps(spec.connector)
-    if spec.feature_source == "live":
-        batch_views = execution.encode_batch_views
+    batch_views = execution.encode_batch_views
+    if spec.cache is None:
         return LiveFeatures(store, spec.features, device, global_maps=global_maps, local_maps=local_maps, batch_views=batch_views)
-    return CachedFeatures(
+    cached = CachedFeatures(
         store,
-        spec.features,
+        spec.cache,
         global_maps=global_maps,
-        local_maps=local_maps,
+        local_maps=local_maps if spec.cache.local_maps else (),
         device=device,
-        batch_views=execution.encode_batch_views,
+        batch_views=batch_views,
         policy=execution.missing_features,
         disk_cache_bytes=execution.feature_cache_bytes,
     )
+    if spec.cache == spec.features:
+        return cached
+    rest = spec.features.only("local").unpacked()
+    return SplitFeatures(cached, LiveFeatures(store, rest, device, global_maps=(), local_maps=local_maps, batch_views=batch_views))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +155,11 @@ def training_data(
     """
     samples: Sequence[Sample] = read_samples(store, spec.dataset_fingerprint, split)
     source = open_features(spec, store, execution, device)
-    if isinstance(source, CachedFeatures):
-        refused = {row.bytes_sha256 for row in read_quarantine(store, "cache-features", fingerprint(spec.features)[:16])}
-        held = dict(zip([sample.index for sample in samples], source.holds(samples), strict=True))
+    if spec.cache is not None:
+        cached = source.cached if isinstance(source, SplitFeatures) else source
+        assert isinstance(cached, CachedFeatures)
+        refused = {row.bytes_sha256 for row in read_quarantine(store, "cache-features", fingerprint(spec.cache)[:16])}
+        held = dict(zip([sample.index for sample in samples], cached.holds(samples), strict=True))
         samples = [sample for sample in samples if held[sample.index] or sample.image_sha256 not in refused]
         lost = [sample for sample in samples if not held[sample.index]]
         if lost and execution.missing_features == "fail":
@@ -163,7 +169,7 @@ def training_data(
                 lost[0].image_sha256,
             )
         if verify:
-            source.verify(samples)
+            cached.verify(samples)
     return TrainingData(samples=list(samples), source=source)
 
 

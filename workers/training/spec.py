@@ -28,7 +28,8 @@ class TrainingSpec:
     lora: LoraSpec | None = None
     """What fine-tuning trains of the language model: adapters, or every weight when None. Not part of LanguageModelSpec, which names bytes on a disk:
     those stay the same, and verifiable, with adapters and without."""
-    feature_source: Literal["cached", "live"] = "cached"
+    feature_source: Literal["cached", "global_cached", "live"] = "cached"
+    """`global_cached`: global views' features are read from a cache, local views are encoded whenever one is seen."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type, also below
     adapters."""
@@ -36,6 +37,17 @@ class TrainingSpec:
     """sha256 (hex) of the connector.safetensors that training starts from, kept in the root; None starts from the seed's random weights."""
     max_tokens: int | None = None
     """Longest sequence in training, visual tokens included; None is the language model's own limit. Turns that do not fit are left out whole."""
+
+    @property
+    def cache(self) -> FeatureSpec | None:
+        """What it reads from a cache; None where nothing is stored."""
+        match self.feature_source:
+            case "cached":
+                return self.features
+            case "global_cached":
+                return self.features.only("global")
+            case "live":
+                return None
 
     @property
     def selects(self) -> bool:
@@ -64,6 +76,11 @@ class TrainingSpec:
                     f"connector.{branch} needs the maps {missing}, but the features hold {[map_spec.name for map_spec in held]}; add them to the "
                     "features"
                 )
+        if self.feature_source == "global_cached" and local is None:
+            raise SpecError(
+                "features.source is global_cached, which leaves local views to be encoded in training, but the connector has no local branch; use "
+                "cached"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise SpecError(f"language_model.max_tokens must be at least 1, found {self.max_tokens}")
         if self.dataset_fingerprint != self.features.dataset_fingerprint:
