@@ -148,8 +148,8 @@ class BatchBuilder:
         schedule: phases and seed.
         tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
-        substitutes: whether an image whose features are gone or damaged gives way to the next one of the phase that has some. All ranks go on in
-            step, and the loss is divided by the tokens that were planned.
+        substitutes: whether an image, where a branch that is shown of it is gone or damaged, gives way to the next one of the phase that has it. All
+            ranks go on in step, and the loss is divided by the tokens that were planned.
 
     Raises:
         TrainingError: there are no samples with an image, or a phase sees none.
@@ -172,7 +172,8 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._substitutes = substitutes
-        self._missing: set[str] = set()
+        self._missing: set[tuple[Branch, str]] = set()
+        """Branches of images, by digest, that a fetch found to be gone or damaged. To know of one saves a fetch and must change nothing else."""
         self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
         self._seen = {_sight(phase): _seen(samples, phase) for phase in schedule.phases}
         self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
@@ -264,12 +265,13 @@ class BatchBuilder:
         shown = [sample for sample in self.samples if not sample.text_only]
         count = min(num_images, len(shown))
         images = [shown[place * len(shown) // count] for place in range(count)]
+        branches: tuple[Branch, ...] = ("global",) if self.connector.spec.local_branch is None else ("global", "local")
         while True:
             try:
-                found = self.source.fetch({"global": images, "local": images if self.connector.spec.local_branch is not None else []})
+                found = self.source.fetch(dict.fromkeys(branches, images))
             except MissingFeaturesError as error:
                 self._note_missing(error)
-                images = [image for image in images if image.image_sha256 not in self._missing]
+                images = [image for image in images if not self._is_missing(image, branches)]
                 if not images:
                     raise
                 continue
@@ -356,9 +358,9 @@ class BatchBuilder:
     ) -> tuple[list[int], dict[Branch, dict[str, PackedMap]], int]:
         """The samples of a batch, those replaced whose features are not there; the features; and how many were not there."""
         encoded_before = self.source.num_encoded_live
+        branches = [[branch for branch, some in wants.items() if some[place]] for place in range(len(planned))]
         while True:
-            shown = [any(wanted) for wanted in zip(*wants.values(), strict=True)]
-            indices = [self._with_features(phase_index, index) if wanted else index for index, wanted in zip(planned, shown, strict=True)]
+            indices = [self._with_features(phase_index, index, wanted) for index, wanted in zip(planned, branches, strict=True)]
             # Nothing is read that nobody looks at.
             images: dict[Branch, list[Sample]] = {
                 branch: [self.samples[index] for index, wanted in zip(indices, some, strict=True) if wanted] for branch, some in wants.items()
@@ -372,19 +374,27 @@ class BatchBuilder:
             return indices, found, replaced + self.source.num_encoded_live - encoded_before
 
     def _note_missing(self, error: MissingFeaturesError) -> None:
-        """Remember the image that the error is about, or raise it."""
-        if not self._substitutes or error.image_sha256 is None:
+        """Remember what the error says is missing, or raise it."""
+        if not self._substitutes or error.image_sha256 is None or error.branch is None:
             raise error
-        self._missing.add(error.image_sha256)
+        self._missing.add((error.branch, error.image_sha256))
 
-    def _with_features(self, phase_index: int, index: int) -> int:
-        """The sample, or where its features are missing the next one in the frozen order that the phase sees and whose are not known to be."""
-        if self.samples[index].image_sha256 not in self._missing:
+    def _is_missing(self, sample: Sample, branches: Sequence[Branch]) -> bool:
+        """Whether one of these branches of an image is known to be missing."""
+        return any((branch, sample.image_sha256) in self._missing for branch in branches)
+
+    def _with_features(self, phase_index: int, index: int, wanted: Sequence[Branch]) -> int:
+        """The sample, or where its features are missing the next one in the frozen order that the phase sees and whose are not known to be.
+
+        Only the branches that the position shows are asked about. Those of a sample that is taken are read next, and it gives way if they turn out to
+        be missing: so in the end it is the first one whose branches are whole, whatever was known before, on every rank and after every resume.
+        """
+        if not self._is_missing(self.samples[index], wanted):
             return index
         seen = self._seen[_sight(self.schedule.phases[phase_index])]
         start = bisect.bisect(seen, index)
         for other in (*seen[start:], *seen[:start]):
-            if not self.samples[other].text_only and self.samples[other].image_sha256 not in self._missing:
+            if not self.samples[other].text_only and not self._is_missing(self.samples[other], wanted):
                 return other
         raise MissingFeaturesError(f"phase {self.schedule.phases[phase_index].name!r} sees no image any more whose features are there")
 
