@@ -145,7 +145,7 @@ class FakeFeatures:
             parts = []
             for sample in samples:
                 if sample.image_sha256 in self.missing:
-                    raise MissingFeaturesError(f"no features of {sample.image_sha256[:12]}", sample.image_sha256)
+                    raise MissingFeaturesError(f"no features of {sample.image_sha256[:12]}", sample.image_sha256, branch)
                 generator = torch.Generator().manual_seed(int(sample.image_sha256[:8], 16))
                 views = len(plan_views(sample.width_px, sample.height_px, encoder.view_px, self._spec.features.views).local_views)
                 one = torch.randn(len(self._maps[0]), encoder.num_patches, encoder.width, generator=generator)

@@ -31,6 +31,8 @@ WorkerError
 from collections.abc import Sequence
 from typing import ClassVar
 
+from model.views import Branch
+
 __all__ = [
     "AccessDeniedError",
     "CalibrationError",
@@ -164,11 +166,13 @@ class MissingFeaturesError(WorkerError):
     Args:
         message: what was expected and found.
         image_sha256: whose features, where it is a single image's.
+        branch: of the features, where they are of one: the files of the other may be whole.
     """
 
-    def __init__(self, message: str, image_sha256: str | None = None) -> None:
+    def __init__(self, message: str, image_sha256: str | None = None, branch: Branch | None = None) -> None:
         super().__init__(message)
         self.image_sha256 = image_sha256
+        self.branch = branch
 
 
 class LanguageModelPrepareError(WorkerError):

@@ -138,6 +138,8 @@ class EvaluationRecord:
     """That were asked."""
     num_text_only: int = 0
     """Conversations of the split that are about no image, of which nothing is asked."""
+    num_missing: int = 0
+    """Images whose features were gone or damaged, and were computed again (`missing_features`)."""
     num_quarantined: int
     """Questions that cannot be asked."""
     quarantined_by_reason: dict[str, int]
@@ -195,7 +197,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         spec: which questions, in which modes.
         training: of the connector.
         store: where everything is.
-        execution: eval_batch_size, num_cpus and device count.
+        execution: eval_batch_size, num_cpus, device and missing_features count; `substitute` means `encode` here, since no other image can stand in
+            for the one that a question is about.
         progress: told in answers.
 
     Returns:
@@ -205,6 +208,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         EvaluationError: there is nothing to ask, a metric says nothing about any question, or the specs are of different runs.
         ErrorBudgetError: too many questions cannot be asked.
         TrainingError: the run has not ended.
+        MissingFeaturesError: an image's features are gone or damaged, and missing_features is `fail`.
     """
     stage = Stage.open(store, "evaluate", spec)
     if (done := stage.committed(EvaluationRecord)) is not None:
@@ -220,7 +224,8 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
         # The same connector and encoder over the images that are asked.
         over_asked = replace(training, dataset_fingerprint=spec.dataset_fingerprint, features=asked_features(spec, training))
         trained = read_samples(store, training.dataset_fingerprint, "train")
-        data = training_data(over_asked, store, spec.split, execution, device=str(device))
+        reading = replace(execution, missing_features="encode") if execution.missing_features == "substitute" else execution
+        data = training_data(over_asked, store, spec.split, reading, device=str(device))
         shown = _about_images(data.samples)
         samples, left_out = (shown, []) if _of_training_dataset(spec, training) else _without_trained(shown, trained)
         questions = _chosen(samples, spec.max_questions)
@@ -260,6 +265,7 @@ def evaluate(spec: EvaluationSpec, training: TrainingSpec, store: Store, executi
             num_images=len({question.sample.sample_id for question in questions}),
             num_questions=len(questions),
             num_text_only=len(data.samples) - len(shown),
+            num_missing=data.source.num_encoded_live,
             num_quarantined=len(refused),
             quarantined_by_reason=dict(sorted(Counter(row.reason for row in refused).items())),
             num_images_trained_on=len(left_out),

@@ -278,8 +278,10 @@ def test_bad_images_are_rows_and_the_rest_is_cached(built):
     ]
     source = CachedFeatures(store, spec)
     assert source.holds(samples[:3]) == [True, False, True]
-    with pytest.raises(MissingFeaturesError, match="may be in quarantine"):
-        fetch_images(source, samples[:2], want_global=True, want_local=False)
+    for branch in BRANCHES:
+        with pytest.raises(MissingFeaturesError, match=f"no {branch} features .*may be in quarantine") as caught:
+            fetch_images(source, samples[:2], want_global=branch == "global", want_local=branch == "local")
+        assert (caught.value.image_sha256, caught.value.branch) == (samples[1].image_sha256, branch)
 
 
 def test_too_many_bad_images_stop_the_stage_and_a_repair_resumes_it(built):
@@ -407,6 +409,10 @@ def test_damaged_files_follow_the_policy(built, damage):
         path.unlink()
     with pytest.raises(MissingFeaturesError, match=r"damaged|cannot be read"):
         fetch_images(CachedFeatures(store, spec), samples, want_global=True, want_local=False)
+    with pytest.raises(MissingFeaturesError) as caught:
+        fetch_images(CachedFeatures(store, spec, policy="substitute"), samples, want_global=True, want_local=True)
+    assert (caught.value.branch, caught.value.image_sha256 in inside) == ("global", True)  # the files of the other branch are whole
+    assert len(fetch_images(CachedFeatures(store, spec), samples, want_global=False, want_local=True)) == len(samples)
     lenient = CachedFeatures(store, spec, policy="encode")
     found = fetch_images(lenient, samples, want_global=True, want_local=False)
     assert lenient.num_encoded_live == (1 if damage == "flipped bit" else len(inside))

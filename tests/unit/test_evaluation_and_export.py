@@ -582,26 +582,26 @@ def test_adapters_on_another_base_are_refused(with_adapters, tmp_path):
         load_export(folder)
 
 
+def damaged_copy(store, spec, folder):
+    """A copy of a store in which a bit of every third image is flipped, in both branches; and the digests of those images."""
+    copy = type(store)(str(shutil.copytree(store.local_path(), folder)))
+    table, images = features_table(copy, spec.features), set()
+    for file in table.files():
+        path = copy.local_path(f"{table.path}/{file.path}")
+        footer = pq.read_metadata(path)
+        data = bytearray(path.read_bytes())
+        for group in range(1, footer.num_row_groups, 3):
+            images |= set(table.open_file(file).read_row_group(group, columns=["image_sha256"]).column(0).to_pylist())
+            chunk = footer.row_group(group).column(footer.num_columns - 1)
+            data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+        path.write_bytes(bytes(data))
+    return copy, images
+
+
 def test_a_run_that_meets_a_damaged_image_goes_on_by_another_answer(trained, tmp_path):
     """It stops by default, and goes on from there with the image encoded anew, to the same losses, or with another one, and says how often."""
     store, spec, record = trained
     assert all(phase.num_missing == 0 for phase in record.phases)
-
-    def damaged_copy(name):
-        copy = type(store)(str(shutil.copytree(store.local_path(), tmp_path / name)))
-        shutil.rmtree(copy.local_path("checkpoints"))
-        shutil.rmtree(copy.local_path("runs/train-connector"))
-        table = features_table(copy, spec.features)
-        for file in table.files():
-            path = copy.local_path(f"{table.path}/{file.path}")
-            footer = pq.read_metadata(path)
-            data = bytearray(path.read_bytes())
-            for group in range(footer.num_row_groups):
-                if group % 3 == 1:
-                    chunk = footer.row_group(group).column(footer.num_columns - 1)
-                    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
-            path.write_bytes(bytes(data))
-        return copy
 
     def trained_with(copy, answer):
         execution = replace(EXECUTION, missing_features=answer)
@@ -609,7 +609,9 @@ def test_a_run_that_meets_a_damaged_image_goes_on_by_another_answer(trained, tmp
             train_stage(spec, copy, execution, stage, threads=1)
         return train_connector(spec, copy, execution, SilentProgress())
 
-    copy = damaged_copy("failing")
+    copy, _ = damaged_copy(store, spec, tmp_path / "failing")
+    shutil.rmtree(copy.local_path("checkpoints"))
+    shutil.rmtree(copy.local_path("runs/train-connector"))
     with pytest.raises(MissingFeaturesError, match=r"is damaged: the bytes of map .* --repair .*missing_features=encode"):
         trained_with(copy, "fail")
     # Each goes on in a copy of its own from what was left.
@@ -621,6 +623,26 @@ def test_a_run_that_meets_a_damaged_image_goes_on_by_another_answer(trained, tmp
     substituted = trained_with(again, "substitute")
     assert [phase.steps for phase in substituted.phases] == [phase.steps for phase in record.phases]
     assert sum(phase.num_missing for phase in substituted.phases) > 0
+
+
+def test_questions_are_asked_about_their_own_image_though_its_features_are_damaged(trained, evaluated, tmp_path):
+    """It stops by default, and is encoded anew where training would take another image, since the question is about this one: the same answers."""
+    store, spec, _ = trained
+    wanted, whole = evaluated
+    asked = {sample.image_sha256 for sample in read_samples(store, spec.dataset_fingerprint, "held_out")}
+    answers = pq.read_table(store.local_path(whole.answers)).to_pylist()
+    for policy in ("fail", "encode", "substitute"):
+        copy, damaged = damaged_copy(store, spec, tmp_path / policy)
+        shutil.rmtree(copy.local_path("runs/evaluate"))
+        execution = replace(EXECUTION, missing_features=policy)
+        if policy == "fail":
+            with pytest.raises(MissingFeaturesError, match=r"is damaged: the bytes of map .*missing_features=encode"):
+                evaluate(wanted, spec, copy, execution, SilentProgress())
+            continue
+        record = evaluate(wanted, spec, copy, execution, SilentProgress())
+        assert record.num_missing == len(asked & damaged) > 0 == whole.num_missing
+        assert pq.read_table(copy.local_path(record.answers)).to_pylist() == answers
+        assert record.scores == whole.scores
 
 
 def test_an_image_that_the_cache_lost_is_not_left_out_in_silence(trained, tmp_path):

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import re
 import threading
@@ -6,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.chat import Conversation
 from model.connector import build_connector
 from model.errors import SpecError
 from model.specs import BranchMix, CompressionSpec, PhaseSpec, ScheduleSpec
 from model.views import plan_views
 from tests.tiny_training import FakeFeatures, fake_samples, tiny_schedule, tiny_training_spec
 from workers.errors import MissingFeaturesError, TrainingError
+from workers.training import batches
 from workers.training.batches import BatchBuilder, Prefetcher, branch_mode, sample_index
 
 
@@ -116,6 +119,44 @@ def test_a_conversation_that_screening_should_have_left_out_is_named(tiny_langua
     builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples)
     with pytest.raises(TrainingError, match=r"sample fake-5 \(fake\) cannot be trained on: the question of turn 1"):
         builder.conversation(5, "own")
+
+
+def test_what_is_made_of_samples_does_not_pile_up_and_is_counted_once(tiny_language_model_folder, tiny_tokenizer, monkeypatch):
+    """A long run holds few conversations; later passes tokenise a rank's own share alone, and give the batches that are given where all are kept."""
+    boxed = [(sample, tuple(replace(turn, evidence=(8.0, 8.0, 40.0, 40.0), shown=("7",)) for turn in sample.turns)) for sample in fake_samples(40)]
+    samples = [replace(sample, turns=turns) for sample, turns in boxed]
+    schedule = tiny_schedule(steps=30)
+    schedule = replace(schedule, align=(), sft=replace(schedule.sft, evidence_weight=1.0))
+    roomy, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples, schedule=schedule)
+    whole = [roomy.build(0, step, rank=1, world=2) for step in range(30)]
+    tokens = [roomy.conversation(index, "own").num_text_tokens for index in range(40)]
+    del roomy
+
+    made = []
+    tokenise = batches.sample_conversation
+    monkeypatch.setattr(batches, "sample_conversation", lambda sample, *rest: made.append(sample.index) or tokenise(sample, *rest))
+    monkeypatch.setattr(batches, "_KEPT_NUMBERS", 5 * max(tokens), raising=False)
+    gc.collect()
+    before = num_conversations()
+    builder, _ = make_builder(tiny_language_model_folder, tiny_tokenizer, samples=samples, schedule=schedule)
+    for step, expected in enumerate(whole):
+        if step == 10:
+            assert set(made) == set(range(40))
+            made.clear()
+        found = builder.build(0, step, rank=1, world=2)
+        assert (found.supervised, found.micro_batches[0].evidence_scale) == (expected.supervised, expected.micro_batches[0].evidence_scale)
+        equal(found.micro_batches[0], expected.micro_batches[0])
+        for name in ("evidence_places", "evidence_words"):
+            one, other = getattr(found.micro_batches[0], name), getattr(expected.micro_batches[0], name)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    assert num_conversations() - before <= 5 * max(tokens) / min(tokens) < 40
+    assert set(made) <= {index for step in range(10, 30) for index in builder._indices(0, step)[2:]}
+    assert len(made) > 30  # those of 20 steps, but for the few that were still there
+
+
+def num_conversations():
+    return sum(type(item) is Conversation for item in gc.get_objects())
 
 
 def test_no_samples_no_training(tiny_language_model_folder, tiny_tokenizer):

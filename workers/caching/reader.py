@@ -304,7 +304,7 @@ class CachedFeatures:
             Of every branch that has images, its maps by name.
 
         Raises:
-            MissingFeaturesError: an image is missing or damaged, and the policy is not `encode`; the error names it.
+            MissingFeaturesError: an image is missing or damaged, and the policy is not `encode`; the error names both it and its branch.
             StorageError: the store is away, or refuses us.
         """
         rooms: _Rooms = {}
@@ -411,18 +411,19 @@ class CachedFeatures:
                 f"{self._store.url(self._folder)} holds no {span.branch} features of image {sample.image_sha256[:12]} ({sample.sample_id}); "
                 f"it may be in quarantine. Finish cache-features, leave the image out, or {OTHER_POLICIES}.",
                 sample.image_sha256,
+                span.branch,
             )
         by_file: dict[str, list[_Part]] = {}
         for place, (name, room) in zip(span.places, rooms.items(), strict=True):
             part = _Part(place=place, name=name, room=room[span.views])
             if place.num_views != expected or len(place.offsets) != len(part.room.arrays):
-                raise self._damaged(place, sample, f"expected {expected} views, the index has {place.num_views}")
+                raise self._damaged(place, sample, span.branch, f"expected {expected} views, the index has {place.num_views}")
             by_file.setdefault(place.file, []).append(part)
         for parts in by_file.values():
-            self._read_parts(sample, parts)
+            self._read_parts(sample, span.branch, parts)
 
-    def _read_parts(self, sample: Sample, parts: Sequence[_Part]) -> None:
-        """Maps of an image that lie in one file."""
+    def _read_parts(self, sample: Sample, branch: Branch, parts: Sequence[_Part]) -> None:
+        """Maps of an image's branch that lie in one file."""
         place = parts[0].place
         path = f"{self._folder}/{place.file}"
         reads = _joined(parts)
@@ -435,18 +436,19 @@ class CachedFeatures:
         except StorageError as error:
             if not is_damage(error):
                 raise
-            raise self._damaged(place, sample, f"cannot be read: {first_line(error)}") from error
+            raise self._damaged(place, sample, branch, f"cannot be read: {first_line(error)}") from error
         if wrong := _wrong(parts):
-            raise self._damaged(place, sample, f"the bytes of map {wrong[0]} are not those that were written")
+            raise self._damaged(place, sample, branch, f"the bytes of map {wrong[0]} are not those that were written")
         if self._disk is not None:
             for start, buffers in reads:
                 self._disk.write(url, start, buffers)
 
-    def _damaged(self, place: MapPlace, sample: Sample, what: str) -> MissingFeaturesError:
+    def _damaged(self, place: MapPlace, sample: Sample, branch: Branch, what: str) -> MissingFeaturesError:
         return MissingFeaturesError(
             f"{self._store.url(f'{self._folder}/{place.file}')}, row group {place.row_group} (image {sample.image_sha256[:12]}) is damaged: {what}. "
             f"Run `loupe verify` with --repair and then the run again, or {OTHER_POLICIES}.",
             sample.image_sha256,
+            branch,
         )
 
 

@@ -10,8 +10,10 @@ Input: samples, a feature source and a tokenizer. Output: micro-batches of one r
 import bisect
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -36,6 +38,13 @@ __all__ = ["BatchBuilder", "Prefetcher", "StepBatches", "branch_mode", "needed_m
 
 _ORDER, _BRANCH, _NOISE, _SELECTOR_NOISE, _DROPOUT = 1, 2, 3, 4, 5
 """Streams of random numbers that must not meet."""
+
+_KEPT_NUMBERS = 2**21
+"""Of what is made of samples, in each rank's memory: 98 MB of tokenised conversations, at 47 bytes a token, which is 8,000 of 250 tokens.
+
+All of 20,000 such conversations take 232 MB in each rank, and all of LLaVA's 665,000 would take 7.7 GB. To tokenise one anew takes 2 ms in the thread
+that works ahead; after the first pass a rank does so for its own share alone.
+"""
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -137,6 +146,40 @@ def sample_conversation(sample: Sample, tokenizer: Any, features: FeatureSpec, c
     return tokenise_conversation(tokenizer, turns, room, has_image=not sample.text_only)
 
 
+Made = TypeVar("Made")
+
+
+class _Kept(Generic[Made]):
+    """What is made of samples: the last ones, and of all of them a count, which every rank needs of the samples of all ranks in every pass.
+
+    Args:
+        make: of a sample's index; the same whenever it is asked.
+        count: of what was made.
+        size: of what was made: how many numbers it holds; at most _KEPT_NUMBERS stay in memory.
+        num_samples: how many there are; a count takes 4 bytes each.
+    """
+
+    def __init__(self, make: Callable[[int], Made], count: Callable[[Made], int], size: Callable[[Made], int], num_samples: int) -> None:
+        self._make, self._count, self._size = make, count, size
+        self._counts = np.full(num_samples, -1, dtype=np.int32)
+        self._last: OrderedDict[int, Made] = OrderedDict()
+        self._num_kept = 0
+
+    def get(self, index: int) -> Made:
+        if index in self._last:
+            return self._last[index]
+        made = self._last[index] = self._make(index)
+        self._num_kept += self._size(made)
+        while self._num_kept > _KEPT_NUMBERS:
+            self._num_kept -= self._size(self._last.popitem(last=False)[1])
+        return made
+
+    def count(self, index: int) -> int:
+        if self._counts[index] < 0:
+            self._counts[index] = self._count(self.get(index))
+        return int(self._counts[index])
+
+
 class BatchBuilder:
     """Makes the batches of any step, in any order.
 
@@ -148,8 +191,8 @@ class BatchBuilder:
         schedule: phases and seed.
         tokenizer: as loaded from its folder: every phase's template is put on it here.
         max_tokens: the language model's longest sequence.
-        substitutes: whether an image whose features are gone or damaged gives way to the next one of the phase that has some. All ranks go on in
-            step, and the loss is divided by the tokens that were planned.
+        substitutes: whether an image, where a branch that is shown of it is gone or damaged, gives way to the next one of the phase that has it. All
+            ranks go on in step, and the loss is divided by the tokens that were planned.
 
     Raises:
         TrainingError: there are no samples with an image, or a phase sees none.
@@ -172,26 +215,32 @@ class BatchBuilder:
         self.samples, self.source, self.features, self.connector, self.schedule = samples, source, features, connector, schedule
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._substitutes = substitutes
-        self._missing: set[str] = set()
+        self._missing: set[tuple[Branch, str]] = set()
+        """Branches of images, by digest, that a fetch found to be gone or damaged. To know of one saves a fetch and must change nothing else."""
         self._tokenizers = {phase.template: with_template(tokenizer, phase.template) for phase in schedule.phases}
         self._seen = {_sight(phase): _seen(samples, phase) for phase in schedule.phases}
-        self._conversations: dict[tuple[int, ChatTemplate], Conversation] = {}
-        self._evidence: dict[int, list[tuple[int, int]]] = {}
+        self._conversations = {
+            template: _Kept[Conversation](
+                partial(self._tokenised, template), lambda made: made.num_supervised, lambda made: made.num_text_tokens, len(samples)
+            )
+            for template in self._tokenizers
+        }
+        self._evidence = _Kept[list[tuple[int, int]]](self._pairs, len, lambda pairs: 2 * len(pairs) + 1, len(samples))
 
     def view_plan(self, sample: Sample) -> ViewPlan:
         """The views of an image, by the view rule alone."""
         return view_plan(self.features, sample)
 
     def conversation(self, index: int, template: ChatTemplate) -> Conversation:
-        """Tokens of a sample's conversation in a phase's template; kept, since every pass needs them again."""
-        if (index, template) not in self._conversations:
-            sample = self.samples[index]
-            try:
-                made = sample_conversation(sample, self._tokenizers[template], self.features, self.connector, self._max_tokens)
-            except ConversationError as error:  # screening leaves such samples out
-                raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
-            self._conversations[index, template] = made
-        return self._conversations[index, template]
+        """Tokens of a sample's conversation in a phase's template."""
+        return self._conversations[template].get(index)
+
+    def _tokenised(self, template: ChatTemplate, index: int) -> Conversation:
+        sample = self.samples[index]
+        try:
+            return sample_conversation(sample, self._tokenizers[template], self.features, self.connector, self._max_tokens)
+        except ConversationError as error:  # screening leaves such samples out
+            raise TrainingError(f"sample {sample.sample_id} ({sample.source}) cannot be trained on: {error}") from error
 
     def build(self, phase_index: int, step: int, *, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> StepBatches:
         """The batches of one step for one rank.
@@ -219,11 +268,11 @@ class BatchBuilder:
         first = sum(earlier.batch_size * earlier.steps for earlier in phases[:phase_index]) + step * phase.batch_size
         positions = range(first, first + phase.batch_size)
         indices = self._indices(phase_index, step)
-        supervised = sum(self.conversation(index, phase.template).num_supervised for index in indices)
+        supervised = sum(map(self._conversations[phase.template].count, indices))
         evidence_scale = 0.0
         if phase.evidence_weight > 0:
             shown = [self._mode(phase_index, position, index) in ("local", "both") for position, index in zip(positions, indices, strict=True)]
-            num_pairs = sum(len(self.evidence(index)) for index, wanted in zip(indices, shown, strict=True) if wanted)
+            num_pairs = sum(self._evidence.count(index) for index, wanted in zip(indices, shown, strict=True) if wanted)
             # The summed loss is divided by the supervised tokens: so the evidence loss joins it as weight times its mean over the pairs.
             evidence_scale = phase.evidence_weight * supervised / max(num_pairs, 1)
         share = phase.batch_size // world
@@ -264,12 +313,13 @@ class BatchBuilder:
         shown = [sample for sample in self.samples if not sample.text_only]
         count = min(num_images, len(shown))
         images = [shown[place * len(shown) // count] for place in range(count)]
+        branches: tuple[Branch, ...] = ("global",) if self.connector.spec.local_branch is None else ("global", "local")
         while True:
             try:
-                found = self.source.fetch({"global": images, "local": images if self.connector.spec.local_branch is not None else []})
+                found = self.source.fetch(dict.fromkeys(branches, images))
             except MissingFeaturesError as error:
                 self._note_missing(error)
-                images = [image for image in images if image.image_sha256 not in self._missing]
+                images = [image for image in images if not self._is_missing(image, branches)]
                 if not images:
                     raise
                 continue
@@ -284,28 +334,28 @@ class BatchBuilder:
         Returns:
             Pairs of (local token of the image, vocabulary id), each once.
         """
-        if self.samples[index].text_only:
+        return self._evidence.get(index)
+
+    def _pairs(self, index: int) -> list[tuple[int, int]]:
+        sample, local = self.samples[index], self.connector.spec.local_branch
+        if sample.text_only or local is None:
             return []
-        if index not in self._evidence:
-            sample = self.samples[index]
-            pairs: dict[tuple[int, int], None] = {}
-            plan = self.view_plan(sample)
-            view_tokens = self.connector.tokens_per_local_view
-            local = self.connector.spec.local_branch
-            rows, columns = (0, 0) if local is None else local.view_grid(self.connector.num_patches)
-            for turn in sample.turns:
-                if turn.evidence is None or local is None:
-                    continue
-                left, top, right, bottom = turn.evidence
-                for view in plan.local_views:
-                    box = view.project(Box(left=left, top=top, right=right, bottom=bottom))
-                    column, row = (box.left + box.right) / 2 * columns / view.view_px, (box.top + box.bottom) / 2 * rows / view.view_px
-                    if 0 <= column < columns and 0 <= row < rows:
-                        place = (view.index - 1) * view_tokens + int(row) * columns + int(column)
-                        for word in turn.shown:
-                            pairs |= {(place, token): None for token in self._tokenizer.encode(f" {word}", add_special_tokens=False)}
-            self._evidence[index] = list(pairs)
-        return self._evidence[index]
+        pairs: dict[tuple[int, int], None] = {}
+        plan = self.view_plan(sample)
+        view_tokens = self.connector.tokens_per_local_view
+        rows, columns = local.view_grid(self.connector.num_patches)
+        for turn in sample.turns:
+            if turn.evidence is None:
+                continue
+            left, top, right, bottom = turn.evidence
+            for view in plan.local_views:
+                box = view.project(Box(left=left, top=top, right=right, bottom=bottom))
+                column, row = (box.left + box.right) / 2 * columns / view.view_px, (box.top + box.bottom) / 2 * rows / view.view_px
+                if 0 <= column < columns and 0 <= row < rows:
+                    place = (view.index - 1) * view_tokens + int(row) * columns + int(column)
+                    for word in turn.shown:
+                        pairs |= {(place, token): None for token in self._tokenizer.encode(f" {word}", add_special_tokens=False)}
+        return list(pairs)
 
     def _batch(self, phase_index: int, positions: Sequence[int], planned: Sequence[int], evidence_scale: float = 0.0) -> tuple[Batch, int]:
         """A batch, and how many of its samples' features were not there."""
@@ -356,9 +406,9 @@ class BatchBuilder:
     ) -> tuple[list[int], dict[Branch, dict[str, PackedMap]], int]:
         """The samples of a batch, those replaced whose features are not there; the features; and how many were not there."""
         encoded_before = self.source.num_encoded_live
+        branches = [[branch for branch, some in wants.items() if some[place]] for place in range(len(planned))]
         while True:
-            shown = [any(wanted) for wanted in zip(*wants.values(), strict=True)]
-            indices = [self._with_features(phase_index, index) if wanted else index for index, wanted in zip(planned, shown, strict=True)]
+            indices = [self._with_features(phase_index, index, wanted) for index, wanted in zip(planned, branches, strict=True)]
             # Nothing is read that nobody looks at.
             images: dict[Branch, list[Sample]] = {
                 branch: [self.samples[index] for index, wanted in zip(indices, some, strict=True) if wanted] for branch, some in wants.items()
@@ -372,19 +422,27 @@ class BatchBuilder:
             return indices, found, replaced + self.source.num_encoded_live - encoded_before
 
     def _note_missing(self, error: MissingFeaturesError) -> None:
-        """Remember the image that the error is about, or raise it."""
-        if not self._substitutes or error.image_sha256 is None:
+        """Remember what the error says is missing, or raise it."""
+        if not self._substitutes or error.image_sha256 is None or error.branch is None:
             raise error
-        self._missing.add(error.image_sha256)
+        self._missing.add((error.branch, error.image_sha256))
 
-    def _with_features(self, phase_index: int, index: int) -> int:
-        """The sample, or where its features are missing the next one in the frozen order that the phase sees and whose are not known to be."""
-        if self.samples[index].image_sha256 not in self._missing:
+    def _is_missing(self, sample: Sample, branches: Sequence[Branch]) -> bool:
+        """Whether one of these branches of an image is known to be missing."""
+        return any((branch, sample.image_sha256) in self._missing for branch in branches)
+
+    def _with_features(self, phase_index: int, index: int, wanted: Sequence[Branch]) -> int:
+        """The sample, or where its features are missing the next one in the frozen order that the phase sees and whose are not known to be.
+
+        Only the branches that the position shows are asked about. Those of a sample that is taken are read next, and it gives way if they turn out to
+        be missing: so in the end it is the first one whose branches are whole, whatever was known before, on every rank and after every resume.
+        """
+        if not self._is_missing(self.samples[index], wanted):
             return index
         seen = self._seen[_sight(self.schedule.phases[phase_index])]
         start = bisect.bisect(seen, index)
         for other in (*seen[start:], *seen[:start]):
-            if not self.samples[other].text_only and self.samples[other].image_sha256 not in self._missing:
+            if not self.samples[other].text_only and not self._is_missing(self.samples[other], wanted):
                 return other
         raise MissingFeaturesError(f"phase {self.schedule.phases[phase_index].name!r} sees no image any more whose features are there")
 
