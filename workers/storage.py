@@ -617,7 +617,7 @@ class Store:
 
     @property
     def delta_options(self) -> dict[str, str]:
-        """Storage options for deltalake and polars. Holds no credentials: those come from the environment."""
+        """Storage options for deltalake and polars. They hold keys only where those are fsspec's own; all others come from the environment."""
         return {} if self._local is not None else self._s3_settings.delta_options(self._bucket)
 
     @property
@@ -710,7 +710,7 @@ class Store:
         return {"bulk reads": whole.name, "bulk writes": self._upload_client.name, "ranged reads": self._range_client.name}
 
     def _make_arrow_filesystem(self) -> pyarrow.fs.FileSystem:
-        return pyarrow.fs.LocalFileSystem(use_mmap=False) if self._local is not None else self._s3_settings.arrow()
+        return pyarrow.fs.LocalFileSystem(use_mmap=False) if self._local is not None else self._s3_settings.lasting_arrow()
 
     @contextlib.contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:

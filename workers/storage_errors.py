@@ -14,7 +14,15 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import (
+    AccessDeniedError,
+    CertificateError,
+    CredentialsError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 
 __all__ = ["is_damage", "is_exists_error", "persistently", "translate_storage_error", "translated"]
 
@@ -123,6 +131,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 _ARROW_CODE = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d{3})\))? during")
 _DELTA_CODE = re.compile(r"<Code>(\w+)</Code>")
 _DELTA_STATUS = re.compile(r"non-2xx status code\W+(\d{3})\b")
+# Of botocore, Arrow, delta-rs and obstore. OpenSSL's error has the number 1, which to the operating system is a permission that was refused.
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED|curlCode: 60\b|invalid peer certificate|InvalidCertificate")
 _DELTA_BROKEN = re.compile(r"HTTP error\W+(error sending request|request or response body error|error decoding response body)")
 
 
@@ -162,10 +172,15 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
     """
     if isinstance(error, StorageError):
         return error
+    text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
+    if _UNTRUSTED.search(str(error)):
+        return CertificateError(
+            f"cannot {doing} {url}: the server's certificate is not trusted ({text}). Name the file with the certificates of its authority by "
+            "AWS_CA_BUNDLE, or by ca_bundle of the AWS profile, and by SSL_CERT_FILE too: delta-rs, which reads and writes tables, reads that alone."
+        )
     codes = _service_codes(error)
     names = {type(cause).__name__ for cause in _causes(error)}
     numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
-    text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
         strange = next((_NO_OBJECT[number] for number in numbers if number in _NO_OBJECT), None)
         detail = "" if url.startswith("file:") else f" ({text})"  # a local file's error says the path once more, and no more than that

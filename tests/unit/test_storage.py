@@ -1,11 +1,20 @@
 import errno
 import os
+import ssl
 
 import numpy as np
 import obstore
 import pytest
 
-from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import (
+    AccessDeniedError,
+    CertificateError,
+    CredentialsError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 from workers.storage import Store, open_url, translate_storage_error
 
 
@@ -83,6 +92,18 @@ def delta(status, body):
         (ServiceError("ConditionalRequestConflict"), StoreUnavailableError, True),
         (ServiceError("NoSuchUpload"), ObjectNotFoundError, False),
         (obstore.exceptions.UnauthenticatedError("no\n\nDebug source:\nmuch"), CredentialsError, False),
+        (
+            ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer"),
+            CertificateError,
+            False,
+        ),
+        (
+            arrow("NETWORK_CONNECTION during HeadObject operation: curlCode: 60, SSL peer certificate was not OK: AWS Error X"),
+            CertificateError,
+            False,
+        ),
+        (delta("200 OK", "HTTP error\n error sending request\n invalid peer certificate\n UnknownIssuer"), CertificateError, False),
+        (obstore.exceptions.GenericError("error sending request\n\nDebug source:\nmuch InvalidCertificate(UnknownIssuer)"), CertificateError, False),
         (NotADirectoryError(errno.ENOTDIR, "a file in the way"), ObjectNotFoundError, False),
         (IsADirectoryError(errno.EISDIR, "a folder"), ObjectNotFoundError, False),
         (OSError(errno.ENAMETOOLONG, "long"), ObjectNotFoundError, False),
