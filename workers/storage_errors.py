@@ -225,7 +225,7 @@ def is_damage(error: StorageError) -> bool:
 
 @contextlib.contextmanager
 def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
-    """Foreign errors of a store leave the block as StorageErrors; all others as they are.
+    """Foreign errors of a store leave the block as StorageErrors; all others as they are, Arrow's of a lack of memory among them.
 
     Args:
         doing: what is being done, e.g. "read".
@@ -239,6 +239,8 @@ def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:  # Arrow's own is an ArrowException too, and would be taken for damage of what was read
+        raise
     except (OSError, pa.ArrowException) as error:
         raise translate_storage_error(error, doing, url() if callable(url) else url) from error
     except Exception as error:
