@@ -159,13 +159,17 @@ def _service_codes(error: BaseException) -> set[str]:
     return {"NetworkConnection"} if _DELTA_BROKEN.search(text) else set()
 
 
-def translate_storage_error(error: BaseException, doing: str, url: str) -> StorageError:
+_MORE_ROOM = "Free some space or choose another --root"
+
+
+def translate_storage_error(error: BaseException, doing: str, url: str, *, more_room: str = _MORE_ROOM) -> StorageError:
     """The StorageError for any foreign error. Total: what it does not know becomes a plain StorageError.
 
     Args:
         error: what a file system, botocore, s3fs or Arrow raised.
         doing: what was being done, e.g. "read".
         url: on which object.
+        more_room: what helps where no space is left.
 
     Returns:
         One of ours, with a message that says what to do.
@@ -194,7 +198,7 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
             f"cannot {doing} {url}: access was denied ({text}). Check the folder's owner and permissions, or for S3 the AWS environment or profile."
         )
     if numbers & _FULL_ERRNOS:
-        return StoreFullError(f"cannot {doing} {url}: no space is left ({text}). Free some space or choose another --root, then run again.")
+        return StoreFullError(f"cannot {doing} {url}: no space is left ({text}). {more_room}, then run again.")
     if codes & _BUSY_CODES or names & _BUSY_TYPES or numbers & _BUSY_ERRNOS:
         return StoreUnavailableError(f"cannot {doing} {url}: the store did not answer ({text}). Check the endpoint and the network, then run again.")
     return StorageError(f"cannot {doing} {url}: {type(error).__name__}: {text}")
@@ -224,12 +228,13 @@ def is_damage(error: StorageError) -> bool:
 
 
 @contextlib.contextmanager
-def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
+def translated(doing: str, url: str | Callable[[], str], *, more_room: str = _MORE_ROOM) -> Iterator[None]:
     """Foreign errors of a store leave the block as StorageErrors; all others as they are, Arrow's of a lack of memory among them.
 
     Args:
         doing: what is being done, e.g. "read".
         url: on which object; a function where making the URL takes as long as the work.
+        more_room: what helps where no space is left.
 
     Yields:
         Nothing.
@@ -242,11 +247,11 @@ def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
     except MemoryError:  # Arrow's own is an ArrowException too, and would be taken for damage of what was read
         raise
     except (OSError, pa.ArrowException) as error:
-        raise translate_storage_error(error, doing, url() if callable(url) else url) from error
+        raise translate_storage_error(error, doing, url() if callable(url) else url, more_room=more_room) from error
     except Exception as error:
         # botocore's errors share no base with OSError, and importing botocore for local roots costs 0.2 s.
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "obstore"}:
-            raise translate_storage_error(error, doing, url() if callable(url) else url) from error
+            raise translate_storage_error(error, doing, url() if callable(url) else url, more_room=more_room) from error
         raise
 
 
