@@ -46,7 +46,11 @@ def owned_folder(prefix: str, parent: Path) -> Path:
     """
     _sweep(prefix, parent)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    (folder / _OWNER_FILE).write_text(f"{_process_space()} {os.getpid()}")
+    try:
+        (folder / _OWNER_FILE).write_text(f"{_process_space()} {os.getpid()}")
+    except OSError:  # a full disk; without the file nobody would ever remove it
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 

@@ -1,5 +1,6 @@
 """Folders of temporary files: gone at the end, and after a kill when the next process comes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -34,4 +35,14 @@ def test_a_folder_is_gone_at_the_end_of_its_block_whatever_happens(tmp_path):
 
     with pytest.raises(ValueError, match="no"):
         fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_say_whose_it_is_is_not_left_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        scratch.owned_folder("mine-", tmp_path)
     assert list(tmp_path.iterdir()) == []
