@@ -2,12 +2,15 @@
 
 import contextlib
 import http.client
+import re
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -38,6 +41,8 @@ class Proxy:
         self.plan: Plan = lambda _number, _method, _path: None
         self.faults: list[str] = []
         self.num_requests = 0
+        self.signers: set[tuple[str, str | None]] = set()
+        """Access key and session token of whoever signed a request."""
         self._lock = threading.Lock()
 
     def next_fault(self, method: str, path: str) -> Fault:
@@ -74,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self._body()
+        signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        self.proxy.signers.add((signed.group(1) if signed else "", self.headers.get("X-Amz-Security-Token")))
         fault = self.proxy.next_fault(self.command, self.path)
         if fault == "reset":
             self._reset()
@@ -156,15 +163,19 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def fault_proxy(endpoint: str) -> Iterator[tuple[Proxy, str]]:
-    """The proxy of a server, and its own endpoint."""
+def fault_proxy(endpoint: str, certificate: tuple[Path, Path] | None = None) -> Iterator[tuple[Proxy, str]]:
+    """The proxy of a server, and its own endpoint; given a certificate and its key, over TLS."""
     proxy = Proxy(urlsplit(endpoint).netloc)
     handler = type("Handler", (_Handler,), {"proxy": proxy})
     with _Server(("127.0.0.1", 0), handler) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield proxy, f"http://127.0.0.1:{server.server_address[1]}"
+            yield proxy, f"{'http' if certificate is None else 'https'}://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()

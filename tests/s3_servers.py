@@ -10,9 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
@@ -156,3 +159,54 @@ def seaweedfs() -> Iterator[str]:
         server = SeaweedServer(Path(name))
         with server.running() as process, credentials(server.endpoint):
             yield new_bucket(server.endpoint, process, server.log)
+
+
+ROLE_KEY, ROLE_TOKEN = "rolekey", "roletoken"
+"""Of whoever has assumed a role."""
+_ASSUMED = """<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult>
+<AssumedRoleUser><AssumedRoleId>A:b</AssumedRoleId><Arn>arn:aws:sts::123456789012:assumed-role/r/s</Arn></AssumedRoleUser>
+<Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>rolesecret</SecretAccessKey><SessionToken>{token}</SessionToken>
+<Expiration>{expires:%Y-%m-%dT%H:%M:%SZ}</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"""
+
+
+class _RoleHandler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        answer = _ASSUMED.format(key=ROLE_KEY, token=ROLE_TOKEN, expires=datetime.now(UTC) + timedelta(hours=1)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/xml")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def role_server() -> Iterator[str]:
+    """The endpoint of a security token service that lets anybody assume any role for an hour."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _RoleHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def certificates(folder: Path) -> tuple[Path, tuple[Path, Path]]:
+    """The certificate of an authority that nobody knows, and a certificate of 127.0.0.1 that it signed with the key."""
+    authority, own = folder / "authority.pem", folder / "own.pem"
+    extensions = folder / "extensions"
+    extensions.write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n")
+    new_key = ["-newkey", "rsa:2048", "-nodes", "-keyout"]
+    signing = ["-CA", authority, "-CAkey", folder / "authority.key", "-CAcreateserial", "-days", "2", "-extfile", extensions]
+    for words in (
+        ["req", "-x509", *new_key, folder / "authority.key", "-out", authority, "-days", "2", "-subj", "/CN=An authority"],
+        ["req", *new_key, folder / "own.key", "-out", folder / "own.csr", "-subj", "/CN=127.0.0.1"],
+        ["x509", "-req", "-in", folder / "own.csr", *signing, "-out", own],
+    ):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+    return authority, (own, folder / "own.key")

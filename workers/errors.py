@@ -5,6 +5,7 @@ WorkerError
 |   |-- ObjectNotFoundError    nothing lies at this path
 |   |-- AccessDeniedError      this object or folder may not be read or written
 |   |-- CredentialsError       credentials are missing, expired or wrong: nothing can be read or written
+|   |-- CertificateError       the store's certificate is signed by nobody who is trusted
 |   |-- StoreFullError         the disk or the quota is full
 |   |-- StoreUnavailableError  the store did not answer, or asks for patience  (retryable)
 |-- TableError               a Delta table is damaged or refused a commit
@@ -36,6 +37,7 @@ from model.views import Branch
 __all__ = [
     "AccessDeniedError",
     "CalibrationError",
+    "CertificateError",
     "ClusterError",
     "CredentialsError",
     "DiskSpaceError",
@@ -82,6 +84,10 @@ class AccessDeniedError(StorageError):
 
 class CredentialsError(StorageError):
     """Credentials are missing, expired or wrong. It says nothing about the object that was asked for."""
+
+
+class CertificateError(StorageError):
+    """The store's certificate is signed by nobody who is trusted. It says nothing about the object that was asked for."""
 
 
 class StoreFullError(StorageError):

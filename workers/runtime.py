@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from model.errors import ModelError, first_line
 from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, cache_folder
+from workers.scratch import owned_folder
 
 __all__ = [
     "Cluster",
@@ -46,7 +47,6 @@ Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 _TEMP_DIR_PREFIX = "loupe-ray-"
-_PID_FILE = "driver.pid"
 _WATCHERS = "watchers"
 _STACKS_WITHIN_S = 10.0
 _WATCH_INTERVAL_S = 15.0
@@ -543,30 +543,6 @@ def _stderr_silenced() -> Iterator[None]:
         os.close(kept)
 
 
-def _process_space() -> str:
-    """What process numbers are relative to: this host, and on Linux this container."""
-    try:
-        return f"{platform.node()}/{os.readlink('/proc/self/ns/pid')}".replace(" ", "_")  # noqa: PTH115 - no path, a name
-    except OSError:
-        return platform.node().replace(" ", "_")
-
-
-def _sweep(parent: Path) -> None:
-    """Remove the folders of our own drivers that were killed before they could do it."""
-    for folder in parent.glob(f"{_TEMP_DIR_PREFIX}*"):
-        try:
-            if folder.stat().st_uid != os.getuid():
-                continue
-            owner, _, pid = (folder / _PID_FILE).read_text().partition(" ")
-            if owner != _process_space():
-                continue  # another container's on a shared folder: its process numbers say nothing here
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (OSError, ValueError):
-            continue  # not ours, being made or being removed right now
-
-
 def _temp_dir(execution: ExecutionSettings) -> Path:
     if execution.ray_temp_dir is not None:
         folder = Path(execution.ray_temp_dir)
@@ -575,10 +551,7 @@ def _temp_dir(execution: ExecutionSettings) -> Path:
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > _MAX_TEMP_DIR_CHARS - 15 and os.access("/tmp", os.W_OK):  # noqa: S108 - the one folder that is sure to be short
         parent = Path("/tmp")  # noqa: S108
-    _sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_TEMP_DIR_PREFIX, dir=parent))
-    (folder / _PID_FILE).write_text(f"{_process_space()} {os.getpid()}")
-    return folder
+    return owned_folder(_TEMP_DIR_PREFIX, parent)
 
 
 def translate_ray_error(error: BaseException) -> Exception:

@@ -26,6 +26,7 @@ import pyarrow.fs
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StorageError
 from workers.s3_clients import CHOICES, CLIENT_VARIABLE, ArrowClient, BulkClient, Bytes, FolderClient, ObstoreClient, S3fsClient, obstore_works_here
 from workers.s3_settings import S3Settings, resolve_s3_settings
+from workers.scratch import temporary_folder
 from workers.storage_errors import is_exists_error, persistently, translate_storage_error, translated
 
 __all__ = ["AbandonedUpload", "Store", "StoredObject", "nearest_there", "open_url", "translate_storage_error", "translated"]
@@ -36,6 +37,9 @@ RANGES_IN_FLIGHT = 32
 """Requests of a store's `read_ranges`. On SeaweedFS on the same machine 8 give as much as 32; a bucket further away answers later and needs more."""
 _CREATION_MARK = "loupe-creation"
 """Metadata of an object that was created exclusively: a name for the call, by which it knows its own object again."""
+
+_STAGING_PREFIX = "loupe-publish-"
+"""Folders of files that are on their way to an object store."""
 
 TEMPORARY_PREFIX = ".tmp-"
 """Files that are being written. Never listed; one that a killed process leaves behind is harmless."""
@@ -449,8 +453,7 @@ class Store:
                 os.replace(temporary, target)  # noqa: PTH105
                 _sync_folder(target.parent)
         else:
-            with tempfile.TemporaryDirectory(prefix="loupe-publish-") as folder:
-                temporary = Path(folder) / PurePosixPath(path).name
+            with self._staged(path) as temporary:
                 yield temporary
 
                 def upload() -> None:
@@ -462,6 +465,18 @@ class Store:
                     # A client asks for the completion of an upload again when the answer is lost. AWS says once more that it is complete; MinIO, that
                     # there is no such upload.
                     self._ask("write", path, upload)
+
+    @contextlib.contextmanager
+    def _staged(self, path: str) -> Iterator[Path]:
+        """A place for a file on its way to the object store, in the folder of temporary files; errors of that folder name it."""
+        by_way = f"{self.url(path)} by way of "
+        with translated("write", f"{by_way}a folder of temporary files"):
+            parent = tempfile.gettempdir()
+        with (
+            translated("write", f"{by_way}{parent}", more_room=f"Free some space in {parent}, or name another folder by TMPDIR"),
+            temporary_folder(_STAGING_PREFIX, Path(parent)) as folder,
+        ):
+            yield folder / PurePosixPath(path).name
 
     def download_folder(self, path: str, local: Path) -> None:
         """Copy every object below `path` into a local folder.
@@ -565,6 +580,13 @@ class Store:
         with translated("measure", self.root):
             return shutil.disk_usage(nearest_there(self._local)).free
 
+    def free_staging_bytes(self) -> int | None:
+        """Free space for files on their way to an object store, in this machine's folder of temporary files; None where none are."""
+        if self._local is not None:
+            return None
+        with translated("measure", "the folder of temporary files"):
+            return shutil.disk_usage(tempfile.gettempdir()).free
+
     def check_writable(self) -> None:
         """Prove that an object can be written, read and deleted here.
 
@@ -617,7 +639,7 @@ class Store:
 
     @property
     def delta_options(self) -> dict[str, str]:
-        """Storage options for deltalake and polars. Holds no credentials: those come from the environment."""
+        """Storage options for deltalake and polars. They hold keys only where those are fsspec's own; all others come from the environment."""
         return {} if self._local is not None else self._s3_settings.delta_options(self._bucket)
 
     @property
@@ -710,7 +732,7 @@ class Store:
         return {"bulk reads": whole.name, "bulk writes": self._upload_client.name, "ranged reads": self._range_client.name}
 
     def _make_arrow_filesystem(self) -> pyarrow.fs.FileSystem:
-        return pyarrow.fs.LocalFileSystem(use_mmap=False) if self._local is not None else self._s3_settings.arrow()
+        return pyarrow.fs.LocalFileSystem(use_mmap=False) if self._local is not None else self._s3_settings.lasting_arrow()
 
     @contextlib.contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:

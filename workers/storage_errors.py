@@ -14,7 +14,15 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import (
+    AccessDeniedError,
+    CertificateError,
+    CredentialsError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 
 __all__ = ["is_damage", "is_exists_error", "persistently", "translate_storage_error", "translated"]
 
@@ -123,6 +131,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 _ARROW_CODE = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d{3})\))? during")
 _DELTA_CODE = re.compile(r"<Code>(\w+)</Code>")
 _DELTA_STATUS = re.compile(r"non-2xx status code\W+(\d{3})\b")
+# Of botocore, Arrow, delta-rs and obstore. OpenSSL's error has the number 1, which to the operating system is a permission that was refused.
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED|curlCode: 60\b|invalid peer certificate|InvalidCertificate")
 _DELTA_BROKEN = re.compile(r"HTTP error\W+(error sending request|request or response body error|error decoding response body)")
 
 
@@ -149,23 +159,32 @@ def _service_codes(error: BaseException) -> set[str]:
     return {"NetworkConnection"} if _DELTA_BROKEN.search(text) else set()
 
 
-def translate_storage_error(error: BaseException, doing: str, url: str) -> StorageError:
+_MORE_ROOM = "Free some space or choose another --root"
+
+
+def translate_storage_error(error: BaseException, doing: str, url: str, *, more_room: str = _MORE_ROOM) -> StorageError:
     """The StorageError for any foreign error. Total: what it does not know becomes a plain StorageError.
 
     Args:
         error: what a file system, botocore, s3fs or Arrow raised.
         doing: what was being done, e.g. "read".
         url: on which object.
+        more_room: what helps where no space is left.
 
     Returns:
         One of ours, with a message that says what to do.
     """
     if isinstance(error, StorageError):
         return error
+    text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
+    if _UNTRUSTED.search(str(error)):
+        return CertificateError(
+            f"cannot {doing} {url}: the server's certificate is not trusted ({text}). Name the file with the certificates of its authority by "
+            "AWS_CA_BUNDLE, or by ca_bundle of the AWS profile, and by SSL_CERT_FILE too: delta-rs, which reads and writes tables, reads that alone."
+        )
     codes = _service_codes(error)
     names = {type(cause).__name__ for cause in _causes(error)}
     numbers = {number for cause in _causes(error) if (number := getattr(cause, "errno", None)) is not None}
-    text = _plain(str(error))[:_MESSAGE_CHARS] or type(error).__name__
     if codes & _MISSING_CODES or (not codes and (isinstance(error, FileNotFoundError) or numbers & _MISSING_ERRNOS)):
         strange = next((_NO_OBJECT[number] for number in numbers if number in _NO_OBJECT), None)
         detail = "" if url.startswith("file:") else f" ({text})"  # a local file's error says the path once more, and no more than that
@@ -179,7 +198,7 @@ def translate_storage_error(error: BaseException, doing: str, url: str) -> Stora
             f"cannot {doing} {url}: access was denied ({text}). Check the folder's owner and permissions, or for S3 the AWS environment or profile."
         )
     if numbers & _FULL_ERRNOS:
-        return StoreFullError(f"cannot {doing} {url}: no space is left ({text}). Free some space or choose another --root, then run again.")
+        return StoreFullError(f"cannot {doing} {url}: no space is left ({text}). {more_room}, then run again.")
     if codes & _BUSY_CODES or names & _BUSY_TYPES or numbers & _BUSY_ERRNOS:
         return StoreUnavailableError(f"cannot {doing} {url}: the store did not answer ({text}). Check the endpoint and the network, then run again.")
     return StorageError(f"cannot {doing} {url}: {type(error).__name__}: {text}")
@@ -209,12 +228,13 @@ def is_damage(error: StorageError) -> bool:
 
 
 @contextlib.contextmanager
-def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
-    """Foreign errors of a store leave the block as StorageErrors; all others as they are.
+def translated(doing: str, url: str | Callable[[], str], *, more_room: str = _MORE_ROOM) -> Iterator[None]:
+    """Foreign errors of a store leave the block as StorageErrors; all others as they are, Arrow's of a lack of memory among them.
 
     Args:
         doing: what is being done, e.g. "read".
         url: on which object; a function where making the URL takes as long as the work.
+        more_room: what helps where no space is left.
 
     Yields:
         Nothing.
@@ -224,12 +244,14 @@ def translated(doing: str, url: str | Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:  # Arrow's own is an ArrowException too, and would be taken for damage of what was read
+        raise
     except (OSError, pa.ArrowException) as error:
-        raise translate_storage_error(error, doing, url() if callable(url) else url) from error
+        raise translate_storage_error(error, doing, url() if callable(url) else url, more_room=more_room) from error
     except Exception as error:
         # botocore's errors share no base with OSError, and importing botocore for local roots costs 0.2 s.
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "obstore"}:
-            raise translate_storage_error(error, doing, url() if callable(url) else url) from error
+            raise translate_storage_error(error, doing, url() if callable(url) else url, more_room=more_room) from error
         raise
 
 

@@ -1,5 +1,6 @@
 """What was read from an object store is read from this machine's disk the next time, never wrongly, and never beyond the limit for long."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -149,3 +150,53 @@ def test_a_disk_that_takes_nothing_is_no_error(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "file", 10**6)
     cache.write("s3://bucket/a", 0, [noise(1)])
     assert not cache.read_into("s3://bucket/a", 0, [np.empty(3, dtype=np.uint8)])
+
+
+def test_without_locks_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    cache = DiskCache(tmp_path, 200_000)
+    for number in range(20):
+        cache.write(f"s3://bucket/{number}", 0, [noise(number)])
+    assert usage_bytes(tmp_path) == 0
+
+
+def test_an_entry_that_cannot_be_removed_counts_on_and_others_go_in_its_place(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1_000_000)
+    for number in range(20):
+        cache.write(f"s3://bucket/{number}", 0, [noise(number)])
+        os.utime(cache._path(f"s3://bucket/{number}"), (number, number))
+    stuck = cache._path("s3://bucket/0")
+    stuck.unlink()
+    stuck.mkdir()
+    os.utime(stuck, (0, 0))
+    for number in range(20, 60):
+        cache.write(f"s3://bucket/{number}", 0, [noise(number)])
+    assert usage_bytes(tmp_path) <= 1_000_000 * 33 / 32 + 45_000
+    there = np.empty(40_000, dtype=np.uint8)
+    kept = [number for number in range(60) if cache.read_into(f"s3://bucket/{number}", 0, [there])]
+    assert kept == list(range(kept[0], 60))
+    assert len(kept) >= 18
+
+
+def test_what_cannot_be_made_room_for_is_not_kept_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DiskCache(tmp_path, 200_000)
+    looks = []
+
+    def refused(path: Path, *, missing_ok: bool = False) -> None:
+        looks.append((path, missing_ok))
+        raise PermissionError(errno.EPERM, "immutable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        for number in range(100):
+            cache.write(f"s3://bucket/{number}", 0, [noise(number)])
+    assert 100_000 < usage_bytes(tmp_path) <= 200_000 * 33 / 32 + 45_000
+    assert looks
+    for number in range(100, 110):
+        cache.write(f"s3://bucket/{number}", 0, [noise(number)])
+    there = np.empty(40_000, dtype=np.uint8)
+    assert cache.read_into("s3://bucket/109", 0, [there])
+    assert usage_bytes(tmp_path) <= 200_000 * 33 / 32 + 45_000

@@ -211,6 +211,11 @@ def test_what_a_server_refuses_is_no_damage(error, damaged):
     assert is_damage(told.value) is damaged
 
 
+def test_a_lack_of_memory_is_no_error_of_the_store():
+    with pytest.raises(pa.ArrowMemoryError, match="malloc"), translated("read", "file:///file"):
+        raise pa.ArrowMemoryError("malloc of size 1 failed")
+
+
 def test_a_cache_of_another_encoder_is_found(cached, tmp_path):
     from model.encoder import describe_encoder
     from tests.tiny import write_tiny_encoder
@@ -472,6 +477,23 @@ def test_what_is_damaged_is_dropped_and_computed_again(cached, damage):
     assert {name: time for name, time in now.items() if name != damaged or not lost} == {
         name: time for name, time in kept.items() if name != damaged or not lost
     }
+
+
+@pytest.mark.parametrize(("module", "read"), [("workers.caching.index.Table", "open_file"), ("workers.caching.index", "mapped_rows")])
+def test_no_file_is_dropped_and_none_called_damaged_for_want_of_memory(cached, monkeypatch, module, read):
+    store, spec = cached
+    before = everything(store, spec)
+
+    def starved(*_):
+        raise pa.ArrowMemoryError("malloc of size 1 failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{read}", starved)
+        for care in (repair, verify):
+            with pytest.raises(pa.ArrowMemoryError):
+                care(store, spec)
+    assert everything(store, spec) == before
+    assert verify(store, spec).num_faults == 0
 
 
 def test_other_datasets_of_the_table_are_completed_too_and_their_refusals_judged_anew(cached, tiny_encoder_folder):

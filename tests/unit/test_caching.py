@@ -335,6 +335,23 @@ def test_too_little_disk_is_told_before_work(built, monkeypatch):
     assert features_table(store, spec).files() == []
 
 
+def test_too_little_disk_on_the_way_to_an_object_store_is_told_before_work(built, monkeypatch):
+    store, spec, _ = built
+    encoders = dataclasses.replace(SETTINGS, encoder_actors=2)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: None)
+    # Units of 40 kB and less, of which either encoder may write two at once.
+    monkeypatch.setattr(Store, "free_staging_bytes", lambda self: 100_000)
+    with pytest.raises(DiskSpaceError, match=r"on their way to file://.* need up to 0\.00 GiB in /.* name another folder by TMPDIR"):
+        cache(store, spec, encoders)
+    assert features_table(store, spec).files() == []
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "there:6379")  # whose machines have folders of their own
+        patch.setattr("workers.caching.build.encodes_on_gpu", lambda execution: False)
+        cache(store, dataclasses.replace(spec, local_maps=()), encoders)
+    monkeypatch.setattr(Store, "free_staging_bytes", lambda self: 180_000)
+    assert cache(store, spec, encoders).num_cached == 16
+
+
 def test_a_cache_needs_its_dataset_and_its_encoder(root, built, tiny_encoder_folder, tmp_path):
     store, spec, _ = built
     with pytest.raises(TableError, match="holds no dataset"):

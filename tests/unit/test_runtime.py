@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from workers import runtime
+from workers import runtime, scratch
 from workers.errors import ClusterError, ExecutionError, StaleCacheError
 from workers.execution import ExecutionSettings
 
@@ -19,22 +19,6 @@ def test_only_folders_of_our_own_are_removed(tmp_path, keep):
     (folder / "log").write_text("text")
     runtime._stop_ray(folder, keep=keep)
     assert folder.exists() == keep
-
-
-def test_folders_of_killed_drivers_are_swept_and_no_others(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    owners = {"killed": ended.pid, "living": os.getpid(), "elsewhere": ended.pid, "unreadable": None}
-    for name, pid in owners.items():
-        folder = tmp_path / f"{runtime._TEMP_DIR_PREFIX}{name}"
-        folder.mkdir()
-        space = "another-host/pid:[1]" if name == "elsewhere" else runtime._process_space()
-        if pid is not None:
-            (folder / runtime._PID_FILE).write_text(f"{space} {pid}")
-    (tmp_path / "somebody-else-s").mkdir()
-    runtime._sweep(tmp_path)
-    left = {path.name.removeprefix(runtime._TEMP_DIR_PREFIX) for path in tmp_path.iterdir()}
-    assert left == {"living", "elsewhere", "unreadable", "somebody-else-s"}
 
 
 def test_native_code_is_silenced_and_heard_again(capfd):
@@ -57,7 +41,7 @@ def test_a_folder_that_the_user_chose_is_used_and_one_of_our_own_says_whose_it_i
     monkeypatch.setattr(runtime, "_MAX_TEMP_DIR_CHARS", 1000)
     own = runtime._temp_dir(ExecutionSettings())
     assert own.parent == tmp_path
-    assert (own / runtime._PID_FILE).read_text() == f"{runtime._process_space()} {os.getpid()}"
+    assert (own / scratch._OWNER_FILE).read_text() == f"{scratch._process_space()} {os.getpid()}"
 
 
 @pytest.mark.parametrize(

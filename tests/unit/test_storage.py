@@ -1,11 +1,23 @@
 import errno
 import os
+import signal
+import ssl
+import subprocess
+import sys
 
 import numpy as np
 import obstore
 import pytest
 
-from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StorageError, StoreFullError, StoreUnavailableError
+from workers.errors import (
+    AccessDeniedError,
+    CertificateError,
+    CredentialsError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 from workers.storage import Store, open_url, translate_storage_error
 
 
@@ -83,6 +95,18 @@ def delta(status, body):
         (ServiceError("ConditionalRequestConflict"), StoreUnavailableError, True),
         (ServiceError("NoSuchUpload"), ObjectNotFoundError, False),
         (obstore.exceptions.UnauthenticatedError("no\n\nDebug source:\nmuch"), CredentialsError, False),
+        (
+            ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer"),
+            CertificateError,
+            False,
+        ),
+        (
+            arrow("NETWORK_CONNECTION during HeadObject operation: curlCode: 60, SSL peer certificate was not OK: AWS Error X"),
+            CertificateError,
+            False,
+        ),
+        (delta("200 OK", "HTTP error\n error sending request\n invalid peer certificate\n UnknownIssuer"), CertificateError, False),
+        (obstore.exceptions.GenericError("error sending request\n\nDebug source:\nmuch InvalidCertificate(UnknownIssuer)"), CertificateError, False),
         (NotADirectoryError(errno.ENOTDIR, "a file in the way"), ObjectNotFoundError, False),
         (IsADirectoryError(errno.EISDIR, "a folder"), ObjectNotFoundError, False),
         (OSError(errno.ENAMETOOLONG, "long"), ObjectNotFoundError, False),
@@ -168,6 +192,57 @@ def test_free_bytes_are_known_before_the_root_exists(tmp_path):
     assert free is not None
     assert free > 0
     assert Store("s3://bucket").free_bytes() is None
+
+
+def test_a_disk_that_is_full_on_the_way_to_a_bucket_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = rf"cannot write s3://bucket/a/b by way of {tmp_path}: no space is left .* Free some space in {tmp_path}, or name another folder by TMPDIR"
+    with pytest.raises(StoreFullError, match=told), Store("s3://bucket").publishing("a/b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StoreFullError, match=r"cannot write s3://other/b"), Store("s3://bucket").publishing("a/b"):
+        raise StoreFullError("cannot write s3://other/b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_larger_than_the_disk_allows_on_the_way_to_a_bucket_is_told(tmp_path):
+    program = f"""
+import resource, signal, tempfile
+import pyarrow as pa
+from workers.errors import StoreFullError
+from workers.storage import Store
+from workers.tables import Table
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+tempfile.tempdir = {str(tmp_path)!r}
+schema = pa.schema([pa.field("blob", pa.binary(), nullable=False)])
+group = pa.table({{"blob": [bytes(10**6)]}}, schema=schema)
+try:
+    Table(Store("s3://bucket"), "t", schema).write_file({{}}, "a.parquet", [group], blobs=["blob"])
+except StoreFullError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert f"cannot write s3://bucket/t/a.parquet by way of {tmp_path}: no space is left" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_a_killed_process_had_on_the_way_to_a_bucket_are_removed_by_the_next(tmp_path, monkeypatch):
+    program = f"""
+import os, signal, tempfile
+from workers.storage import Store
+tempfile.tempdir = {str(tmp_path)!r}
+with Store("s3://bucket").publishing("a/b") as path:
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "b").read_bytes() == b"half"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Store, "_ask", lambda self, doing, path, ask: None)
+    with Store("s3://bucket").publishing("a/b"):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_temporary_files_of_killed_writers_are_never_listed(tmp_path):

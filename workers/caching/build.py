@@ -7,6 +7,8 @@ computed. Invariant at the end: every image of the dataset has every map, or is 
 part in this.
 """
 
+import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +57,9 @@ as many units each would take time that grows with the square of the images."""
 
 _DISK_MARGIN = 1.05
 """File overhead, the Delta log and a file that is being replaced."""
+
+_WRITTEN_AT_ONCE = 2
+"""Units of an encoder at most, since a cluster calls it from two threads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +137,7 @@ def cache_features(
         missing = [unit for unit in plan.units if unit.number not in outcomes]
         if missing:
             jobs = [unit_job(spec, store.root, unit, images) for unit in missing]
-            _check_disk(store, sum(feature_bytes(job.spec, job.samples) for job in jobs))
+            _check_disk(store, [feature_bytes(job.spec, job.samples) for job in jobs], execution)
             progress.start("encoding images", len(images), len(images) - sum(len(job.samples) for job in jobs))
             try:
                 for outcome in _encode(stage, spec, books, images, outcomes, jobs, execution, cluster):
@@ -161,12 +166,23 @@ def _held(store: Store, spec: FeatureSpec, images: Sequence[Sample]) -> HeldMaps
     return FeatureIndex(store, spec).held(spec.branch_maps, [sample.image_sha256 for sample in images])
 
 
-def _check_disk(store: Store, planned: int) -> None:
-    free = store.free_bytes()
+def _check_disk(store: Store, unit_bytes: Sequence[int], execution: ExecutionSettings) -> None:
+    """Refuse units that do not fit the root, or the folder that their files pass through on the way to an object store.
+
+    That folder is looked at on this machine alone; the encoders of somebody else's cluster have others.
+    """
+    planned, free = sum(unit_bytes), store.free_bytes()
     if free is not None and planned * _DISK_MARGIN > free:
         raise DiskSpaceError(
             f"the features need {planned / 2**30:.2f} GiB, but {store.root} has {free / 2**30:.2f} GiB free. Free some space, choose another --root, "
             "or cache fewer maps or images."
+        )
+    staged = min(planned, max(unit_bytes) * execution.encoder_actors * _WRITTEN_AT_ONCE)
+    free = None if "RAY_ADDRESS" in os.environ else store.free_staging_bytes()
+    if free is not None and staged * _DISK_MARGIN > free:
+        raise DiskSpaceError(
+            f"features on their way to {store.root} need up to {staged / 2**30:.2f} GiB in {tempfile.gettempdir()}, which has {free / 2**30:.2f} GiB "
+            "free. Free some space there, or name another folder by TMPDIR."
         )
 
 

@@ -30,7 +30,8 @@ class DiskCache:
 
     Args:
         folder: of this machine; shared by all processes that name it.
-        max_bytes: that the files may take on disk, exceeded by a thirty-second part for each process at most.
+        max_bytes: that the files may take on disk, exceeded by a thirty-second part for each process at most. Where they cannot be kept to it, on a
+            file system without locks or with files that cannot be removed, nothing more is written.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -38,6 +39,8 @@ class DiskCache:
         self._unseen_bytes = 0
         self._lock = threading.Lock()
         self._looked = False
+        self._has_room = False
+        """Whether the last look at the folder left room for more."""
 
     def read_into(self, url: str, start: int, buffers: Sequence[np.ndarray]) -> bool:
         """Fill buffers, one behind the other, from a place on, with what may be the object's bytes: compare their checksum.
@@ -66,7 +69,7 @@ class DiskCache:
         return True
 
     def write(self, url: str, start: int, buffers: Sequence[np.ndarray]) -> None:
-        """Keep bytes of an object, unless the disk does not take them.
+        """Keep bytes of an object, unless the disk does not take them or there is no room for them.
 
         Args:
             url: of the object.
@@ -80,7 +83,10 @@ class DiskCache:
             if looks:
                 self._unseen_bytes, self._looked = 0, True
         if looks:
-            self._make_room(self._max_bytes - num_bytes)
+            # Without room it is looked for again after as many bytes as with it: a look takes as long as the folder has files.
+            self._has_room = self._make_room(self._max_bytes - num_bytes)
+        if not self._has_room:
+            return
         # A disk that is full or broken makes this slow, and nothing wrong: the features lie in the store.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,25 +100,34 @@ class DiskCache:
         digest = hashlib.sha256(url.encode()).hexdigest()
         return self._folder / digest[:2] / digest[2:34]
 
-    def _make_room(self, allowed_bytes: int) -> None:
-        """Remove what was read the longest time ago, one process at a time."""
-        with contextlib.suppress(OSError):
+    def _make_room(self, allowed_bytes: int) -> bool:
+        """Remove what was read the longest time ago, one process at a time; whether no more than so many bytes are left."""
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                held = []
-                for path in self._folder.glob("??/*"):
-                    with contextlib.suppress(FileNotFoundError):
-                        found = path.stat()
-                        held.append((found.st_mtime_ns, found.st_blocks * 512, path))
-                total = sum(num_bytes for _, num_bytes, _ in held)
-                if total <= allowed_bytes:
-                    return
-                for _, num_bytes, path in sorted(held):
-                    path.unlink(missing_ok=True)
-                    total -= num_bytes
-                    if total <= allowed_bytes * _KEPT_SHARE:
-                        return
-            finally:
-                os.close(lock)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = []
+            for path in self._folder.glob("??/*"):
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    held.append((found.st_mtime_ns, found.st_blocks * 512, path))
+        except OSError:
+            return False
+        else:
+            return self._remove_oldest(held, allowed_bytes)
+        finally:
+            os.close(lock)
+
+    def _remove_oldest(self, held: list[tuple[int, int, Path]], allowed_bytes: int) -> bool:
+        total = sum(num_bytes for _, num_bytes, _ in held)
+        kept_bytes = allowed_bytes * _KEPT_SHARE if total > allowed_bytes else allowed_bytes
+        for _, num_bytes, path in sorted(held):
+            if total <= kept_bytes:
+                break
+            with contextlib.suppress(OSError):  # one that stays counts on, and the next ones go in its place
+                path.unlink(missing_ok=True)
+                total -= num_bytes
+        return total <= allowed_bytes

@@ -393,9 +393,10 @@ def _sorted_parts(table: Table, files: Sequence[TableFile], num_maps: int, pool:
 def _mapped(table: Table, file: TableFile, num_maps: int) -> list[SortedRows]:
     local = table.store.local_path(f"{table.path}/{file.path}")
     try:
-        data = _local_copy(table, file) if local is None else np.memmap(local, dtype=np.uint8, mode="r")
-        return mapped_rows(data, num_maps)
-    except (OSError, ValueError, pa.ArrowException, MissingFeaturesError, StorageError) as error:
+        with translated("read", table.file_url(file)):
+            data = _local_copy(table, file) if local is None else np.memmap(local, dtype=np.uint8, mode="r")
+            return mapped_rows(data, num_maps)
+    except (ValueError, MissingFeaturesError, StorageError) as error:
         if isinstance(error, StorageError) and not is_damage(error):
             raise
         raise _damaged(table, file, error) from error
