@@ -288,14 +288,13 @@ class Table:
         times: dict[str, float] = {}
         for action in removed:
             path = unquote(action["path"])
-            times[path] = max(times.get(path, 0.0), (action["deletionTimestamp"] or 0) / 1000)
+            times[path] = max(times.get(path, 0.0), (action.get("deletionTimestamp") or 0) / 1000)
         return times
 
     def _removed_by(self, commit: str) -> list[dict[str, Any]]:
         """The remove actions of a commit."""
-        lines = self.store.read_bytes(commit).splitlines()
-        found = [json.loads(line) for line in lines if b'"remove"' in line]
-        return [{"deletionTimestamp": None} | action["remove"] for action in found if "remove" in action]
+        found = [json.loads(line) for line in self.store.read_bytes(commit).splitlines() if b'"remove"' in line]
+        return [action["remove"] for action in found if "remove" in action]
 
     def _removed_before(self, checkpoint: str) -> list[dict[str, Any]]:
         """The remove actions that a checkpoint names."""
