@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from pipelines.stages import Experiment
 from pipelines.wording import bytes_text, count_text, data_console, print_table
 from workers.errors import StorageError, StoreUnavailableError
 from workers.storage import Store
-from workers.sweeping import CacheInUse, caches_in_use, find_abandoned_uploads, find_leftovers, remove_leftovers
+from workers.sweeping import CacheInUse, Leftover, caches_in_use, find_abandoned_uploads, find_leftovers, read_needs, remove_leftovers
 
 __all__ = ["repair_experiment", "sweep_root", "verify_experiment"]
 
@@ -140,8 +141,9 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
     if folder is not None and not folder.is_dir():
         raise NothingThereError(f"gc: the root {store.root} does not exist; name the one that runs write to with --root")
     objects = store.list_objects()
-    leftovers = find_leftovers(store, objects, older_than_s=older_than_h * 3600, superseded=superseded)
-    caches = caches_in_use(store, objects)
+    needs = read_needs(store)
+    leftovers = find_leftovers(store, objects, older_than_s=older_than_h * 3600, superseded=superseded, needs=needs)
+    caches = caches_in_use(store, objects, older_than_s=older_than_h * 3600, needs=needs)
     unlisted = ""
     try:
         leftovers += find_abandoned_uploads(store, older_than_s=older_than_h * 3600)
@@ -150,7 +152,11 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
     except StorageError as error:
         unlisted = first_line(error)
     if as_json:
-        told = {"caches": [asdict(cache) for cache in caches], "leftovers": [asdict(item) for item in leftovers], "uploads_unlisted": unlisted}
+        told = {
+            "caches": [asdict(cache) for cache in caches],
+            "leftovers": [_leftover_json(item) for item in leftovers],
+            "uploads_unlisted": unlisted,
+        }
         print(json.dumps(told, indent=1, default=str))
     else:
         _print_caches(caches)
@@ -163,9 +169,8 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
             table.add_row(item.reason, item.place, str(len(item.paths) + len(item.uploads)), bytes_text(item.size_bytes))
         if leftovers:
             print_table(table)
-    total = bytes_text(sum(item.size_bytes for item in leftovers))
-    if delete:
-        remove_leftovers(store, leftovers)
+    total = sum(item.size_bytes for item in leftovers)
+    removed = sum(item.size_bytes for item in remove_leftovers(store, leftovers)) if delete else 0
     if as_json:
         return
     console = data_console()
@@ -174,9 +179,21 @@ def sweep_root(root: str, *, older_than_h: float, superseded: bool, delete: bool
     if not leftovers:
         console.print(f"Nothing is left over that is older than {older_than_h:g} hours.", soft_wrap=True)
     elif delete:
-        console.print(f"Removed: {total}.", soft_wrap=True)
+        stayed = "" if removed == total else f" The other {bytes_text(total - removed)} came into use since they were listed, or went without this."
+        console.print(f"Removed: {bytes_text(removed)}.{stayed}", soft_wrap=True)
     else:
-        console.print(f"Nothing was removed. With --delete {total} would go.", soft_wrap=True)
+        console.print(f"Nothing was removed. With --delete {bytes_text(total)} would go.", soft_wrap=True)
+
+
+def _leftover_json(leftover: Leftover) -> dict[str, Any]:
+    return {
+        "reason": leftover.reason,
+        "place": leftover.place,
+        "size_bytes": leftover.size_bytes,
+        "paths": leftover.paths,
+        "records": [item.path for item in leftover.records],
+        "uploads": [asdict(upload) for upload in leftover.uploads],
+    }
 
 
 def _print_caches(caches: Sequence[CacheInUse]) -> None:
@@ -192,8 +209,7 @@ def _print_caches(caches: Sequence[CacheInUse]) -> None:
     table.add_column("used by", overflow="fold")
     for cache in caches:
         written = time.strftime("%Y-%m-%d", time.gmtime(cache.modified_unix_s)) if cache.modified_unix_s else "never"
-        table.add_row(
-            cache.folder, cache.encoder, cache.precision, bytes_text(cache.size_bytes), written, ", ".join(cache.recipes) or "no recipe now"
-        )
+        users = ", ".join((*cache.recipes, *cache.readers)) or "no recipe now"
+        table.add_row(cache.folder, cache.encoder, cache.precision, bytes_text(cache.size_bytes), written, users)
     print_table(table)
     print()

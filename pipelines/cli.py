@@ -398,7 +398,7 @@ def gc(
     root: Root = DEFAULT_ROOT,
     older_than: Annotated[float, Parameter(name="--older-than", help="Hours; what is younger may belong to a run and is left alone.")] = 24.0,
     superseded: Annotated[
-        bool, Parameter(name="--superseded", help="Also whole caches whose every recipe uses another one by now.", negative=())
+        bool, Parameter(name="--superseded", help="Also whole caches that no recipe uses any more and no unfinished run reads.", negative=())
     ] = False,
     delete: Annotated[bool, Parameter(name="--delete", help="Remove what is listed; without it nothing is.", negative=())] = False,
     as_json: Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.", negative=())] = False,

@@ -51,6 +51,17 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that it lies in itself, so that following it would never end. One that is linked to twice is no such case."""
+    if not folder.is_symlink():
+        return False
+    try:
+        target = folder.stat()
+        return any(os.path.samestat(target, parent.stat()) for parent in folder.parents)  # device and inode, by whatever names they are reached
+    except FileNotFoundError:  # somebody removed it a moment ago
+        return True
+
+
 @lru_cache(maxsize=4096)  # an object of features is read once for each of its images: 10 us
 def _relative(path: str) -> str:
     """A checked path below the root."""
@@ -278,10 +289,11 @@ class Store:
         return sorted(found, key=lambda item: item.path)
 
     def _files(self, prefix: str) -> Iterator[Path]:
-        """Every file of a local folder and below."""
+        """Every file of a local folder and below, also where a folder is a link to one elsewhere: features may lie on a larger disk."""
         assert self._local is not None
-        for directory, _, names in os.walk(self._local / _relative(prefix), onerror=_raise_unless_missing):
+        for directory, folders, names in os.walk(self._local / _relative(prefix), onerror=_raise_unless_missing, followlinks=True):
             yield from (Path(directory) / name for name in names)
+            folders[:] = [name for name in folders if not _leads_back(Path(directory) / name)]
 
     def _listed(self, prefix: str) -> dict[str, dict[str, Any]]:
         """What a bucket says of every object in a folder and below, by path."""

@@ -9,8 +9,10 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +27,8 @@ __all__ = ["Table", "TableFile", "read_partition"]
 _COMMIT_TRIES = 8
 _LARGEST_PAGE_BYTES = 2**31 - 1
 _MOST_PAGE_ROWS = 2**31 - 1
+_READS_AT_ONCE = 16
+_LOG_NAME = re.compile(r"([0-9]{20})\.(?:json|checkpoint\.parquet)")
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -260,6 +264,46 @@ class Table:
             if partition is None or all(values[key] == value for key, value in partition.items()):
                 files.append(TableFile(path=row["path"], num_rows=row["num_records"], size_bytes=row["size_bytes"], partition=values))
         return sorted(files, key=lambda file: file.path)
+
+    def removals(self) -> dict[str, float]:
+        """When files left the table, in Unix seconds by path, as far as its log still tells: whoever opened the table before may be reading them.
+
+        The newest checkpoint names those of the week before it (Delta's `deletedFileRetentionDuration`), the commits behind it, a hundred or fewer,
+        those since. A file that neither these nor `files` name was never in the table, or left it longer ago than that.
+
+        Raises:
+            StorageError: the log cannot be read.
+        """
+        log: dict[str, int] = {}
+        for path in self.store.list(f"{self.path}/_delta_log"):
+            if found := _LOG_NAME.fullmatch(path.rpartition("/")[2]):
+                log[path] = int(found[1])
+        checkpoint = max((path for path in log if path.endswith(".parquet")), key=log.__getitem__, default=None)
+        commits = [path for path in log if path.endswith(".json") and (checkpoint is None or log[path] > log[checkpoint])]
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            removed = [action for actions in pool.map(self._removed_by, commits) for action in actions]
+        if checkpoint is not None:
+            removed += self._removed_before(checkpoint)
+        # A file may have come back and left again.
+        times: dict[str, float] = {}
+        for action in removed:
+            path = unquote(action["path"])
+            times[path] = max(times.get(path, 0.0), (action.get("deletionTimestamp") or 0) / 1000)
+        return times
+
+    def _removed_by(self, commit: str) -> list[dict[str, Any]]:
+        """The remove actions of a commit."""
+        found = [json.loads(line) for line in self.store.read_bytes(commit).splitlines() if b'"remove"' in line]
+        return [action["remove"] for action in found if "remove" in action]
+
+    def _removed_before(self, checkpoint: str) -> list[dict[str, Any]]:
+        """The remove actions that a checkpoint names."""
+
+        def read() -> pa.Table:
+            opened = pq.ParquetFile(self.store.fs_path(checkpoint), filesystem=self.store.filesystem)
+            return opened.read(columns=["remove.path", "remove.deletionTimestamp"])
+
+        return [action for action in persistently(read, "read", self.store.url(checkpoint)).column("remove").to_pylist() if action is not None]
 
     def commit(self, files: Sequence[TableFile]) -> int:
         """Add files to the table in one atomic transaction. Files that it holds already are left as they are.

@@ -1,6 +1,7 @@
 """What the Delta tables promise, in every kind of store."""
 
 import multiprocessing
+import time
 
 import pyarrow as pa
 import pytest
@@ -141,6 +142,40 @@ def test_a_partition_is_merged_into_one_file_and_others_lose_nothing(store_root)
     assert sorted(table.read({"kind": "a"}).column("id").to_pylist()) == [0, 1, 2, 9]
     assert Store(store_root).exists("things/kind=a/0.parquet")  # for whoever is reading it
     table.merge({"kind": "c"}, merge)  # nothing there, nothing done
+
+
+@pytest.mark.parametrize("told_by", ["commits", "a checkpoint", "a checkpoint and commits behind it", "a checkpoint alone"])
+def test_the_log_tells_which_files_left_the_table_and_when(store_root, told_by):
+    import deltalake
+
+    table = table_at(store_root)
+    assert table.removals() == {}
+    table.ensure()
+    table.commit([table.write_file({"kind": "a"}, f"{number}.parquet", [rows(number)], blobs=["blob"]) for number in range(3)])
+    assert table.removals() == {}
+
+    def merge(name):
+        started = time.time()
+        table.merge({"kind": "a"}, lambda found: table.write_file({"kind": "a"}, name, [table.read_file(file) for file in found], blobs=["blob"]))
+        return started, time.time()
+
+    def checkpoint():
+        deltalake.DeltaTable(table.uri, storage_options=table.store.delta_options or None).create_checkpoint()
+
+    first = merge("first.parquet")
+    if told_by != "commits":
+        checkpoint()
+    if told_by == "a checkpoint alone":  # as when old commits were cleaned up
+        for path in table.store.list("things/_delta_log"):
+            if path.endswith(".json"):
+                table.store.delete(path)
+    expected = {f"kind=a/{number}.parquet": first for number in range(3)}
+    if told_by == "a checkpoint and commits behind it":
+        expected["kind=a/first.parquet"] = merge("second.parquet")
+    found = table_at(store_root).removals()
+    assert found.keys() == expected.keys()
+    for path, (started, ended) in expected.items():
+        assert started - 0.001 <= found[path] <= ended
 
 
 def test_of_two_that_merge_one_does(store_root):

@@ -15,20 +15,25 @@ import pytest
 from model.specs import fingerprint
 from pipelines.errors import NothingThereError, SettingError
 from tests import small_data
+from tests.tiny_training import tiny_connector_spec, tiny_training_spec
 from workers.caching.build import cache_features
+from workers.caching.index import compact_index
 from workers.caching.layout import BRANCHES, encoding_folder, features_table, index_table
 from workers.caching.reader import CachedFeatures
 from workers.caching.repair import repair_cache
-from workers.caching.units import num_views
+from workers.caching.units import num_views, read_outcome
 from workers.caching.verify import verify_cache
+from workers.commits import Stage, from_json
 from workers.dataset.samples import read_samples
 from workers.errors import AccessDeniedError, ObjectNotFoundError, RecordError, StorageError, TableError
+from workers.evaluation import EvaluationSpec
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.quarantine import read_quarantine
 from workers.runtime import InlineCluster
 from workers.storage import Store
 from workers.storage_errors import is_damage, translated
 from workers.sweeping import DAY_S, caches_in_use, find_leftovers, note_recipe, remove_leftovers
+from workers.training.spec import TrainingSpec
 
 SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
 
@@ -282,6 +287,15 @@ def test_superseded_caches_go_with_their_records(cached, root):
     CachedFeatures(store, spec).verify(read_samples(store, spec.dataset_fingerprint))
 
 
+def test_an_unfinished_file_of_a_cache_that_goes_whole_is_counted_once(cached):
+    store, spec = cached
+    path = f"{features_table(store, spec).path}/.tmp-1234"
+    store.local_path(path).write_bytes(b"12345")
+    found = find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True)
+    assert [(item.reason, item.paths.count(path)) for item in found] == [("superseded", 1)]
+    assert remove_leftovers(store, found) == found
+
+
 def test_a_cache_that_is_under_way_is_in_use_and_so_is_the_one_before(cached):
     store, spec = cached
     note_recipe(store, "one", spec, finished=True)
@@ -306,6 +320,120 @@ def test_a_cache_that_is_under_way_is_in_use_and_so_is_the_one_before(cached):
     assert left_over() == [features_table(store, spec).path]
 
 
+def superseded(store, **options):
+    """The places of caches that could go whole, whatever their age."""
+    found = find_leftovers(store, store.list_objects(), **({"older_than_s": -1e6, "superseded": True} | options))
+    return [item.place for item in found if item.reason == "superseded"]
+
+
+def readers(store, **options):
+    (cache,) = caches_in_use(store, store.list_objects(), **options)
+    return cache.readers
+
+
+def training_of(spec, language_model_folder, **changes):
+    """A training that reads the cache of a spec."""
+    maps = tiny_connector_spec().global_branch.fusion.maps
+    return tiny_training_spec(language_model_folder, features=dataclasses.replace(spec, global_maps=maps, local_maps=maps), **changes)
+
+
+def done(stage):
+    stage.store.write_json(stage.path("COMMITTED.json"), {})
+
+
+def test_a_cache_that_a_training_reads_is_in_use_though_its_recipe_uses_another(cached, tiny_language_model_folder):
+    """The recipe was edited while its training goes on, and training leaves no mark on the table."""
+    store, spec = cached
+    note_recipe(store, "mine", spec, finished=True)
+    training = Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+    note_recipe(store, "mine", dataclasses.replace(spec, precision="fp32"), finished=True)
+    assert superseded(store) == []
+    assert readers(store) == [f"train-connector {training.key}, unfinished"]
+    done(training)
+    # Another seed of its recipe, or its evaluation, may be about to begin.
+    assert readers(store) == [f"train-connector {training.key}"]
+    for path in store.list(features_table(store, spec).path):
+        age(store, path, 2)
+    assert superseded(store, older_than_s=DAY_S) == []
+    for path in store.list(training.folder):
+        age(store, path, 2)
+    assert readers(store) == []
+    assert superseded(store, older_than_s=DAY_S) == [features_table(store, spec).path]
+
+
+def test_a_cache_that_an_evaluation_reads_is_in_use_whichever_dataset_is_asked(cached, tiny_language_model_folder):
+    store, spec = cached
+    training_spec = training_of(spec, tiny_language_model_folder)
+    done(Stage.open(store, "train-connector", training_spec))
+    asked = EvaluationSpec(training_fingerprint=fingerprint(training_spec), dataset_fingerprint="e" * 64)
+    evaluation = Stage.open(store, "evaluate", asked)
+    assert superseded(store) == []
+    assert f"evaluate {evaluation.key}, unfinished" in readers(store)
+    done(evaluation)
+    assert superseded(store) == [features_table(store, spec).path]
+
+
+def test_a_training_on_live_features_or_on_another_table_keeps_no_cache(cached, tiny_language_model_folder):
+    store, spec = cached
+    live = training_of(spec, tiny_language_model_folder, feature_source="live")
+    Stage.open(store, "train-connector", live)
+    Stage.open(store, "evaluate", EvaluationSpec(training_fingerprint=fingerprint(live), dataset_fingerprint=spec.dataset_fingerprint))
+    Stage.open(store, "train-connector", training_of(dataclasses.replace(spec, precision="fp32"), tiny_language_model_folder))
+    assert readers(store) == []
+    assert superseded(store) == [features_table(store, spec).path]
+
+
+def test_a_training_that_was_begun_by_another_version_is_in_use_too(cached, tiny_language_model_folder):
+    store, spec = cached
+    training = Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+    stored = store.read_json(training.path("spec.json"))
+    store.write_json(training.path("spec.json"), stored | {"spec": stored["spec"] | {"to_come": 1}})
+    with pytest.raises(RecordError):
+        from_json(TrainingSpec, store.read_json(training.path("spec.json"))["spec"])
+    assert superseded(store) == []
+
+
+def test_a_run_that_was_given_up_lets_go_when_its_folder_goes_or_is_silent_for_a_month(cached, tiny_language_model_folder):
+    store, spec = cached
+    place = features_table(store, spec).path
+    training = Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+    age(store, training.path("spec.json"), 29)
+    assert superseded(store) == []
+    assert readers(store, older_than_s=0.0) == [f"train-connector {training.key}, unfinished"]
+    age(store, training.path("spec.json"), 2)
+    assert superseded(store) == [place]
+    assert readers(store, older_than_s=40 * DAY_S) == [f"train-connector {training.key}, unfinished"]
+    store.write_json(training.path("progress.json"), {"step": 3})  # taken up again
+    assert superseded(store) == []
+    shutil.rmtree(store.local_path(training.folder))
+    assert superseded(store) == [place]
+
+
+@pytest.mark.parametrize("event", ["recipe", "training", "cache run", "new file", "nothing"])
+def test_a_cache_that_came_into_use_since_it_was_found_stays_whole(cached, tiny_language_model_folder, event):
+    store, spec = cached
+    found = find_leftovers(store, store.list_objects(), older_than_s=-1e6, superseded=True)
+    assert [item.reason for item in found] == ["superseded"]
+    match event:
+        case "recipe":
+            note_recipe(store, "mine", spec, finished=False)
+        case "training":
+            Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+        case "cache run":
+            Stage.open(store, "cache-features", dataclasses.replace(spec, global_maps=spec.global_maps[:1]))
+        case "new file":
+            store.write_bytes(f"{features_table(store, spec).path}/branch=local/maps=layer_5/aa/unit.parquet", b"of a run under way")
+    kept = set(store.list())
+    removed = remove_leftovers(store, found)
+    if event == "nothing":
+        assert removed == found
+        assert store.list(features_table(store, spec).path) == []
+        return
+    assert removed == []
+    assert set(store.list()) == kept
+    assert verify(store, spec).num_faults == 0
+
+
 def test_files_that_a_killed_run_has_on_record_are_left_to_it(root, tiny_encoder_folder, monkeypatch):
     store, dataset = Store(root), small_data.dataset_spec()
     small_data.build(store, dataset)
@@ -324,6 +452,131 @@ def test_files_that_a_killed_run_has_on_record_are_left_to_it(root, tiny_encoder
     assert written < set(store.list(features_table(store, spec).path))
     assert verify(store, spec).num_faults == 0
     assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
+
+
+def cut_off(store, spec, monkeypatch, where):
+    """A run that ends there, as killed."""
+    with monkeypatch.context() as patch:
+        for name in where:
+            patch.setattr(name, (lambda books: None) if name.endswith("commit") else lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache(store, spec)
+
+
+BEFORE_THE_OUTCOME = ("workers.caching.build._check_quality",)
+BEFORE_THE_COMMIT = ("workers.caching.build._Books.commit", "workers.caching.build.compact_index")
+
+
+@pytest.mark.parametrize("resumed", ["after the listing", "after the looking"])
+def test_files_that_a_resumed_run_writes_while_a_root_is_swept_are_left_to_it(root, tiny_encoder_folder, monkeypatch, resumed):
+    """The run was killed between a unit's files and its record. Its files are named by what is in them, so they are written over."""
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    cut_off(store, spec, monkeypatch, BEFORE_THE_OUTCOME)
+    written = [path for path in store.list(features_table(store, spec).path) if path.endswith(".parquet")]
+    assert len(written) == 4
+    for path in written:
+        age(store, path, 2)
+    objects = store.list_objects()
+    found = find_leftovers(store, objects)
+    assert sorted(path for item in found for path in item.paths) == written
+    cut_off(store, spec, monkeypatch, BEFORE_THE_COMMIT)
+    if resumed == "after the listing":
+        found = find_leftovers(store, objects)
+        assert found == []
+    assert remove_leftovers(store, found) == []
+    assert cache(store, spec).num_cached == 16
+    assert verify(store, spec).num_faults == 0
+
+
+@pytest.mark.parametrize("event", ["written anew", "on record", "committed", "gone"])
+def test_an_orphan_that_is_none_any_more_stays_and_the_others_go(root, tiny_encoder_folder, monkeypatch, event):
+    store, dataset = Store(root), small_data.dataset_spec()
+    small_data.build(store, dataset)
+    spec = small_data.feature_spec(dataset, tiny_encoder_folder)
+    table = features_table(store, spec)
+    cut_off(store, spec, monkeypatch, BEFORE_THE_COMMIT)
+    stage = Stage.open(store, "cache-features", spec)
+    units = store.list(stage.path("units"))
+    outcomes = {path: store.read_bytes(path) for path in units}
+    held = {f"{table.path}/{file.path}": file for file in read_outcome(store, units[0]).files}
+    for path in units:
+        store.delete(path)
+    for path in store.list(table.path):
+        age(store, path, 2)
+    listed = store.list_objects()
+    found = find_leftovers(store, listed)
+    assert held.keys() < {path for item in found for path in item.paths}
+    match event:
+        case "written anew":
+            for path in held:
+                store.write_bytes(path, store.read_bytes(path))
+        case "on record":
+            store.write_bytes(units[0], outcomes[units[0]])
+        case "committed":
+            table.commit(list(held.values()))
+        case "gone":
+            for path in held:
+                store.delete(path)
+    removed = {path for item in remove_leftovers(store, found) for path in item.paths}
+    assert removed
+    assert not removed & held.keys()
+    assert all(store.exists(path) != (event == "gone") for path in held)
+    assert not any(store.exists(path) for path in removed)
+
+
+def test_files_that_were_put_together_into_one_are_left_to_those_who_read_them(cached, monkeypatch):
+    """As old as their unit is, they left the table a moment ago."""
+    store, spec = cached
+    index = index_table(store, spec.encoding)
+    small = {f"{index.path}/{file.path}" for file in index.files()}
+    for path in store.list(features_table(store, spec).path):
+        age(store, path, 2)
+    monkeypatch.setattr("workers.caching.index._COMPACT_ABOVE", 1)
+    compact_index(store, spec)
+    assert len(index_table(store, spec.encoding).files()) == 2
+    assert find_leftovers(store, store.list_objects()) == []
+    assert find_leftovers(store, store.list_objects(), older_than_s=3600) == []
+    found = find_leftovers(store, store.list_objects(), older_than_s=0.0)
+    assert {path for item in found for path in item.paths} == small
+    remove_leftovers(store, found)
+    assert verify(store, spec).num_faults == 0
+
+
+def test_a_root_whose_features_lie_on_another_disk_is_swept_as_any_other(cached, tmp_path, capsys):
+    from pipelines.cache_care import sweep_root
+
+    store, spec = cached
+    objects = {item.path for item in store.list_objects()}
+    place = store.local_path("features")
+    place.rename(tmp_path / "disk")
+    place.symlink_to(tmp_path / "disk")
+    (place / "around").symlink_to(store.local_path())
+    assert {item.path for item in store.list_objects()} == objects
+    (cache,) = caches_in_use(store, store.list_objects())
+    assert cache.size_bytes > 0
+    stray = f"{features_table(store, spec).path}/branch=local/maps=layer_5/aa/unit.parquet"
+    store.write_bytes(stray, b"12345")
+    age(store, stray, 2)
+    sweep_root(store.root, older_than_h=24, superseded=False, delete=True)
+    assert "Removed: 5 B." in capsys.readouterr().out
+    assert {item.path for item in store.list_objects()} == objects
+
+
+def test_every_spec_is_read_once_in_a_sweep(cached, tiny_language_model_folder, monkeypatch):
+    from pipelines.cache_care import sweep_root
+
+    store, spec = cached
+    cache(store, dataclasses.replace(spec, precision="fp32"))
+    Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+    store.write_bytes("calibrations/stray.safetensors", b"12345")
+    read = []
+    whole = Store.read_json
+    monkeypatch.setattr(Store, "read_json", lambda store, path: read.append(path) or whole(store, path))
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=False)
+    specs = [path for path in read if path.endswith("spec.json")]
+    assert len(specs) == len(set(specs)) == 3
 
 
 def removed_with_two_refusals(root, tiny_encoder_folder):
@@ -413,6 +666,39 @@ def test_the_commands_tell_what_they_found(cached, capsys, monkeypatch):
     assert "Multipart uploads that nobody finished are not counted, since the store does not list them: not for you" in capsys.readouterr().out
     sweep_root(store.root, older_than_h=0, superseded=True, delete=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["uploads_unlisted"] == "not for you"
+
+
+def test_the_table_of_caches_names_who_reads_them(cached, tiny_language_model_folder, capsys):
+    from pipelines.cache_care import sweep_root
+
+    store, spec = cached
+    training = Stage.open(store, "train-connector", training_of(spec, tiny_language_model_folder))
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=True)
+    said = capsys.readouterr().out
+    assert "Nothing is left over that is older than 0 hours." in said
+    assert f"train-connector {training.key}, unfinished" in " ".join(said.split())
+    sweep_root(store.root, older_than_h=0, superseded=True, delete=False, as_json=True)
+    assert json.loads(capsys.readouterr().out)["caches"][0]["readers"] == [f"train-connector {training.key}, unfinished"]
+
+
+def test_what_stayed_though_it_was_listed_is_told(cached, capsys, monkeypatch):
+    from pipelines import cache_care
+
+    store, spec = cached
+    strays = [f"{features_table(store, spec).path}/branch=local/maps=layer_5/aa/{name}.parquet" for name in ("one", "two")]
+    for path in strays:
+        store.write_bytes(path, b"12345")
+        age(store, path, 2)
+    print_caches = cache_care._print_caches
+
+    def write_meanwhile(caches):
+        print_caches(caches)
+        store.write_bytes(strays[0], b"54321")
+
+    monkeypatch.setattr(cache_care, "_print_caches", write_meanwhile)
+    cache_care.sweep_root(store.root, older_than_h=24, superseded=False, delete=True)
+    assert "Removed: 5 B. The other 5 B came into use since they were listed, or went without this." in capsys.readouterr().out
+    assert [store.exists(path) for path in strays] == [True, False]
 
 
 def repair(store, spec):

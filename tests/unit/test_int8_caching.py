@@ -198,6 +198,39 @@ def test_centres_and_scales_are_left_over_when_nothing_names_them_any_more(built
     assert find_leftovers(store, store.list_objects(), **everything) == []
 
 
+def test_centres_and_scales_of_maps_that_are_on_record_since_the_listing_are_kept(built):
+    """Of a calibration that is under way: its first maps are on record."""
+    store, spec, _ = built
+    calibrated(store, spec)
+    objects = [item for item in store.list_objects() if not item.path.startswith(("features/", "runs/"))]
+    (commit,) = [path for path in store.list("runs/calibrate-features") if path.endswith("/COMMITTED.json")]
+    put_together = store.read_json(commit)["path"]
+    store.delete(commit)
+    found = find_leftovers(store, objects, older_than_s=-1e6)
+    assert [item.paths for item in found] == [(put_together,)]
+
+
+def test_a_record_of_a_calibration_names_the_files_of_its_maps_too(built):
+    store, spec, _ = built
+    calibrated(store, spec)
+    for path in store.list("features"):
+        store.delete(path)
+    assert find_leftovers(store, store.list_objects(), older_than_s=-1e6) == []
+
+
+def test_centres_and_scales_that_came_on_record_since_they_were_found_stay(built):
+    store, spec, _ = built
+    calibrated(store, spec)
+    (commit,) = [path for path in store.list("runs/calibrate-features") if path.endswith("/COMMITTED.json")]
+    record = store.read_json(commit)
+    store.delete(commit)
+    found = find_leftovers(store, store.list_objects(), older_than_s=-1e6)
+    assert [item.paths for item in found] == [(record["path"],)]
+    store.write_json(commit, record)
+    assert remove_leftovers(store, found) == []
+    assert store.exists(record["path"])
+
+
 def test_too_few_images_cannot_be_measured(built):
     store, spec, samples = built
     for sample in samples:

@@ -252,6 +252,24 @@ def test_temporary_files_of_killed_writers_are_never_listed(tmp_path):
     assert store.list() == ["a/b"]
 
 
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    store, disk = Store(str(tmp_path / "root")), tmp_path / "disk"
+    store.write_bytes("runs/a", b"x")
+    (disk / "table" / "deep").mkdir(parents=True)
+    (disk / "table" / "deep" / "b").write_bytes(b"12345")
+    (tmp_path / "root" / "features").symlink_to(disk)
+    (tmp_path / "root" / "also").symlink_to(disk / "table")  # by another name a file is there as well
+    (disk / "table" / "deep" / "up").symlink_to("..")
+    (disk / "table" / "root").symlink_to(tmp_path / "root")
+    (disk / "nowhere").symlink_to(tmp_path / "gone", target_is_directory=True)
+    expected = ["also/deep/b", "features/table/deep/b", "runs/a"]
+    assert [item.path for item in store.list_objects()] == expected
+    assert [item.size_bytes for item in store.list_objects()] == [5, 5, 1]
+    assert [item.path for item in store.list_objects("features")] == ["features/table/deep/b"]
+    (disk / "nowhere").unlink()
+    assert store.list() == expected
+
+
 def test_nothing_secret_is_in_the_delta_options(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
