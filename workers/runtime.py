@@ -441,9 +441,13 @@ def _start_ray(execution: ExecutionSettings) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address is None and os.environ.get("RAY_AUTH_MODE") != "disabled":
-        # A token for this process and its children only; by default Ray would keep one in the user's home.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # A token for this process and its children only; by default Ray would keep one in the user's home. Imported before, Ray has read the mode
+        # already: unset it asks for a token when it starts, and set it has one by now.
+        is_imported = "ray" in sys.modules
+        if not is_imported or "RAY_AUTH_MODE" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if not is_imported:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():

@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ import pytest
 
 from model.errors import ImageError
 from model.specs import fingerprint
-from tests import small_data
+from tests import commands, small_data
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, features_table
 from workers.dataset.build import build_dataset
@@ -192,6 +195,33 @@ class Overlaps:
 def test_a_finisher_works_on_two_jobs_at_once(ray_session):
     cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
     assert len(list(cluster.pipeline(prepare, Overlaps(), range(4), finishers=1, in_flight=3))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before", ["", "ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[2])\nray.shutdown()"], ids=["imported", "used"]
+)
+def test_ray_starts_with_a_token_in_a_program_that_imported_it_before(tmp_path, before):
+    program = f"""
+import os, sys
+import ray
+{before}
+from workers.execution import ExecutionSettings
+from workers.runtime import ray_runtime
+
+def length(text):
+    return len(text)
+
+with ray_runtime(ExecutionSettings(num_cpus=1, ray_temp_dir=sys.argv[1])) as cluster:
+    print(list(cluster.stream(length, ["text"], in_flight=1)), os.environ["RAY_AUTH_MODE"])
+"""
+    environment = {**commands.environment(tmp_path), "HOME": str(tmp_path)}  # where Ray would keep a token
+    del environment["RAY_AUTH_MODE"]
+    with tempfile.TemporaryDirectory(prefix="loupe-test-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: Ray puts sockets below it
+        command = [sys.executable, "-c", program, f"{folder}/own", f"{folder}/before"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.stdout == "[4] token\n", done.stderr
+    assert (tmp_path / ".ray" / "auth_token").exists() == bool(before)
 
 
 @pytest.mark.slow
