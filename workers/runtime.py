@@ -497,11 +497,17 @@ def _stalled(seconds: float, num_running: int, actors: Sequence[Any]) -> Cluster
             told.append(f"finisher {number}\n{ray.get(actor.stacks.options(concurrency_group=_WATCHERS).remote(), timeout=_STACKS_WITHIN_S)}")
         except ray.exceptions.RayError as error:
             told.append(f"finisher {number} does not say where it is: {first_line(error)}")
-    path = cache_folder() / "stalls" / f"{int(time.time())}-{os.getpid()}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(told) + "\n")
+    text = "\n\n".join(told) + "\n"
+    try:
+        path = cache_folder() / "stalls" / f"{int(time.time())}-{os.getpid()}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        where = f"stands in {path}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        print(text, file=sys.stderr, flush=True)
+        where = f"was printed, since no file can be written ({first_line(error)}; set LOUPE_CACHE to a folder of yours)"
     return ClusterError(
-        f"work on the cluster is stuck: {told[0]}. Where its processes were stands in {path}. Run again, finished units are kept; if a unit may take "
+        f"work on the cluster is stuck: {told[0]}. Where its processes were {where}. Run again, finished units are kept; if a unit may take "
         "longer than that, raise stall_after_s."
     )
 
