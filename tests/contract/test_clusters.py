@@ -20,7 +20,8 @@ from workers.caching.layout import BRANCHES, features_table
 from workers.dataset.build import build_dataset
 from workers.dataset.samples import read_samples
 from workers.dataset.spec import LegibilitySpec, RenderedSourceSpec
-from workers.errors import ClusterError, SourceError, SpecChangedError, WorkerError, WorkFailedError
+from workers.dispatch import Dispatch
+from workers.errors import ClusterError, GpuFailedError, SourceError, SpecChangedError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import Cluster, InlineCluster, RayCluster
 from workers.storage import Store
@@ -132,6 +133,13 @@ class Hangs:
         return finish_or_hang
 
 
+def assert_ended(pid):
+    deadline_s = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("LOUPE_CACHE", str(tmp_path))
@@ -144,11 +152,46 @@ def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypat
     assert "finish_or_hang" in dump.read_text()
     assert "time.sleep(0.1)" in dump.read_text()
     # It would keep its GPU for ever on a cluster that outlives the run.
-    pid = int(re.search(r"process (\d+) on ", dump.read_text()).group(1))
-    deadline_s = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    assert_ended(int(re.search(r"process (\d+) on ", dump.read_text()).group(1)))
+
+
+@pytest.mark.slow
+def test_stuck_processes_end_where_nothing_can_be_written(ray_session, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "file"))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", stall_after_s=10))
+    with pytest.raises(
+        ClusterError, match=r"is stuck: .* was printed, since no file can be written \(.*Not a directory.*; set LOUPE_CACHE to"
+    ) as stuck:
+        list(cluster.pipeline(square, Hangs(), range(2, 3), finishers=1, in_flight=1))
+    assert stuck.value.retryable
+    printed = capsys.readouterr().err
+    assert "finish_or_hang" in printed
+    assert_ended(int(re.search(r"process (\d+) on ", printed).group(1)))
+
+
+@dataclass
+class Notes:
+    """A finisher that notes what it was given."""
+
+    file: Path
+
+    def __call__(self):
+        def finish(number):
+            with self.file.open("a") as file:
+                file.write(f"{number}\n")
+            return number
+
+        return finish
+
+
+@pytest.mark.slow
+def test_units_are_not_done_again_for_a_reader_that_takes_its_time(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(RayCluster, "_dispatch", lambda cluster, give, num_places: Dispatch(give, num_places, max_failures=0, latest_s=1))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
+    for _ in cluster.pipeline(square, Notes(tmp_path / "notes"), range(4), finishers=2, in_flight=4):
+        time.sleep(2)  # all of them are overdue, done, and not read yet
+    assert sorted((tmp_path / "notes").read_text().split()) == ["0", "1", "4", "9"]
 
 
 @dataclass
@@ -175,6 +218,52 @@ def test_what_counts_is_how_often_a_unit_was_tried_and_not_how_often_its_process
     assert list(cluster.pipeline(square, Dies(tmp_path, 1), range(4), finishers=1, in_flight=1)) == [0, 1, 4, 9]
     with pytest.raises(ClusterError, match="beyond its retries"):
         list(cluster.pipeline(square, Dies(tmp_path, 3), range(4, 6), finishers=1, in_flight=1))
+
+
+@dataclass
+class LosesItsGpu:
+    """A finisher whose process cannot compute any more after an error of CUDA's, which the first `often` tries of each job meet."""
+
+    folder: Path
+    often: int
+    error: str = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"
+
+    def __call__(self):
+        is_lost = False
+
+        def finish(number):
+            nonlocal is_lost
+            tries = self.folder / f"{number}.txt"
+            with tries.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            is_lost = is_lost or len(tries.read_text().split()) <= self.often
+            if is_lost:
+                raise RuntimeError(self.error)
+            return number
+
+        return finish
+
+
+@pytest.mark.slow
+def test_a_process_that_lost_its_gpu_is_begun_anew_and_its_units_are_tried_again(ray_session, tmp_path, caplog):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", max_failures=9))
+    assert sorted(cluster.pipeline(square, LosesItsGpu(tmp_path, 1), range(4), finishers=1, in_flight=2)) == [0, 1, 4, 9]
+    assert "a unit was lost and is under way again: CUDA failed on " in caplog.text
+    for number in (0, 1, 4, 9):
+        tries = (tmp_path / f"{number}.txt").read_text().split()
+        assert len(set(tries)) == len(tries)
+
+
+@pytest.mark.slow
+def test_a_gpu_that_fails_again_and_again_is_named_and_a_lack_of_memory_is_none(ray_session, tmp_path):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", max_failures=1))
+    with pytest.raises(GpuFailedError, match=r"CUDA failed on .+ in process \d+: CUDA error: an illegal memory access was encountered\. ") as failed:
+        list(cluster.pipeline(square, LosesItsGpu(tmp_path, 9), range(4), finishers=2, in_flight=1))
+    assert failed.value.retryable
+    assert len((tmp_path / "0.txt").read_text().split()) == 2
+    with pytest.raises(WorkFailedError, match="RuntimeError: CUDA error: out of memory"):
+        list(cluster.pipeline(square, LosesItsGpu(tmp_path, 9, "CUDA error: out of memory"), range(7, 8), finishers=1, in_flight=1))
+    assert len((tmp_path / "49.txt").read_text().split()) == 1
 
 
 @dataclass
