@@ -942,10 +942,19 @@ def fetches_language_model(experiment: Experiment, until: StageName) -> bool:
 
 
 def _check_device(execution: ExecutionSettings) -> None:
-    """A cluster's GPUs are counted when it is there; those of this machine can be counted now."""
-    if execution.device != "cuda" or "RAY_ADDRESS" in os.environ:
+    """A cluster's GPUs are counted when it is there; those of this machine can be counted now.
+
+    Ray counts GPUs by their driver. Where torch cannot use them, every process that encodes would fail, when the dataset is built.
+    """
+    from workers.runtime import encodes_on_gpu
+
+    if "RAY_ADDRESS" in os.environ or not encodes_on_gpu(execution):
         return
     import torch
 
-    if not torch.cuda.is_available():
-        raise ExecutionError("--set device=cuda: torch sees no GPU on this machine; allowed here: device=cpu or device=auto")
+    if torch.cuda.is_available():
+        return
+    allowed = "device=cpu or device=auto"
+    if encodes_on_gpu(replace(execution, device="auto")):
+        allowed = f"device=cpu. There is a GPU: is its driver too old for torch {torch.__version__}, or is this torch a build for CPUs?"
+    raise ExecutionError(f"--set device={execution.device}: torch sees no GPU on this machine; allowed here: {allowed}")

@@ -27,7 +27,7 @@ def choose_device(asked: str) -> torch.device:
     if device.type != "cuda" or ":" in str(device):
         return device
     if not there:
-        raise ExecutionError("device is cuda, but torch sees no GPU here; use device=auto or device=cpu")
+        raise ExecutionError("device is cuda, but torch sees no GPU here (its driver may be too old for this torch); use device=cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -10,6 +10,7 @@ WorkerError
 |   |-- StoreUnavailableError  the store did not answer, or asks for patience  (retryable)
 |-- TableError               a Delta table is damaged or refused a commit
 |-- ClusterError             Ray did not start, or lost the work beyond its own retries  (retryable)
+|   |-- GpuFailedError         a GPU or its driver failed under a unit of work  (retryable)
 |   |-- WorkFailedError        code that ran on the cluster raised an error of its own
 |-- ExecutionError           an execution setting asks for what this machine or cluster does not have
 |-- SpecChangedError         work on record was done under another spec
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluationError",
     "ExecutionError",
     "ExportingError",
+    "GpuFailedError",
     "IncompleteError",
     "LanguageModelPrepareError",
     "MissingFeaturesError",
@@ -108,6 +110,10 @@ class ClusterError(WorkerError):
     """Ray did not start, or lost the work beyond its own retries."""
 
     retryable: ClassVar[bool] = True
+
+
+class GpuFailedError(ClusterError):
+    """A GPU or its driver failed under a unit of work, in a process that cannot compute on it any more; the message names machine and error."""
 
 
 class WorkFailedError(ClusterError):

@@ -29,7 +29,7 @@ class ExecutionSettings:
     num_cpus: int | None = None
     """Ray CPUs; None is the machine's."""
     encoder_actors: int = 1
-    """Processes that encode: one per accelerator."""
+    """Processes that encode: one per accelerator. Where a cluster has lost some since a run began, with those that are left."""
     encoder_threads: int | None = None
     """torch threads of an encoding process; None is every CPU of the run, shared among the actors."""
     encode_batch_views: int | None = None
@@ -61,7 +61,7 @@ class ExecutionSettings:
     gradient_checkpointing: bool = False
     """Whether the language model's layers are computed again for the backward pass instead of being kept: less memory, about a third more time."""
     max_failures: int = 2
-    """Worker deaths that a training run survives, and that a unit of other work does."""
+    """Worker deaths that a training run survives; worker deaths that a unit of other work does in one process, and processes that may lose it."""
     stall_after_s: int = 1800
     """So long after the last unit of work ended, a run is taken for stuck: its processes say where they are, and it is begun anew."""
     missing_features: Literal["fail", "encode", "substitute"] = "fail"

@@ -10,6 +10,7 @@ it, and it ends with the process. With RAY_ADDRESS in the environment that clust
 
 import atexit
 import contextlib
+import logging
 import os
 import platform
 import secrets
@@ -23,10 +24,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from model.errors import ModelError, first_line
-from workers.errors import ClusterError, ExecutionError, WorkerError, WorkFailedError
+from workers.dispatch import Dispatch
+from workers.errors import ClusterError, ExecutionError, GpuFailedError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, cache_folder
 from workers.scratch import owned_folder
 
@@ -46,9 +48,13 @@ Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
+_LOG = logging.getLogger(__name__)
+
 _TEMP_DIR_PREFIX = "loupe-ray-"
 _WATCHERS = "watchers"
 _STACKS_WITHIN_S = 10.0
+_ANSWERS_WITHIN_S = 1.0
+"""An error of a process that is about to end: it is with its driver in milliseconds."""
 _WATCH_INTERVAL_S = 15.0
 """Between looks whether a cluster on which nothing ends is still there."""
 _MOST_PREPARE_THREADS = 16
@@ -131,10 +137,26 @@ class _Finisher:
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._finish = make()
+        self._is_ending = False
 
     def finish(self, prepared: Any) -> Any:
-        """Run one prepared job."""
-        return self._finish(prepared)
+        """Run one prepared job. After an error of CUDA's nothing more can be computed in a process: it says so, and ends."""
+        if self._is_ending:
+            threading.Event().wait()  # for the end: Ray then gives the job to the process that follows
+        try:
+            return self._finish(prepared)
+        except RuntimeError as error:
+            if not _is_gpu_failure(error):
+                raise
+            self._is_ending = True
+            traceback.print_exc()
+            end = threading.Timer(_ANSWERS_WITHIN_S, os._exit, (1,))
+            end.daemon = True
+            end.start()
+            raise GpuFailedError(
+                f"CUDA failed on {platform.node()} in process {os.getpid()}: {first_line(error)}. If it goes on, look at that machine's GPUs "
+                "(nvidia-smi, dmesg) or leave it out; finished units are kept"
+            ) from error
 
     def stacks(self) -> str:
         """Where every thread of this process is."""
@@ -144,12 +166,25 @@ class _Finisher:
         return f"process {os.getpid()} on {platform.node()}\n" + "\n".join(parts)
 
 
+def _is_gpu_failure(error: RuntimeError) -> bool:
+    """Whether CUDA's own state is lost; a lack of memory passes."""
+    torch = sys.modules.get("torch")  # not there, it raised nothing
+    if not isinstance(error, getattr(torch, "AcceleratorError", ())) and not str(error).startswith("CUDA error"):
+        return False
+    from model.encoder_execution import is_out_of_memory
+
+    return not is_out_of_memory(error)
+
+
 class RayCluster:
     """Runs functions as Ray tasks and actors. Ray must be running: see `ray_runtime`.
 
     Args:
         execution: settings of the run.
     """
+
+    _served: ClassVar[int] = 0
+    """The most processes of one kind that had a GPU each since this process began."""
 
     def __init__(self, execution: ExecutionSettings) -> None:
         self._execution = execution
@@ -161,6 +196,13 @@ class RayCluster:
 
         resources: Callable[[], dict[str, float]] = ray.cluster_resources
         return max(1, int(resources().get("CPU", 1)))
+
+    @property
+    def _num_gpus(self) -> int:
+        import ray
+
+        resources: Callable[[], dict[str, float]] = ray.cluster_resources
+        return int(resources().get("GPU", 0))
 
     def node_cpus(self, num_processes: int) -> int:
         """CPUs of a node for each of some processes that are spread over all nodes, at least 1; by the smallest node.
@@ -189,18 +231,41 @@ class RayCluster:
             ExecutionError: there are not enough GPUs, and the settings ask for them, or there are some. All on CPUs would then take days where
                 somebody waits for hours.
         """
-        import ray
-
-        resources: Callable[[], dict[str, float]] = ray.cluster_resources
-        num_gpus = resources().get("GPU", 0)
+        num_gpus = self._num_gpus
         device = self._execution.device
         if device == "cpu" or (device == "auto" and num_gpus == 0):
             return "cpu"
         if num_gpus < num_processes:
             raise ExecutionError(
-                f"device is {device}, but the cluster has {num_gpus:g} GPUs for {num_processes} processes; lower {setting} or use device=cpu"
+                f"device is {device}, but the cluster has {num_gpus} GPUs for {num_processes} processes; lower {setting} or use device=cpu"
             )
+        RayCluster._served = max(RayCluster._served, num_processes)
         return "cuda"
+
+    def encoders(self, wanted: int) -> tuple[Literal["cpu", "cuda"], int]:
+        """Where processes that encode will compute, and how many there can be.
+
+        A cluster may lose machines while a run goes on. What it had for all processes once, and has for some now, is enough to go on with: with
+        fewer of them the run takes longer and gives the same.
+
+        Args:
+            wanted: how many the settings ask for.
+
+        Returns:
+            As `device`, and at most `wanted`.
+
+        Raises:
+            ExecutionError: as `device`, where there were never enough GPUs.
+            ClusterError: the last GPU was lost.
+        """
+        if self._execution.device == "cpu" or RayCluster._served < wanted:
+            return self.device(wanted, "encoder_actors"), wanted
+        num_gpus = self._num_gpus
+        if num_gpus == 0:
+            raise ClusterError("the cluster has lost its last GPU; run again when it has one, finished units are kept")
+        if num_gpus < wanted:
+            _LOG.warning("the cluster has lost GPUs: %d processes encode instead of %d", num_gpus, wanted)
+        return "cuda", min(wanted, num_gpus)
 
     def stream(self, work: Callable[[Job], Result], jobs: Iterable[Job], *, in_flight: int) -> Iterator[Result]:
         """As Cluster.stream."""
@@ -209,7 +274,7 @@ class RayCluster:
         # A dead worker process is retried by Ray; a function that raises is not, since its answer would be the same.
         remote: Any = ray.remote
         task = remote(num_cpus=1, max_retries=self._execution.max_failures)(work)
-        yield from self._drain(task.remote, jobs, in_flight)
+        yield from self._drain(self._dispatch(lambda _, job: task.remote(job), 1), jobs, in_flight)
 
     def pipeline(
         self,
@@ -225,11 +290,11 @@ class RayCluster:
         import ray
 
         remote: Any = ray.remote
-        on_gpu = self.device(finishers, "encoder_actors") == "cuda"
+        device, finishers = self.encoders(finishers)
         # No CPU is reserved for finishers: on a machine with one CPU, preparing tasks could never run beside a reserving actor.
         actor = remote(
             num_cpus=0,
-            num_gpus=1 if on_gpu else 0,
+            num_gpus=1 if device == "cuda" else 0,
             max_restarts=-1,  # what counts is how often a unit was tried: on spot machines every process dies some day
             max_task_retries=self._execution.max_failures,
             max_concurrency=2,
@@ -238,69 +303,68 @@ class RayCluster:
         )(_Finisher)
         actors = [actor.remote(finisher) for _ in range(finishers)]
         task = remote(num_cpus=prepare_cpus, max_retries=self._execution.max_failures)(prepare)
-        load = [0] * finishers
-        places: dict[Any, int] = {}
-
-        def submit(job: Job) -> Any:
-            place = min(range(finishers), key=load.__getitem__)
-            load[place] += 1
-            # The actor takes the prepared views straight from the object store; they never come here.
-            reference = actors[place].finish.remote(task.remote(job))
-            places[reference] = place
-            return reference
-
-        def done(reference: Any) -> None:
-            load[places.pop(reference)] -= 1
-
+        # The actor takes the prepared views straight from the object store; they never come here.
+        dispatch = self._dispatch(lambda place, prepared: actors[place].finish.remote(prepared), finishers)
         try:
-            yield from self._drain(submit, jobs, in_flight, done, actors)
+            yield from self._drain(dispatch, map(task.remote, jobs), in_flight, actors)
+            for place in dispatch.owing:  # its unit is done by another; stuck it would keep its GPU, and without one wait on
+                ray.kill(actors[place])
         finally:
             # An actor without handles ends by itself, after the units that it still has. Killed with units under way it would have them reported as
             # failed and tried again, line after line on the terminal of whoever pressed Ctrl-C.
             actors.clear()
 
-    def _drain(
-        self,
-        submit: Callable[[Job], Any],
-        jobs: Iterable[Job],
-        in_flight: int,
-        done: Callable[[Any], None] | None = None,
-        actors: Sequence[Any] = (),
-    ) -> Iterator[Any]:
+    def _dispatch(self, give: Callable[[int, Any], Any], num_places: int) -> Dispatch:
+        return Dispatch(give, num_places, max_failures=self._execution.max_failures, latest_s=self._execution.stall_after_s / 2)
+
+    def _drain(self, dispatch: Dispatch, work: Iterable[Any], in_flight: int, actors: Sequence[Any] = ()) -> Iterator[Any]:
         import ray
 
         assert in_flight >= 1
-        waiting = iter(jobs)
-        running: list[Any] = []
+        waiting = iter(work)
         exhausted = False
         last_s = time.monotonic()
         # Work that is under way when something fails or the caller goes away (Ctrl-C) is left to end: units may run twice, and all of it goes with
         # the driver. Cancelling it can abort the driver: Ray 2.60 fails an assertion when a reply meets a cancellation, 3 times in 12 under load.
-        while running or not exhausted:
-            while not exhausted and len(running) < in_flight:
+        while dispatch or not exhausted:
+            while not exhausted and len(dispatch) < in_flight:
                 try:
-                    job = next(waiting)
+                    unit = next(waiting)
                 except StopIteration:
                     exhausted = True
                 else:
-                    running.append(submit(job))
-            if not running:
+                    dispatch.begin(unit)
+            if not dispatch:
                 break
-            ready, running = ray.wait(running, num_returns=1, timeout=min(_WATCH_INTERVAL_S, self._execution.stall_after_s))
+            ready, _ = ray.wait(dispatch.references, num_returns=1, timeout=min(_WATCH_INTERVAL_S, self._execution.stall_after_s))
             if not ready:
                 _check_alive()
                 if time.monotonic() - last_s > self._execution.stall_after_s:
-                    stalled = _stalled(time.monotonic() - last_s, len(running), actors)
-                    for actor in actors:  # stuck in a call it would never end by itself, and on a cluster of somebody else's keep its GPU
-                        ray.kill(actor)
-                    raise stalled
+                    try:
+                        raise _stalled(time.monotonic() - last_s, len(dispatch), actors)
+                    finally:
+                        for actor in actors:  # stuck in a call it would never end by itself, and on a cluster of somebody else's keep its GPU
+                            ray.kill(actor)
+                if exhausted:  # and no answer waits here for whoever reads the results
+                    dispatch.repeat_overdue()
             last_s = time.monotonic() if ready else last_s
             for reference in ready:
-                if done is not None:
-                    done(reference)
-                with _ray_errors_translated():
-                    result = ray.get(reference)
-                yield result
+                try:
+                    with _ray_errors_translated():
+                        result = ray.get(reference)
+                except ClusterError as error:
+                    # Ray has tried a lost unit often enough in one process. Whose fault it was, another process tells.
+                    again: Literal["nowhere", "elsewhere", "anywhere"] = "nowhere"
+                    if isinstance(error, GpuFailedError):
+                        again = "anywhere"
+                    elif isinstance(error.__cause__, ray.exceptions.RayActorError):
+                        again = "elsewhere"
+                    if not error.retryable or not dispatch.fail(reference, again):
+                        raise
+                    _LOG.warning("a unit was lost and is under way again: %s", error)
+                else:
+                    dispatch.finish(reference)
+                    yield result
 
 
 @contextlib.contextmanager
@@ -357,7 +421,7 @@ class EncodingPlace:
 
     cluster: Cluster
     execution: ExecutionSettings
-    """With the device made concrete where Ray knows it."""
+    """With the device and the number of encoders made concrete where Ray knows them."""
     encoder_threads: int | None
     """Torch threads of each encoder; None leaves torch's own choice."""
     prepare_threads: int
@@ -384,7 +448,8 @@ def encoding_cluster(execution: ExecutionSettings, cluster: Cluster | None) -> I
         yield EncodingPlace(cluster=cluster, execution=execution, encoder_threads=execution.encoder_threads, prepare_threads=1, prepare_cpus=1)
         return
     with ray_runtime(execution) as ray_cluster:
-        execution = replace(execution, device=ray_cluster.device(execution.encoder_actors, "encoder_actors"))
+        device, encoder_actors = ray_cluster.encoders(execution.encoder_actors)
+        execution = replace(execution, device=device, encoder_actors=encoder_actors)
         own = ray_cluster.node_cpus(execution.encoder_actors)
         on_gpu = execution.device == "cuda"
         # Of the units in flight one is encoded. A GPU takes a second for what a core decodes in ten. The threads of an encoder on CPUs wait for each
@@ -420,7 +485,7 @@ def encodes_on_gpu(execution: ExecutionSettings) -> bool:
         return execution.device == "cuda"
     if "RAY_ADDRESS" in os.environ:
         with ray_runtime(execution) as cluster:
-            return cluster.device(execution.encoder_actors, "encoder_actors") == "cuda"
+            return cluster.encoders(execution.encoder_actors)[0] == "cuda"
     return _has_gpu()
 
 
@@ -441,9 +506,13 @@ def _start_ray(execution: ExecutionSettings) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address is None and os.environ.get("RAY_AUTH_MODE") != "disabled":
-        # A token for this process and its children only; by default Ray would keep one in the user's home.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # A token for this process and its children only; by default Ray would keep one in the user's home. Imported before, Ray has read the mode
+        # already: unset it asks for a token when it starts, and set it has one by now.
+        is_imported = "ray" in sys.modules
+        if not is_imported or "RAY_AUTH_MODE" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if not is_imported:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
@@ -493,11 +562,17 @@ def _stalled(seconds: float, num_running: int, actors: Sequence[Any]) -> Cluster
             told.append(f"finisher {number}\n{ray.get(actor.stacks.options(concurrency_group=_WATCHERS).remote(), timeout=_STACKS_WITHIN_S)}")
         except ray.exceptions.RayError as error:
             told.append(f"finisher {number} does not say where it is: {first_line(error)}")
-    path = cache_folder() / "stalls" / f"{int(time.time())}-{os.getpid()}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(told) + "\n")
+    text = "\n\n".join(told) + "\n"
+    try:
+        path = cache_folder() / "stalls" / f"{int(time.time())}-{os.getpid()}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        where = f"stands in {path}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        print(text, file=sys.stderr, flush=True)
+        where = f"was printed, since no file can be written ({first_line(error)}; set LOUPE_CACHE to a folder of yours)"
     return ClusterError(
-        f"work on the cluster is stuck: {told[0]}. Where its processes were stands in {path}. Run again, finished units are kept; if a unit may take "
+        f"work on the cluster is stuck: {told[0]}. Where its processes were {where}. Run again, finished units are kept; if a unit may take "
         "longer than that, raise stall_after_s."
     )
 

@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -11,13 +14,14 @@ import pytest
 
 from model.errors import ImageError
 from model.specs import fingerprint
-from tests import small_data
+from tests import commands, small_data
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, features_table
 from workers.dataset.build import build_dataset
 from workers.dataset.samples import read_samples
 from workers.dataset.spec import LegibilitySpec, RenderedSourceSpec
-from workers.errors import ClusterError, SourceError, SpecChangedError, WorkerError, WorkFailedError
+from workers.dispatch import Dispatch
+from workers.errors import ClusterError, GpuFailedError, SourceError, SpecChangedError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import Cluster, InlineCluster, RayCluster
 from workers.storage import Store
@@ -129,6 +133,13 @@ class Hangs:
         return finish_or_hang
 
 
+def assert_ended(pid):
+    deadline_s = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("LOUPE_CACHE", str(tmp_path))
@@ -141,11 +152,46 @@ def test_work_that_is_stuck_says_where_and_ends(ray_session, tmp_path, monkeypat
     assert "finish_or_hang" in dump.read_text()
     assert "time.sleep(0.1)" in dump.read_text()
     # It would keep its GPU for ever on a cluster that outlives the run.
-    pid = int(re.search(r"process (\d+) on ", dump.read_text()).group(1))
-    deadline_s = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    assert_ended(int(re.search(r"process (\d+) on ", dump.read_text()).group(1)))
+
+
+@pytest.mark.slow
+def test_stuck_processes_end_where_nothing_can_be_written(ray_session, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOUPE_CACHE", str(tmp_path / "file"))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", stall_after_s=10))
+    with pytest.raises(
+        ClusterError, match=r"is stuck: .* was printed, since no file can be written \(.*Not a directory.*; set LOUPE_CACHE to"
+    ) as stuck:
+        list(cluster.pipeline(square, Hangs(), range(2, 3), finishers=1, in_flight=1))
+    assert stuck.value.retryable
+    printed = capsys.readouterr().err
+    assert "finish_or_hang" in printed
+    assert_ended(int(re.search(r"process (\d+) on ", printed).group(1)))
+
+
+@dataclass
+class Notes:
+    """A finisher that notes what it was given."""
+
+    file: Path
+
+    def __call__(self):
+        def finish(number):
+            with self.file.open("a") as file:
+                file.write(f"{number}\n")
+            return number
+
+        return finish
+
+
+@pytest.mark.slow
+def test_units_are_not_done_again_for_a_reader_that_takes_its_time(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(RayCluster, "_dispatch", lambda cluster, give, num_places: Dispatch(give, num_places, max_failures=0, latest_s=1))
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
+    for _ in cluster.pipeline(square, Notes(tmp_path / "notes"), range(4), finishers=2, in_flight=4):
+        time.sleep(2)  # all of them are overdue, done, and not read yet
+    assert sorted((tmp_path / "notes").read_text().split()) == ["0", "1", "4", "9"]
 
 
 @dataclass
@@ -175,6 +221,52 @@ def test_what_counts_is_how_often_a_unit_was_tried_and_not_how_often_its_process
 
 
 @dataclass
+class LosesItsGpu:
+    """A finisher whose process cannot compute any more after an error of CUDA's, which the first `often` tries of each job meet."""
+
+    folder: Path
+    often: int
+    error: str = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"
+
+    def __call__(self):
+        is_lost = False
+
+        def finish(number):
+            nonlocal is_lost
+            tries = self.folder / f"{number}.txt"
+            with tries.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            is_lost = is_lost or len(tries.read_text().split()) <= self.often
+            if is_lost:
+                raise RuntimeError(self.error)
+            return number
+
+        return finish
+
+
+@pytest.mark.slow
+def test_a_process_that_lost_its_gpu_is_begun_anew_and_its_units_are_tried_again(ray_session, tmp_path, caplog):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", max_failures=9))
+    assert sorted(cluster.pipeline(square, LosesItsGpu(tmp_path, 1), range(4), finishers=1, in_flight=2)) == [0, 1, 4, 9]
+    assert "a unit was lost and is under way again: CUDA failed on " in caplog.text
+    for number in (0, 1, 4, 9):
+        tries = (tmp_path / f"{number}.txt").read_text().split()
+        assert len(set(tries)) == len(tries)
+
+
+@pytest.mark.slow
+def test_a_gpu_that_fails_again_and_again_is_named_and_a_lack_of_memory_is_none(ray_session, tmp_path):
+    cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu", max_failures=1))
+    with pytest.raises(GpuFailedError, match=r"CUDA failed on .+ in process \d+: CUDA error: an illegal memory access was encountered\. ") as failed:
+        list(cluster.pipeline(square, LosesItsGpu(tmp_path, 9), range(4), finishers=2, in_flight=1))
+    assert failed.value.retryable
+    assert len((tmp_path / "0.txt").read_text().split()) == 2
+    with pytest.raises(WorkFailedError, match="RuntimeError: CUDA error: out of memory"):
+        list(cluster.pipeline(square, LosesItsGpu(tmp_path, 9, "CUDA error: out of memory"), range(7, 8), finishers=1, in_flight=1))
+    assert len((tmp_path / "49.txt").read_text().split()) == 1
+
+
+@dataclass
 class Overlaps:
     """A finisher that finishes only when it runs twice at a time."""
 
@@ -192,6 +284,33 @@ class Overlaps:
 def test_a_finisher_works_on_two_jobs_at_once(ray_session):
     cluster = RayCluster(ExecutionSettings(num_cpus=2, device="cpu"))
     assert len(list(cluster.pipeline(prepare, Overlaps(), range(4), finishers=1, in_flight=3))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before", ["", "ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[2])\nray.shutdown()"], ids=["imported", "used"]
+)
+def test_ray_starts_with_a_token_in_a_program_that_imported_it_before(tmp_path, before):
+    program = f"""
+import os, sys
+import ray
+{before}
+from workers.execution import ExecutionSettings
+from workers.runtime import ray_runtime
+
+def length(text):
+    return len(text)
+
+with ray_runtime(ExecutionSettings(num_cpus=1, ray_temp_dir=sys.argv[1])) as cluster:
+    print(list(cluster.stream(length, ["text"], in_flight=1)), os.environ["RAY_AUTH_MODE"])
+"""
+    environment = {**commands.environment(tmp_path), "HOME": str(tmp_path)}  # where Ray would keep a token
+    del environment["RAY_AUTH_MODE"]
+    with tempfile.TemporaryDirectory(prefix="loupe-test-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: Ray puts sockets below it
+        command = [sys.executable, "-c", program, f"{folder}/own", f"{folder}/before"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.stdout == "[4] token\n", done.stderr
+    assert (tmp_path / ".ray" / "auth_token").exists() == bool(before)
 
 
 @pytest.mark.slow

@@ -6,10 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from workers import runtime, scratch
+from workers.devices import choose_device
 from workers.errors import ClusterError, ExecutionError, StaleCacheError
 from workers.execution import ExecutionSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_gpus_counted_before(monkeypatch):
+    monkeypatch.setattr(runtime.RayCluster, "_served", 0)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -104,6 +111,74 @@ def test_processes_do_not_all_go_to_cpus_for_want_of_one_gpu(monkeypatch, device
             cluster.device(2, "encoder_actors")
     else:
         assert cluster.device(2, "encoder_actors") == expected
+
+
+def test_a_cluster_that_lost_gpus_goes_on_with_those_that_are_left(monkeypatch, caplog):
+    found = {"GPU": 2.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: found)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    cluster = runtime.RayCluster(ExecutionSettings(encoder_actors=8))
+    for _ in range(2):  # at first there must be one for each of them: who asks for eight is not given two
+        with pytest.raises(ExecutionError, match="the cluster has 2 GPUs for 8 processes"):
+            cluster.encoders(8)
+    found["GPU"] = 8.0
+    assert cluster.encoders(8) == ("cuda", 8)
+    assert caplog.text == ""
+    found["GPU"] = 7.0
+    assert cluster.encoders(8) == ("cuda", 7)
+    assert "the cluster has lost GPUs: 7 processes encode instead of 8" in caplog.text
+    assert cluster.encoders(7) == ("cuda", 7)
+    with pytest.raises(ExecutionError, match="the cluster has 7 GPUs for 9 processes"):
+        cluster.encoders(9)
+    with pytest.raises(ExecutionError, match="the cluster has 7 GPUs for 8 processes; lower train_workers"):  # its workers wait for each other
+        cluster.device(8, "train_workers")
+    del found["GPU"]
+    with pytest.raises(ClusterError, match="the cluster has lost its last GPU") as lost:  # not on CPUs without a word, for days
+        cluster.encoders(8)
+    assert lost.value.retryable
+    assert runtime.RayCluster(ExecutionSettings(device="cpu")).encoders(8) == ("cpu", 8)
+
+
+def test_a_stage_is_told_how_many_encoders_a_cluster_has_left(monkeypatch):
+    @contextlib.contextmanager
+    def started(execution):
+        yield runtime.RayCluster(execution)
+
+    monkeypatch.setattr(runtime, "ray_runtime", started)
+    monkeypatch.setattr(runtime.RayCluster, "_served", 8)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 7.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 14.0}}])
+    with runtime.encoding_cluster(ExecutionSettings(encoder_actors=8), None) as place:
+        assert (place.execution.device, place.execution.encoder_actors) == ("cuda", 7)
+    monkeypatch.setenv("RAY_ADDRESS", "there:6379")
+    assert runtime.encodes_on_gpu(ExecutionSettings(encoder_actors=8))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("said otherwise"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_which_errors_leave_a_process_without_its_gpu(error, expected):
+    assert runtime._is_gpu_failure(error) is expected
+
+
+def test_errors_of_cuda_are_known_without_torch(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    assert not runtime._is_gpu_failure(RuntimeError("shapes differ"))
+    assert "torch" not in sys.modules
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_ask_for_auto(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ExecutionError, match=r"torch sees no GPU here \(.*\); use device=cpu$"):
+        choose_device("cuda")
 
 
 def test_a_unit_fills_batches_where_gpus_encode_and_is_as_told_where_somebody_says():

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -484,6 +485,49 @@ def test_a_plan_that_could_not_be_carried_out_is_refused(experiment: Experiment,
             print_plan(replace(experiment, execution=ExecutionSettings(device="cuda")))
     print_plan(experiment)
     assert experiment.store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("device", "address", "has_gpu", "sees_gpu", "refused"),
+    [
+        (
+            "auto",
+            None,
+            True,
+            False,
+            r"--set device=auto: torch sees no GPU .* here: device=cpu\. There is a GPU: is its driver too old for torch ",
+        ),
+        ("cuda", None, True, False, r"--set device=cuda: torch sees no GPU .* allowed here: device=cpu\. There is a GPU"),
+        ("cuda", None, False, False, r"--set device=cuda: torch sees no GPU on this machine; allowed here: device=cpu or device=auto"),
+        ("auto", None, True, True, None),
+        ("auto", None, False, False, None),
+        ("cpu", None, True, False, None),
+        ("auto", "there:6379", True, False, None),  # what computes is another machine
+        ("cuda", "there:6379", True, False, None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_before_anything_starts(
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    device: Literal["auto", "cpu", "cuda"],
+    address: str | None,
+    has_gpu: bool,
+    sees_gpu: bool,
+    refused: str | None,
+) -> None:
+    monkeypatch.setattr("workers.runtime._has_gpu", lambda: has_gpu)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: sees_gpu)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    asked = replace(experiment, execution=ExecutionSettings(device=device))
+    for write in (True, False):
+        if refused is None:
+            check_ready(asked, write=write)
+        else:
+            with pytest.raises(ExecutionError, match=refused):
+                check_ready(asked, write=write)
 
 
 @pytest.mark.parametrize("record", [[], {}, "done", {"num_samples": 16, "num_held_out": 3}])
