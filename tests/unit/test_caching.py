@@ -20,7 +20,7 @@ from workers.caching import build as caching_build
 from workers.caching.build import cache_features
 from workers.caching.layout import BRANCHES, features_table, maps_in
 from workers.caching.reader import CachedFeatures, FeatureSource, LiveFeatures
-from workers.caching.units import UnitJob, feature_bytes, load_views, prepare_unit
+from workers.caching.units import UnitJob, feature_bytes, load_views, prepare_unit, read_outcome
 from workers.commits import Stage
 from workers.dataset.samples import read_samples
 from workers.errors import (
@@ -239,6 +239,22 @@ def test_an_interrupted_cache_goes_on_and_equals_an_undisturbed_one(built, tmp_p
     small_data.build(other, small_data.dataset_spec())
     cache(other, spec)
     assert table_rows(store, spec) == table_rows(other, spec)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])  # Ray's own handler of SIGTERM raises the latter
+def test_what_is_done_is_in_the_tables_when_a_run_is_interrupted(built, ending):
+    store, spec, _ = built
+
+    class Ends(SilentProgress):
+        def advance(self, count=1, **facts):
+            raise ending
+
+    with pytest.raises(ending):
+        cache(store, spec, progress=Ends())
+    stage = Stage.open(store, "cache-features", spec)
+    (outcome,) = [read_outcome(store, path) for path in store.list(stage.path("units"))]
+    assert outcome.files
+    assert features_table(store, spec).files() == sorted(outcome.files, key=lambda file: file.path)
 
 
 def test_an_outcome_on_record_is_committed_by_the_next_run(built, monkeypatch):

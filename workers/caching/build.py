@@ -141,7 +141,7 @@ def cache_features(
                         views_per_second=round(outcome.num_views / max(outcome.encode_seconds, 1e-9), 1),
                         quarantined=sum(len(known.quarantined) for known in outcomes.values()),
                     )
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with the latter where it was started by this stage
                 books.commit()  # what is done is in the tables, for whoever looks before the next run
                 raise
             finally:
