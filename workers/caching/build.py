@@ -320,9 +320,14 @@ def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: Un
     index = FeatureIndex(store, spec)
     table = features_table(store, spec)
     held = index.held(spec.branch_maps, [sample.image_sha256 for sample in cached])
-    lost = sorted(index.files() - {file.path for file in table.files()})
+    # Of another dataset's images there may be such files for a while: its run is between its two commits, or was killed there.
+    unnamed = index.files() - {file.path for file in table.files()}
+    lost = sorted(index.images_in(unnamed, spec.branch_maps, [sample.image_sha256 for sample in cached]))
     if lost:
-        raise IncompleteError(f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, first {lost[0]}")
+        raise IncompleteError(
+            f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, with images of this dataset; first "
+            f"{lost[0]}. Run `loupe verify --repair`, which makes the index anew out of the files that the table holds, and then again."
+        )
     for place, there in held.items():
         if not there.all():
             raise IncompleteError(

@@ -71,7 +71,7 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     store.check_writable()
     table = features_table(store, spec)
     jobs = [FileJob(root=store.root, folder=table.path, file=file) for file in table.files()]
-    if not jobs:
+    if not jobs and not index_table(store, spec.encoding).files():
         raise TableError(f"{store.url(table.path)} holds no files of features, so there is nothing to repair; run cache-features")
     parts: dict[tuple[tuple[str, str], ...], list[pa.Table]] = {}
     damaged: list[_FileRows] = []
