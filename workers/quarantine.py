@@ -3,9 +3,10 @@
 A row names its input well enough to play it again. The books of a stage balance: expected = committed + quarantined (+ duplicates, for datasets).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -20,9 +21,11 @@ __all__ = [
     "QUARANTINE_TABLE",
     "QuarantineRow",
     "StoreReason",
+    "can_be_read_now",
     "check_budget",
     "commit_quarantine",
     "image_reason",
+    "look_again",
     "quarantine_table",
     "quarantine_to_table",
     "read_quarantine",
@@ -31,6 +34,8 @@ __all__ = [
 
 _ALWAYS_ALLOWED = 5
 """A handful of bad files in a small set says nothing about the rest."""
+
+_LOOKS_AT_ONCE = 16
 
 QUARANTINE_TABLE = "quarantine"
 
@@ -79,6 +84,48 @@ def store_reason(error: StorageError) -> StoreReason | None:
 def image_reason(error: ImageError | StorageError) -> str | None:
     """The reason code of what is wrong with one image; None when the failure says nothing about that image, as for `store_reason`."""
     return error.reason if isinstance(error, ImageError) else store_reason(error)
+
+
+def look_again(store: Store, rows: Iterable[QuarantineRow]) -> Iterator[tuple[QuarantineRow, StorageError | None]]:
+    """What a store says now, to this process, of the images that it withheld from another one or at another time.
+
+    That nothing lies at a path is also what a machine says that has lost a mount. An image that is gone costs one request that is refused.
+
+    Args:
+        store: where relative paths start.
+        rows: of images, each with its path as `item`; those that were refused for another reason are left out.
+
+    Yields:
+        A row with what reading its image raises, None where it can be read; as they come. Whoever stops early waits for those under way alone.
+    """
+    withheld = [row for row in rows if row.reason in get_args(StoreReason)]
+    if not withheld:
+        return
+
+    def error_of(row: QuarantineRow) -> StorageError | None:
+        try:
+            store.read_reference(row.item)
+        except StorageError as error:
+            return error
+        return None
+
+    pool = ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="loupe-look")
+    try:
+        looks = {pool.submit(error_of, row): row for row in withheld}
+        for look in as_completed(looks):
+            yield looks[look], look.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def can_be_read_now(store: Store, rows: Iterable[QuarantineRow]) -> bool:
+    """Whether any of the images that a store withheld can be read by now: an outage is over. One that cannot be reached still is no such image.
+
+    Args:
+        store: where relative paths start.
+        rows: as `look_again` takes them.
+    """
+    return any(error is None for _, error in look_again(store, rows))
 
 
 def quarantine_table(store: Store) -> Table:

@@ -2,13 +2,14 @@
 
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from tests import s3_servers
 from workers.errors import AccessDeniedError, CredentialsError, ObjectNotFoundError, StoreUnavailableError
-from workers.quarantine import store_reason
+from workers.quarantine import QuarantineRow, can_be_read_now, store_reason
 from workers.storage import Store
 from workers.tables import Table, TableFile
 
@@ -61,6 +62,15 @@ def test_a_missing_object_is_its_own_fault(filled: tuple[str, TableFile]) -> Non
     with pytest.raises(ObjectNotFoundError) as missing:
         Store(filled[0]).read_bytes("b.png")
     assert store_reason(missing.value) == "missing_file"
+
+
+def test_an_image_is_looked_for_again_where_it_lies(filled: tuple[str, TableFile], tmp_path: Path) -> None:
+    def row(name: str) -> QuarantineRow:
+        return QuarantineRow(reason="missing_file", source="s", item=f"{filled[0]}/{name}", index=0, bytes_sha256=None, detail="")
+
+    store = Store(str(tmp_path))  # the root is not where a dataset's images lie
+    assert not can_be_read_now(store, [row(f"{number}.png") for number in range(40)])
+    assert can_be_read_now(store, [row("b.png"), row("a.png")])
 
 
 def test_a_large_object_is_read_whole(bucket_of: Callable[[str], str]) -> None:

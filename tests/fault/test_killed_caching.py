@@ -12,6 +12,8 @@ from model.specs import fingerprint
 from tests import small_data
 from tests.fault.cache_runs import UNDISTURBED, rows, start, wait_for
 from workers.caching.build import CacheRecord, cache_features
+from workers.caching.layout import features_table
+from workers.caching.units import read_outcome
 from workers.commits import Stage
 from workers.execution import SilentProgress
 from workers.runtime import InlineCluster
@@ -92,6 +94,29 @@ def test_a_killed_encoder_is_replaced_within_the_run(store, undisturbed, tiny_en
     assert rows(store, spec) == expected
 
 
+def assert_all_is_in_the_tables(stage, spec):
+    """Whatever is on record, for whoever looks before the next run."""
+    outcomes = [read_outcome(stage.store, path) for path in stage.store.list(stage.path("units"))]
+    assert outcomes
+    assert {file.path for file in features_table(stage.store, spec).files()} == {file.path for outcome in outcomes for file in outcome.files}
+
+
+def test_sigterm_leaves_a_state_that_the_next_run_resumes(store, undisturbed, tiny_encoder_folder):
+    """By the handler that Ray puts in place of whatever was there, in the stage that starts it."""
+    spec, expected = undisturbed
+    process = start(store.root, tiny_encoder_folder, 2)
+    wait_for(process, "units 2")
+    with ending_by_themselves(process):
+        process.terminate()
+        # By what status is Ray's affair: when it stops with units under way it may abort the process that stops it, after all this.
+        assert process.wait(timeout=60) != 0
+    stage = Stage.open(store, "cache-features", spec)
+    assert [store.read_json(path)["outcome"] for path in store.list(stage.path("attempts"))] == ["interrupted"]
+    assert_all_is_in_the_tables(stage, spec)
+    cache_features(spec, store, UNDISTURBED, SilentProgress(), cluster=InlineCluster())
+    assert rows(store, spec) == expected
+
+
 def test_ctrl_c_leaves_a_state_that_the_next_run_resumes(store, undisturbed, tiny_encoder_folder):
     spec, expected = undisturbed
     process = start(store.root, tiny_encoder_folder, 2)
@@ -103,6 +128,7 @@ def test_ctrl_c_leaves_a_state_that_the_next_run_resumes(store, undisturbed, tin
     stage = Stage.open(store, "cache-features", spec)
     accounts = [store.read_json(path)["outcome"] for path in store.list(stage.path("attempts"))]
     assert accounts == ["interrupted"]
+    assert_all_is_in_the_tables(stage, spec)
     done = len(store.list(stage.path("units")))
     assert done >= 2
 

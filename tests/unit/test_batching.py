@@ -221,6 +221,29 @@ def test_a_landing_that_fails_fails_for_everybody(encoder):
             landing()
 
 
+class Full(torch.Tensor):
+    """A tensor on a device without any memory left: it can be looked at and copied to the host, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.__len__ or "__get__" in repr(function):
+            return super().__torch_function__(function, types, args, kwargs)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_comparing_takes_no_memory_of_the_device(encoder, monkeypatch):
+    """It is done where nothing backs off from a lack of it: when a batch has landed."""
+    expected = encoded(encoder, unit(), 5, "int8", compared=2)
+    compare = ViewEncoder._compare
+    monkeypatch.setattr(ViewEncoder, "_compare", lambda self, part, item, tokens, into: compare(self, part, item, tokens.as_subclass(Full), into))
+    found = encoded(encoder, unit(), 5, "int8", compared=2)
+    for branch in MAPS:
+        assert found[branch].quality == expected[branch].quality
+        assert all(quality.num_tokens for quality in found[branch].quality.values())
+
+
 @pytest.mark.parametrize(("batch_views", "compared"), [(2, 3), (64, 1)])
 def test_what_is_stored_is_compared_with_what_was_computed(encoder, batch_views, compared):
     found = encoded(encoder, unit(), batch_views, "int8", compared=compared)

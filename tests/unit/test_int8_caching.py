@@ -353,6 +353,32 @@ def test_one_thread_of_a_process_computes_whoever_calls(built, monkeypatch, fini
     assert threading.get_ident() not in threads["forward"]
 
 
+def test_where_memory_ended_in_a_check_is_remembered(built, monkeypatch, caplog):
+    store, spec, samples = built
+    packed, _ = calibrated(store, spec)
+    batches, forward = [], Encoder.forward
+
+    def tight(encoder, views, maps):
+        batches.append(len(views))
+        if len(views) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(encoder, views, maps)
+
+    monkeypatch.setattr(Encoder, "forward", tight)
+    settings = dataclasses.replace(SETTINGS, encode_batch_views=None)
+    measurer = calibrate._Measurer(spec, settings, None, read_calibrations(store, packed))
+    monkeypatch.setattr("model.encoder_execution._CPU_ROWS", 8 * 17)
+    units = [prepare_unit(UnitJob(spec=spec, root=store.root, number=number, samples=tuple(samples[4 * number :][:4]))) for number in range(2)]
+    first = measurer(units[0])
+    assert batches == [4, 4, 2, 2, 2, 2, 2, 2]  # in batches of 8 and of 4, then of 2, global views and then local ones
+    batches.clear()
+    second = measurer(units[1])
+    assert batches == [2] * 6
+    said = [record.getMessage().partition(" (")[0] for record in caplog.records]
+    assert said == [f"automatic batches of {size} views run out of memory" for size in (8, 4)]
+    assert all(quality.num_tokens for found in (first, second) for quality in found.quality.values())
+
+
 def test_an_encoder_that_cannot_be_loaded_is_told_with_every_unit():
     def load():
         raise EncoderError("it is gone")

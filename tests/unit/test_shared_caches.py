@@ -22,6 +22,7 @@ from workers.caching.encode import UnitEncoder
 from workers.caching.index import FeatureIndex, compact_index
 from workers.caching.layout import BRANCHES, check_table, encoding_folder, features_table, index_table, map_set, map_sets, maps_in
 from workers.caching.reader import CachedFeatures, LiveFeatures
+from workers.caching.repair import repair_cache
 from workers.caching.sorted_rows import SortedRows
 from workers.caching.units import UnitSize
 from workers.caching.verify import verify_cache
@@ -31,6 +32,7 @@ from workers.errors import IncompleteError, MissingFeaturesError, SpecChangedErr
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.runtime import InlineCluster
 from workers.storage import Store
+from workers.tables import Table
 
 SETTINGS = ExecutionSettings(feature_unit_bytes=40_000, encode_batch_views=5)
 FEW = small_data.NOISE_SOURCES[:1]
@@ -352,6 +354,60 @@ def test_a_file_that_the_table_does_not_hold_is_no_complete_cache(datasets):
     store.write_json(outcomes[0], {**unit, "number": 0, "files": [], "index_files": []})
     with pytest.raises(IncompleteError, match="the index tells of 2 files that the table does not hold"):
         cache(store, spec)
+
+
+def cut_off_between_its_commits(store, spec):
+    """A run that was killed when its rows were in the index and its files not yet in the table."""
+    commit = Table.commit
+
+    def cut_off(table, files):
+        if table.path == features_table(store, spec).path:
+            raise ProcessLookupError
+        return commit(table, files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Table, "commit", cut_off)
+        with pytest.raises(ProcessLookupError):
+            cache(store, spec)
+    assert FeatureIndex(store, spec).files() - {file.path for file in features_table(store, spec).files()}
+
+
+def verify(store, spec):
+    key = fingerprint(spec)[:16]
+    return verify_cache(spec, store, SETTINGS, SilentProgress(), stage_key=key, cluster=InlineCluster(), seed=0, num_encoded=2)
+
+
+def test_another_datasets_run_between_its_two_commits_is_no_fault_of_this_one(datasets, tiny_encoder_folder):
+    store, _, ours = datasets
+    dataset = small_data.dataset_spec(seed=1)
+    small_data.build(store, dataset)
+    theirs = small_data.feature_spec(dataset, tiny_encoder_folder)
+    assert features_table(store, theirs).path == features_table(store, ours).path
+    cut_off_between_its_commits(store, theirs)
+    record = cache(store, ours)
+    assert (record.num_cached, record.num_held) == (16, 0)
+    found = verify(store, ours)
+    assert found.faults == ()
+    assert (found.num_cached, found.num_files, found.num_read) == (16, 8, 8)
+    assert cache(store, theirs).num_cached == 16
+    for spec in (ours, theirs):
+        assert verify(store, spec).faults == ()
+        assert_reads_as_live(store, spec)
+
+
+def test_files_of_this_datasets_images_that_the_table_does_not_hold_are_told_and_repaired(datasets):
+    """By another run of the same images: the index has them, so that nobody else computes them, and the table never got them."""
+    store, small, large = datasets
+    cut_off_between_its_commits(store, large)
+    with pytest.raises(IncompleteError, match=r"the index tells of 4 files that the table does not hold.*`loupe verify --repair`"):
+        cache(store, small)
+    assert [fault for fault in verify(store, small).faults if "is in the index and not in the table" in fault] != []
+    repair_cache(small, store, SETTINGS, SilentProgress(), cluster=InlineCluster())
+    assert cache(store, small).num_cached == 10
+    assert cache(store, large).num_cached == 16
+    for spec in (small, large):
+        assert verify(store, spec).faults == ()
+        assert_reads_as_live(store, spec)
 
 
 def test_a_table_with_another_type_in_a_column_is_refused(datasets):

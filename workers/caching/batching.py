@@ -330,5 +330,8 @@ class ViewEncoder:
         if not kept:
             return
         stored = encoded.maps[item.name]
+        # On the host: whoever waits for a unit compares it, and a device whose memory ends then is past the place that backs off. One image's
+        # numbers in double precision are 33 MB of a map of CLIP-L/14-336.
+        tokens = tokens.cpu()
         back = torch.cat([self.codec.load(part.branch, item, stored[part.start + place : part.start + place + 1]) for place in kept])
         encoded.quality[item.name] += map_quality(tokens[kept], back, self.codec.calibration(part.branch, item))

@@ -2,6 +2,7 @@
 
 Ray tasks prepare views, one process per accelerator encodes and writes, this process commits. A unit's first outcome goes on record by exclusive
 creation before its files are committed, so a killed, repeated or doubled run never redoes a finished unit and never disagrees with itself.
+That images are gone is not believed of one process alone, nor for good: they are looked for again, and where an outage is over another plan is made.
 All datasets and maps of an encoding share a table: images that are there with every map are left as they are, and of others only what they lack is
 computed. Invariant at the end: every image of the dataset has every map, or is in the quarantine once. Samples without an image have no views and no
 part in this.
@@ -28,6 +29,7 @@ from workers.caching.units import (
     UnitPlan,
     UnitSize,
     feature_bytes,
+    forget_plan,
     num_views,
     plan_units,
     prepare_unit,
@@ -36,9 +38,9 @@ from workers.caching.units import (
 )
 from workers.commits import Stage, to_json
 from workers.dataset.samples import Sample, read_images
-from workers.errors import CalibrationError, DiskSpaceError, IncompleteError
+from workers.errors import CalibrationError, DiskSpaceError, IncompleteError, StoreUnavailableError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import QuarantineRow, check_budget, quarantine_table
+from workers.quarantine import QuarantineRow, can_be_read_now, check_budget, look_again, quarantine_table, store_reason
 from workers.runtime import Cluster, encodes_on_gpu, encoding_cluster
 from workers.storage import Store
 
@@ -76,7 +78,7 @@ class CacheRecord:
     """Distinct ones of the dataset: cached plus quarantined."""
     num_cached: int
     num_held: int
-    """Of those, how many had every map before: of another run's making."""
+    """Of those, how many had every map before: of another run's making, or of this one's before it planned anew."""
     num_quarantined: int
     quarantined_by_reason: dict[str, int]
     num_global_views: int
@@ -117,6 +119,7 @@ def cache_features(
         DiskSpaceError: the features do not fit.
         EncoderError: the encoder is missing or has other weights than the spec.
         ErrorBudgetError: too many images of a source were refused.
+        StoreUnavailableError: the store is away, or a machine of the cluster does not see images that this process reads.
         CalibrationError: int8 keeps much less of these images than of those that were measured.
         IncompleteError: the books do not balance.
     """
@@ -130,12 +133,13 @@ def cache_features(
         lock_encoding(store, spec.encoding)
         books = _Books(store, spec)
         books.ensure()
-        plan = plan_units(stage, spec, images, lambda: _held(store, spec, images), partial(_unit_size, execution))
-        outcomes = _read_outcomes(stage)
-        books.enter_again(outcomes.values())
-        books.commit()
-        missing = [unit for unit in plan.units if unit.number not in outcomes]
-        if missing:
+        make_plan = partial(plan_units, stage, spec, images, lambda: _held(store, spec, images), partial(_unit_size, execution))
+        plan = make_plan()
+        outcomes = _resumed(stage, plan, books)
+        if can_be_read_now(store, _refusals(outcomes)):
+            forget_plan(stage)
+            plan, outcomes = make_plan(), {}
+        while missing := [unit for unit in plan.units if unit.number not in outcomes]:
             jobs = [unit_job(spec, store.root, unit, images) for unit in missing]
             _check_disk(store, [feature_bytes(job.spec, job.samples) for job in jobs], execution)
             progress.start("encoding images", len(images), len(images) - sum(len(job.samples) for job in jobs))
@@ -146,11 +150,16 @@ def cache_features(
                         views_per_second=round(outcome.num_views / max(outcome.encode_seconds, 1e-9), 1),
                         quarantined=sum(len(known.quarantined) for known in outcomes.values()),
                     )
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with the latter where it was started by this stage
                 books.commit()  # what is done is in the tables, for whoever looks before the next run
                 raise
             finally:
                 progress.finish()
+            if not can_be_read_now(store, _refusals(outcomes)):
+                break
+            # An outage that this process met as well, and that has ended since. What can be read now is computed in this run.
+            forget_plan(stage)
+            plan, outcomes = make_plan(), {}
         compact_index(store, spec)
         record = _balance(stage, spec, images, plan, outcomes)
         return stage.commit(replace(record, seconds=timer.seconds))
@@ -186,9 +195,25 @@ def _check_disk(store: Store, unit_bytes: Sequence[int], execution: ExecutionSet
         )
 
 
-def _read_outcomes(stage: Stage) -> dict[int, UnitOutcome]:
+def _resumed(stage: Stage, plan: UnitPlan, books: "_Books") -> dict[int, UnitOutcome]:
+    """The outcomes of a plan that are on record, entered in the books; and refusals of no others are left there."""
+    refused, own = quarantine_table(stage.store), {"stage": stage.name, "key": stage.key}
+    # Listed before the outcomes are, each of which is on record before it is in the books: a driver beside this one adds to both.
+    held = refused.files(own)
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # one by one, ten thousand units take minutes from an object store
-        return {outcome.number: outcome for outcome in pool.map(partial(read_outcome, stage.store), stage.store.list(stage.path("units")))}
+        known = pool.map(partial(read_outcome, stage.store), stage.store.list(stage.path("units")))
+        outcomes = {outcome.number: outcome for outcome in known if outcome.plan == plan.name}
+    named = {file.path for outcome in outcomes.values() for file in outcome.quarantine_files}
+    if any(file.path not in named for file in held):
+        # Of a plan that there was before, whose units were cut otherwise: whoever removed its outcomes left them, or its driver went on.
+        refused.replace([], own)
+    books.enter_again(outcomes.values())
+    books.commit()
+    return outcomes
+
+
+def _refusals(outcomes: Mapping[int, UnitOutcome]) -> list[QuarantineRow]:
+    return [row for outcome in outcomes.values() for row in outcome.quarantined]
 
 
 class _Books:
@@ -256,16 +281,37 @@ def _encode(
     for known in outcomes.values():
         _add(quarantined, quality, known)
     for fresh in _run(spec, jobs, execution, cluster):
+        _check_withheld(stage.store, fresh)
         _add(quarantined, quality, fresh)
         # Before the outcome is on record: after a repair the unit that broke the budget runs again.
         check_budget(quarantined, expected, execution.max_quarantined_fraction)
         _check_quality(spec, quality, len(outcomes) + 1)
         path = stage.path(f"units/unit-{fresh.number:06d}.json")
         outcome = fresh if stage.store.create_json(path, to_json(fresh)) else read_outcome(stage.store, path)
+        if outcome.plan != fresh.plan:  # of a driver that goes on with a plan that was forgotten
+            stage.store.write_json(path, to_json(fresh))
+            outcome = fresh
         books.enter([outcome])
         outcomes[outcome.number] = outcome
         yield outcome
     books.commit()
+
+
+def _check_withheld(store: Store, fresh: UnitOutcome) -> None:
+    """Have images refused for good only where they cannot be read here either: a machine that lost a mount finds none, and says so fast.
+
+    The dataset's build has read each of them. The run ends at once, and whoever tries again does so after a while: units that such a machine is given
+    again would be back as fast.
+    """
+    for row, error in look_again(store, fresh.quarantined):
+        if error is None:
+            raise StoreUnavailableError(
+                f"image {row.item}: the process that prepared unit {fresh.number} found it refused ({row.reason}: {row.detail}), but here it can be "
+                "read. Expected every machine of the cluster to see the images; one has lost a mount or a permission, if only for a while. Run "
+                "again, finished units are kept; where that does not help, look at the mounts of each machine."
+            )
+        if store_reason(error) is None:
+            raise error
 
 
 def _add(quarantined: dict[str, list[QuarantineRow]], quality: dict[str, MapQuality], outcome: UnitOutcome) -> None:
@@ -324,7 +370,7 @@ def _run(spec: FeatureSpec, jobs: Sequence[UnitJob], execution: ExecutionSetting
 def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: UnitPlan, outcomes: dict[int, UnitOutcome]) -> CacheRecord:
     """Prove that nothing is missing, from the tables themselves."""
     store = stage.store
-    rows = [row for outcome in outcomes.values() for row in outcome.quarantined]
+    rows = _refusals(outcomes)
     refused = {row.bytes_sha256 for row in rows}
     in_quarantine = sum(file.num_rows for file in quarantine_table(store).files({"stage": stage.name, "key": stage.key}))
     if in_quarantine != len(rows) or len(refused) != len(rows) or len(outcomes) != len(plan.units):
@@ -336,9 +382,14 @@ def _balance(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], plan: Un
     index = FeatureIndex(store, spec)
     table = features_table(store, spec)
     held = index.held(spec.branch_maps, [sample.image_sha256 for sample in cached])
-    lost = sorted(index.files() - {file.path for file in table.files()})
+    # Of another dataset's images there may be such files for a while: its run is between its two commits, or was killed there.
+    unnamed = index.files() - {file.path for file in table.files()}
+    lost = sorted(index.images_in(unnamed, spec.branch_maps, [sample.image_sha256 for sample in cached]))
     if lost:
-        raise IncompleteError(f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, first {lost[0]}")
+        raise IncompleteError(
+            f"{store.url(table.path)}: the index tells of {len(lost)} files that the table does not hold, with images of this dataset; first "
+            f"{lost[0]}. Run `loupe verify --repair`, which makes the index anew out of the files that the table holds, and then again."
+        )
     for place, there in held.items():
         if not there.all():
             raise IncompleteError(

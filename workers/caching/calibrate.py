@@ -289,7 +289,7 @@ class _Measurer:
         for branch in BRANCHES:
             views, maps = prepared.views(branch), self._spec.maps(branch)
             if self._codec is not None:
-                encoded = encode_views(forward.encoder, views, branch, maps, self._codec, batch_size.views, num_compared=len(views))
+                encoded = encode_views(forward.encoder, views, branch, maps, self._codec, batch_size, num_compared=len(views))
                 quality |= {item.place(branch): encoded.quality[item.name] for item in maps}
                 continue
             found = batch_size.backing_off(partial(_moments, forward, views, maps))

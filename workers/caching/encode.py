@@ -201,6 +201,7 @@ class UnitEncoder:
             prepare_seconds=prepared.seconds,
             encode_seconds=encode_seconds,
             write_seconds=time.monotonic() - started,
+            plan=prepared.job.plan,
         )
 
 

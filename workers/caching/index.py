@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -340,8 +341,30 @@ class FeatureIndex:
         whole = ([place for place in places if place is not None] for places in found)
         return [places if len(places) == len(names) else None for places in whole]
 
+    def images_in(self, files: AbstractSet[str], asked: Iterable[tuple[Branch, MapSpec]], images: Sequence[str]) -> dict[str, set[str]]:
+        """Which images lie in some files.
+
+        Args:
+            files: which.
+            asked: maps with their branch; an image lies where one of these maps of it is read from.
+            images: digests.
+
+        Returns:
+            By file, of those in which an image lies.
+        """
+        names: dict[Branch, list[str]] = {}
+        for branch, item in asked:
+            names.setdefault(branch, []).append(item.name)
+        found: dict[str, set[str]] = {}
+        for branch in names if files else ():
+            for image, places in zip(images, self.places(branch, names[branch], images), strict=True):
+                for place in places or ():
+                    if place.file in files:
+                        found.setdefault(place.file, set()).add(image)
+        return found
+
     def files(self) -> set[str]:
-        """The files that it tells of."""
+        """The files that it tells of: also those of other datasets."""
         return {name for portions in self._portions.values() for portion in portions for name in portion.files()}
 
 

@@ -19,7 +19,7 @@ from workers.commits import Stage
 from workers.dataset.samples import read_images
 from workers.errors import MissingFeaturesError, StorageError, TableError
 from workers.execution import ExecutionSettings, Progress
-from workers.quarantine import quarantine_table, read_quarantine
+from workers.quarantine import can_be_read_now, read_quarantine
 from workers.runtime import Cluster, stream_tasks
 from workers.storage import Store
 from workers.storage_errors import is_damage
@@ -38,7 +38,7 @@ class CacheRepair:
     dropped: tuple[str, ...]
     """Files that were damaged or gone, each with what was wrong; they are no part of the table any more."""
     reopened: tuple[str, ...]
-    """Keys of the cache-features runs that lack images now; run again, they compute those."""
+    """Keys of the cache-features runs that lack images now, or refused some that can be read now; run again, they compute those."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ def repair_cache(spec: FeatureSpec, store: Store, execution: ExecutionSettings, 
     store.check_writable()
     table = features_table(store, spec)
     jobs = [FileJob(root=store.root, folder=table.path, file=file) for file in table.files()]
-    if not jobs:
+    if not jobs and not index_table(store, spec.encoding).files():
         raise TableError(f"{store.url(table.path)} holds no files of features, so there is nothing to repair; run cache-features")
     parts: dict[tuple[tuple[str, str], ...], list[pa.Table]] = {}
     damaged: list[_FileRows] = []
@@ -117,21 +117,21 @@ def _write_index(store: Store, spec: FeatureSpec, parts: Mapping[tuple[tuple[str
 
 
 def _reopen(store: Store, spec: FeatureSpec) -> list[str]:
-    """Have the runs that lack images done again: with a plan, outcomes and refusals of their own anew."""
+    """Have the runs that lack images done again, or whose images are there again: with a plan, outcomes and refusals of their own anew."""
     reopened = []
     for other in cache_runs(store):
         if encoding_folder(other.encoding) != encoding_folder(spec.encoding):
             continue
         stage = Stage.open(store, "cache-features", other)
-        refused = {row.bytes_sha256 for row in read_quarantine(store, stage.name, stage.key)}
+        rows = read_quarantine(store, stage.name, stage.key)
+        refused = {row.bytes_sha256 for row in rows}
         images = [sample.image_sha256 for sample in read_images(store, other.dataset_fingerprint)]
         kept = [image for image in images if image not in refused]
         held = FeatureIndex(store, other).held(other.branch_maps, kept)
-        if all(there.all() for there in held.values()):
+        if all(there.all() for there in held.values()) and not can_be_read_now(store, rows):
             continue
         # The commit record goes last: until then the next repair finds the run here again.
         forget_plan(stage)
-        quarantine_table(store).replace([], {"stage": stage.name, "key": stage.key})
         stage.reopen()
         reopened.append(fingerprint(other)[:16])
     return sorted(reopened)

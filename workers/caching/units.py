@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from uuid import uuid4
 
 import numpy as np
 from jaxtyping import UInt8
@@ -48,6 +49,8 @@ __all__ = [
     "unit_job",
     "view_plan",
 ]
+
+_DELETES_AT_ONCE = 16
 
 HeldMaps = Mapping[str, np.ndarray]
 """By place, as `local/layer_7`, which images' maps a table holds: bool [images]."""
@@ -103,6 +106,8 @@ class FeatureUnit:
     """Places in the order of `read_images`."""
     global_maps: tuple[str, ...]
     local_maps: tuple[str, ...]
+    plan: str
+    """Name of its plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +128,7 @@ class UnitGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitPlan:
-    """All units of a cache, as first planned."""
+    """All units of a cache, as first planned, or as planned anew."""
 
     num_images: int
     """Distinct ones of the dataset."""
@@ -134,6 +139,8 @@ class UnitPlan:
     planned_bytes: int
     """Of the features that are still to be written."""
     groups: tuple[UnitGroup, ...]
+    name: str = ""
+    """Its own: the units of two plans of a cache have the same numbers and other images. Plans on record from before there were names have none."""
 
     @property
     def units(self) -> tuple[FeatureUnit, ...]:
@@ -142,7 +149,8 @@ class UnitPlan:
         for group in self.groups:
             places = group.places
             while images := tuple(islice(places, group.images_per_unit)):
-                units.append(FeatureUnit(number=len(units), images=images, global_maps=group.global_maps, local_maps=group.local_maps))
+                number = len(units)
+                units.append(FeatureUnit(number=number, images=images, global_maps=group.global_maps, local_maps=group.local_maps, plan=self.name))
         return tuple(units)
 
 
@@ -169,15 +177,14 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
         planned_bytes = sum(feature_bytes(_narrowed(spec, group), [images[place] for place in group.places]) for group in groups)
         num_missing = sum(stop - start for group in groups for start, stop in group.spans)
         fresh = UnitPlan(
-            num_images=len(images), samples_sha256=digest, num_held=len(images) - num_missing, planned_bytes=planned_bytes, groups=tuple(groups)
+            num_images=len(images),
+            samples_sha256=digest,
+            num_held=len(images) - num_missing,
+            planned_bytes=planned_bytes,
+            groups=tuple(groups),
+            name=uuid4().hex,
         )
         stage.store.create_json(path, to_json(fresh))
-    if not stage.store.list(stage.path("units")):
-        # Nothing of the plan is done, so refusals are of one that there was before, and whose units were cut otherwise: whoever removed its outcomes
-        # left them. At every start: the process that made the plan may have been killed before it came to this.
-        refused, own = quarantine_table(stage.store), {"stage": stage.name, "key": stage.key}
-        if refused.files(own):
-            refused.replace([], own)
     plan = from_json(UnitPlan, stage.store.read_json(path), where=stage.store.url(path))
     if plan.samples_sha256 != digest:
         raise IncompleteError(
@@ -188,13 +195,18 @@ def plan_units(stage: Stage, spec: FeatureSpec, images: Sequence[Sample], held: 
 
 
 def forget_plan(stage: Stage) -> None:
-    """Let the stage plan anew: without outcomes and then without a plan.
+    """Let the stage plan anew: without refusals, then without a plan, then without outcomes.
+
+    May be cut off anywhere: while the plan is there its outcomes put back what the quarantine lacks, and without it they count for nothing.
 
     Args:
-        stage: the cache's stage.
+        stage: the cache's stage, whose outcomes are in the tables: the next plan is of what those lack.
     """
-    for path in (*stage.store.list(stage.path("units")), stage.path("units.json")):
-        stage.store.delete(path)
+    quarantine_table(stage.store).replace([], {"stage": stage.name, "key": stage.key})
+    stage.store.delete(stage.path("units.json"))
+    with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+        for _ in pool.map(stage.store.delete, stage.store.list(stage.path("units"))):
+            pass
 
 
 def plan_groups(spec: FeatureSpec, images: Sequence[Sample], held: HeldMaps, size: UnitSize) -> list[UnitGroup]:
@@ -256,7 +268,8 @@ def unit_job(spec: FeatureSpec, root: str, unit: FeatureUnit, images: Sequence[S
         unit: of its plan.
         images: all of the cache, in the order of the plan.
     """
-    return UnitJob(spec=_narrowed(spec, unit), root=root, number=unit.number, samples=tuple(images[place] for place in unit.images))
+    samples = tuple(images[place] for place in unit.images)
+    return UnitJob(spec=_narrowed(spec, unit), root=root, number=unit.number, samples=samples, plan=unit.plan)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +284,8 @@ class UnitJob:
     """All with an image, and without their turns: features know nothing of questions."""
     threads: int = 1
     """That decode."""
+    plan: str = ""
+    """Name of the unit's plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +323,8 @@ class UnitOutcome:
     prepare_seconds: float
     encode_seconds: float
     write_seconds: float
+    plan: str = ""
+    """Name of the unit's plan. Another driver of the cache may go on with a plan that was forgotten, and put its units on record."""
 
 
 def read_outcome(store: Store, path: str) -> UnitOutcome:

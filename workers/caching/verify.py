@@ -6,7 +6,6 @@ the checksums of their pages, and those of their maps are held against the index
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 
@@ -40,7 +39,7 @@ class CacheVerification:
     """With every map, in files that can be read."""
     num_quarantined: int
     num_files: int
-    """That hold a map of these images."""
+    """That hold a map of these images, and those of other datasets' in the same table."""
     num_read: int
     """Of those, read whole."""
     num_bytes: int
@@ -118,7 +117,10 @@ def verify_cache(
             f"{len(unnamed)} of the table's {len(known)} files are not in the index, first {unnamed[0]}: they may hold what is missing, and "
             "--repair makes the index anew from what they hold"
         )
-    unread = wanted - known.keys()
+    # Others' files, of a run under way or killed between its two commits, are no fault of this cache.
+    lost = wanted - known.keys()
+    unread = set(index.images_in(lost, spec.branch_maps, list(expected)))
+    wanted -= lost - unread
     faults += [f"{path} is in the index and not in the table" for path in sorted(unread)]
     jobs = [FileJob(root=store.root, folder=table.path, file=known[path]) for path in sorted(wanted & known.keys())]
     seen: set[tuple[str, str, str]] = set()
@@ -139,7 +141,7 @@ def verify_cache(
             progress.advance(1, faults=len(faults))
     finally:
         progress.finish()
-    whole -= _images_in(spec, index, sorted(whole), unread)
+    whole -= set().union(*index.images_in(unread, spec.branch_maps, sorted(whole)).values())
     chosen = sorted(whole)
     random.Random(seed).shuffle(chosen)
     compared, not_encoded = 0, []
@@ -170,15 +172,6 @@ def _may_hold(spec: FeatureSpec, file: TableFile) -> bool:
     """Whether a file holds a map of the spec's at all: a table is shared by others."""
     held = maps_in(file.partition["maps"])
     return any(branch == file.partition["branch"] and item.name in held for branch in BRANCHES for item in spec.maps(branch))
-
-
-def _images_in(spec: FeatureSpec, index: FeatureIndex, images: Sequence[str], files: AbstractSet[str]) -> set[str]:
-    """Those of the images of which a map lies in one of the files."""
-    found: set[str] = set()
-    for branch in BRANCHES if files else ():
-        located = index.places(branch, [item.name for item in spec.maps(branch)], images)
-        found |= {image for image, places in zip(images, located, strict=True) if places and any(place.file in files for place in places)}
-    return found
 
 
 def _encoded_again(spec: FeatureSpec, store: Store, device: str, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Exception | None]]:
