@@ -7,6 +7,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,26 @@ def test_what_cannot_be_made_room_for_is_not_kept_until_it_can(tmp_path: Path, m
     there = np.empty(40_000, dtype=np.uint8)
     assert cache.read_into("s3://bucket/109", 0, [there])
     assert usage_bytes(tmp_path) <= 200_000 * 33 / 32 + 45_000
+
+
+def test_whoever_writes_during_the_first_look_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, looking, go_on = DiskCache(tmp_path / "cache", 2**20), threading.Event(), threading.Event()
+    look = DiskCache._make_room
+
+    def slow(self: DiskCache, allowed_bytes: int) -> bool:
+        looking.set()
+        assert go_on.wait(30)
+        return look(self, allowed_bytes)
+
+    monkeypatch.setattr(DiskCache, "_make_room", slow)
+    buffers = [np.full(100, number, dtype=np.uint8) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        written = [pool.submit(cache.write, f"s3://bucket/{number}", 0, [buffer]) for number, buffer in enumerate(buffers)]
+        assert looking.wait(30)
+        done, _ = wait(written, timeout=0.3)
+        go_on.set()
+        assert not done
+    for number, buffer in enumerate(buffers):
+        room = np.zeros(100, dtype=np.uint8)
+        assert cache.read_into(f"s3://bucket/{number}", 0, [room])
+        assert (room == buffer).all()

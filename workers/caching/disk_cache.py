@@ -38,9 +38,8 @@ class DiskCache:
         self._folder, self._max_bytes = folder, max_bytes
         self._unseen_bytes = 0
         self._lock = threading.Lock()
-        self._looked = False
-        self._has_room = False
-        """Whether the last look at the folder left room for more."""
+        self._has_room: bool | None = None
+        """Whether the last look at the folder left room for more; None before the first."""
 
     def read_into(self, url: str, start: int, buffers: Sequence[np.ndarray]) -> bool:
         """Fill buffers, one behind the other, from a place on, with what may be the object's bytes: compare their checksum.
@@ -79,9 +78,11 @@ class DiskCache:
         path, num_bytes = self._path(url), sum(len(buffer) for buffer in buffers)
         with self._lock:
             self._unseen_bytes += num_bytes
-            looks = not self._looked or self._unseen_bytes > self._max_bytes * _LOOK_SHARE
+            if self._has_room is None:  # whoever writes meanwhile waits to hear of it
+                self._unseen_bytes, self._has_room = 0, self._make_room(self._max_bytes - num_bytes)
+            looks = self._unseen_bytes > self._max_bytes * _LOOK_SHARE
             if looks:
-                self._unseen_bytes, self._looked = 0, True
+                self._unseen_bytes = 0
         if looks:
             # Without room it is looked for again after as many bytes as with it: a look takes as long as the folder has files.
             self._has_room = self._make_room(self._max_bytes - num_bytes)
