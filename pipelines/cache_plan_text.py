@@ -107,12 +107,11 @@ def plan_text(plan: CachePlan) -> CachePlanText:
         each = f"{number_text(plan.view_gflop['global'])} GFLOP a view"
     else:
         each = " and ".join(f"{number_text(flops)} GFLOP a {branch} view" for branch, flops in plan.view_gflop.items())
-    calibrated = [duration_text(cost.hours.calibrate * 3600) for cost in plan.options if cost.hours.calibrate]
-    fastest = max(plan.train_rates, key=lambda rate: rate.read_bytes_per_s[own.option.name])
-    reads = ", ".join(
-        f"{cost.option.name} {bytes_text(round(fastest.read_bytes_per_s[cost.option.name]))}/s" for cost in plan.options if cost.option.holds_local
-    )
-    shows = "" if len(plan.train_rates) == 1 else f" in phases that show {_SHOWN[fastest.mode]}"
+    calibrate_s = 3600 * max(cost.hours.calibrate for cost in plan.options)
+    fastest = max(plan.train_rates, key=lambda rate: rate.images_per_s)
+    shown = [cost.option.name for cost in plan.options if cost.option.holds_local or cost is own]
+    reads = ", ".join(f"{name} {bytes_text(round(max(rate.read_bytes_per_s[name] for rate in plan.train_rates)))}/s" for name in shown)
+    shows = "" if len(plan.train_rates) == 1 else f", in phases that show {_SHOWN[fastest.mode]}"
     return CachePlanText(
         facts=(
             ("images", f"{plan.num_images:,} ({plan.images_from})"),
@@ -124,10 +123,10 @@ def plan_text(plan: CachePlan) -> CachePlanText:
             ("rates", f"{prepare} ms of a core to decode and cut an image ({plan.prepared}), {number_text(plan.views_per_s)} views/s encoded"),
             ("passes", f"{number_text(plan.passes)} ({plan.passes_from}), kept for {plan.months:g} month{'' if plan.months == 1 else 's'}"),
             ("encoding anew", f"{dollars_text(own.live_pass_usd)} for a pass without a cache"),
-            *((("calibration", f"of int8, on {count_text(plan.num_calibrated, 'image')}: {calibrated[0]}, in its time"),) if calibrated else ()),
+            ("calibration", f"of int8, on {count_text(plan.num_calibrated, 'image')}: {duration_text(calibrate_s)}, in its time"),
             (
                 "training",
-                f"at most {number_text(fastest.images_per_s)} images/s{shows}, by its language model's products alone; it then reads {reads}",
+                f"at most {number_text(fastest.images_per_s)} images/s{shows}, by its language model's products alone; it reads at most {reads}",
             ),
         ),
         options=tuple(_option_row(cost, on_disk=plan.on_disk) for cost in plan.options),

@@ -148,7 +148,7 @@ def page(*, num_seeds: int = 3, question: str = "Which country is at the left?")
                 ("images", "1,200 (the built dataset)"),
                 ("views", "8,400: 1 global each, and 6 local: 1,200"),
                 ("hardware", "this machine, cpu with 2 cores, writing 130 MB/s in between, probed with this encoder"),
-                ("training", "at most 6.23 images/s, by its language model's products alone; it then reads fp16 3.24 MB/s, int8 1.65 MB/s"),
+                ("training", "at most 6.23 images/s, by its language model's products alone; it reads at most fp16 3.24 MB/s, int8 1.65 MB/s"),
             ),
             headings=OPTION_HEADINGS,
             rows=(

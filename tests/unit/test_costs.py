@@ -27,6 +27,7 @@ from pipelines.plan_tables import PlanCluster
 from pipelines.recipe_files import load_recipe
 from pipelines.settings import size_from_word
 from pipelines.stages import Experiment, open_experiment
+from pipelines.wording import bytes_text
 from tests import small_data
 from tests.tiny import tiny_recipe
 from workers.caching.build import cache_features
@@ -518,8 +519,10 @@ def test_training_reads_fastest_where_phases_show_local_views_alone(tmp_path: Pa
     own = plan.options[0].option
     assert alone.read_bytes_per_s["fp16"] == pytest.approx(alone.images_per_s * local * own.local_view_bytes)
     facts = dict(plan_text(plan).facts)
-    shown = max(plan.train_rates, key=lambda rate: rate.read_bytes_per_s["fp16"])
-    assert f"phases that show {'both views' if shown is both else 'local views alone'}, by its language model's" in facts["training"]
+    most = max(rate.read_bytes_per_s["fp16"] for rate in plan.train_rates)
+    assert " images/s, in phases that show local views alone, by its language model's" in facts["training"]
+    assert f"it reads at most fp16 {bytes_text(round(most))}/s, int8 " in facts["training"]
+    assert "global view only" not in facts["training"]
     assert facts["encoding anew"].endswith("for a pass without a cache")
     assert facts["calibration"].startswith("of int8, on 16 images: ")
 
