@@ -107,8 +107,11 @@ def catching_interruptions() -> Iterator[Interruption]:
         interruption = Interruption(signals)
         try:
             yield interruption
-        except SystemExit as error:
-            raise interruption.error() from error
+        except (SystemExit, KeyboardInterrupt) as error:
+            asked = interruption.error()  # Ray's native code answers SIGTERM, like any signal, with a KeyboardInterrupt of its own
+            if isinstance(error, type(asked)):
+                raise
+            raise asked from error
         except Exception as error:
             if interruption.asked:  # what was under way failed because it was interrupted; it is not to be tried again
                 raise interruption.error() from error

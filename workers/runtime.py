@@ -15,6 +15,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -519,7 +520,7 @@ def _start_ray(execution: ExecutionSettings) -> None:
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("ignore")
             if address is not None:
                 ray.init(address=address, **quiet)
@@ -540,6 +541,24 @@ def _start_ray(execution: ExecutionSettings) -> None:
             f"{execution.ray_temp_dir or tempfile.gettempdir()} and free loopback ports; set ray_temp_dir to a short, writable folder."
         ) from error
     atexit.register(_stop_ray, temp_dir, keep=execution.ray_temp_dir is not None)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Leave SIGTERM to whom it belongs while Ray starts.
+
+    Ray puts two handlers of its own in place: Python's, which ends the process with the signal's number as its status, and below that one of native
+    code, which prints where the process is and aborts it now and then (in 1 of 2 runs that cached), whoever's handler Python calls afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ray leaves the signal alone there, and so must we
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # To set a handler puts Python's native one in the place of Ray's. Where there was none Ray's own stays: by SystemExit work ends in order.
+        signal.signal(signal.SIGTERM, before if callable(before) else signal.getsignal(signal.SIGTERM))
 
 
 def _check_alive() -> None:

@@ -108,8 +108,8 @@ def test_sigterm_leaves_a_state_that_the_next_run_resumes(store, undisturbed, ti
     wait_for(process, "units 2")
     with ending_by_themselves(process):
         process.terminate()
-        # By what status is Ray's affair: when it stops with units under way it may abort the process that stops it, after all this.
-        assert process.wait(timeout=60) != 0
+        # Ray's handler ends the process with the signal's number; while Ray waits in native code it raises a KeyboardInterrupt instead.
+        assert process.wait(timeout=60) in (signal.SIGTERM, 130)
     stage = Stage.open(store, "cache-features", spec)
     assert [store.read_json(path)["outcome"] for path in store.list(stage.path("attempts"))] == ["interrupted"]
     assert_all_is_in_the_tables(stage, spec)

@@ -148,7 +148,13 @@ def test_a_scheduler_that_wants_its_machine_back_is_told_from_ctrl_c() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             interruption.check()
 
-    for way in (terminate, terminate_quietly):
+    def terminate_natively() -> None:
+        with catching_interruptions():
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt  # as Ray does for any signal that comes while it waits
+
+    for way in (terminate, terminate_quietly, terminate_natively):
         with pytest.raises(Terminated):
             way()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -218,3 +219,21 @@ def test_images_are_decoded_on_the_cores_that_an_encoder_leaves_or_on_all_that_i
     with runtime.encoding_cluster(ExecutionSettings(encoder_actors=encoders), None) as place:
         assert (place.prepare_threads, place.prepare_cpus) == (threads, reserved)
         assert (place.encoder_threads, place.execution.device) == (cpus // encoders, device)
+
+
+@pytest.mark.parametrize("own", [signal.SIG_DFL, lambda number, frame: None])
+def test_sigterm_stays_with_whoever_has_it_while_ray_starts(own, monkeypatch):
+    def of_rays(number, frame):
+        pytest.fail("Ray's")
+
+    before = signal.signal(signal.SIGTERM, own)
+    set_by = []
+    try:
+        with runtime._sigterm_kept():
+            signal.signal(signal.SIGTERM, of_rays)
+            monkeypatch.setattr(signal, "signal", lambda number, handler: set_by.append((number, handler)))
+        # Set in any case: that puts Python's native handler in the place of Ray's.
+        assert set_by == [(signal.SIGTERM, of_rays if own is signal.SIG_DFL else own)]
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGTERM, before)
