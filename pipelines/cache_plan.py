@@ -64,8 +64,8 @@ class ImageSizes:
     """Images of each of the dataset's sources; empty where that is not known."""
     source: str
     """For people: where they come from."""
-    files: tuple[bytes, ...] = ()
-    """A few of them, as they lie there."""
+    references: tuple[str, ...] = ()
+    """Where those lie that can be looked at."""
 
     @property
     def mean_pixels(self) -> float:
@@ -155,7 +155,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     execution = experiment.execution
     machine = probe_machine(
         features,
-        sizes.files,
+        _readable(experiment.store, sizes.references),
         sizes.typical_px,
         sizes.mean_pixels,
         device=execution.device,
@@ -377,12 +377,12 @@ def _overhead(option: CacheOption, measured: "Mapping[Branch, FileOverhead]") ->
     return sum(part.image_bytes for part in parts), sum(part.file_bytes for part in parts)
 
 
-def _readable(store: Store, samples: "Sequence[Sample]") -> list[bytes]:
+def _readable(store: Store, references: Sequence[str]) -> list[bytes]:
     """A few images' files, spread over all; those that cannot be used are the quarantine's business, and the others tell how long decoding takes."""
     found = []
-    for sample in samples[:: max(1, len(samples) // _PROBED_IMAGES)][:_PROBED_IMAGES]:
+    for reference in references[:: max(1, len(references) // _PROBED_IMAGES)][:_PROBED_IMAGES]:
         try:
-            data = store.read_reference(sample.image_path)
+            data = store.read_reference(reference)
             decode_image(data)
         except (ImageError, StorageError) as error:
             if image_reason(error) is None:
@@ -452,7 +452,7 @@ def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int |
             weights=tuple(float(number) for number in found.values()),
             by_source={label: float(number) for label, number in Counter(sample.source for sample in samples).items()},
             source="the built dataset",
-            files=tuple(_readable(experiment.store, samples)),
+            references=tuple(sample.image_path for sample in samples),
         )
     trained = {source.records for source in experiment.dataset.sources if isinstance(source, LlavaJsonSourceSpec)}
     if unreadable := [part.what for part in experiment.missing if part.records in trained]:
@@ -470,7 +470,7 @@ def _sizes(experiment: Experiment, samples: "list[Sample] | None", images: int |
         sizes_px=scanned.sizes_px,
         weights=scanned.weights,
         by_source=scanned.by_source,
-        files=scanned.files[:: max(1, len(scanned.files) // _PROBED_IMAGES)][:_PROBED_IMAGES],
+        references=scanned.references,
         source=f"{looked}{f', {scanned.num_unreadable} of them unreadable' if scanned.num_unreadable else ''}",
     )
 

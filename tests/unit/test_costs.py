@@ -19,7 +19,7 @@ from model.images import decode_image, shown_size
 from model.specs import CalibrationRule, CalibrationSpec, MapSpec, UnknownDigest, fingerprint
 from model.views import ViewSpec
 from pipelines import cli
-from pipelines.cache_plan import ImageSizes, cache_options, make_cache_plan, note_cache_plan, planned_cache
+from pipelines.cache_plan import ImageSizes, _readable, cache_options, make_cache_plan, note_cache_plan, planned_cache
 from pipelines.cache_plan_text import OPTION_HEADINGS, CachePlan, plan_text, print_cache_plan
 from pipelines.costs import CacheOption, Cluster, Prices, Work, cache_costs, recommend
 from pipelines.errors import NothingThereError, SettingError
@@ -336,7 +336,9 @@ def test_headers_tell_sizes_as_they_are_seen(tmp_path):
     assert (found.num_images, found.num_looked_at, found.num_unreadable) == (7 + 3, 5, 2)  # one is gone, one is no image
     assert sorted(zip(found.sizes_px, found.weights, strict=True)) == [((30, 90), 1), ((40, 60), 1), ((60, 40), 1), ((672, 448), 7)]
     assert found.by_source == {"rendered/charts": 7, "llava_json/records": 3}
-    assert sorted(decode_image(file).size for file in found.files) == [(30, 90), (60, 40)]  # the others cannot be decoded
+    assert sorted(shown_size(Store(str(tmp_path)).read_reference(reference)) for reference in found.references) == [(30, 90), (40, 60), (60, 40)]
+    files = _readable(Store(str(tmp_path)), found.references)
+    assert sorted(decode_image(file).size for file in files) == [(30, 90), (60, 40)]  # the other one's pixels are cut off
     some = scan_images(dataset, 2)
     assert some == scan_images(dataset, 2)
     assert sum(some.weights) == pytest.approx(some.num_images, abs=1)
@@ -660,6 +662,7 @@ def test_of_a_cluster_elsewhere_bytes_alone_are_expected_and_no_encoder_is_tried
     plan = make_cache_plan(experiment)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("workers.probing.probe_machine", lambda *_, **__: pytest.fail("probed"))
+    monkeypatch.setattr("pipelines.cache_plan._readable", lambda *_: pytest.fail("read images that nobody decodes"))
     note_cache_plan(experiment)
     noted = planned_cache(experiment)
     assert noted is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from model.errors import ImageError
-from model.images import decode_image, shown_size
+from model.images import shown_size
 from workers.dataset.sources import image_name, read_records
 from workers.dataset.spec import RENDERED_HEIGHT_PX, RENDERED_WIDTH_PX, DatasetSpec, LlavaJsonSourceSpec, RenderedSourceSpec, source_label
 from workers.errors import StorageError
@@ -21,8 +21,6 @@ from workers.storage import Store
 __all__ = ["ScannedImages", "scan_images"]
 
 _READS_AT_ONCE = 16
-_FILES = 6
-"""Of a source, that are handed on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +35,8 @@ class ScannedImages:
     """How many images each of those stands for."""
     by_source: dict[str, float]
     """Images of each source, by its label."""
-    files: tuple[bytes, ...]
-    """A few of those that were looked at, of every source with files."""
+    references: tuple[str, ...]
+    """Of those that were looked at and can be read, as `Store.read_reference` takes them."""
     num_looked_at: int
     num_unreadable: int
     """Of those that were looked at: they will be in the quarantine, and are not counted."""
@@ -61,7 +59,7 @@ def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
     sizes: list[tuple[int, int]] = []
     weights: list[float] = []
     by_source: dict[str, float] = {}
-    files: list[bytes] = []
+    references: list[str] = []
     total = looked = unreadable = 0
     for source in dataset.sources:
         if isinstance(source, RenderedSourceSpec):
@@ -72,8 +70,10 @@ def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
             continue
         names = _image_names(source)
         chosen = sorted(names, key=lambda name: hashlib.sha256(f"{dataset.seed}:{name}".encode()).hexdigest())[:most]
-        found = [size for size in _sizes(source, chosen) if size is not None]
-        files += _whole_files(source, chosen)
+        looks = dict(zip(chosen, _sizes(source, chosen), strict=True))
+        found = [size for size in looks.values() if size is not None]
+        store = Store(source.images)
+        references += [store.url(name) for name, size in looks.items() if size is not None]
         looked += len(chosen)
         unreadable += len(chosen) - len(found)
         share = len(found) / max(1, len(chosen))
@@ -86,7 +86,7 @@ def scan_images(dataset: DatasetSpec, most: int) -> ScannedImages:
         sizes_px=tuple(sizes),
         weights=tuple(weights),
         by_source=by_source,
-        files=tuple(files),
+        references=tuple(references),
         num_looked_at=looked,
         num_unreadable=unreadable,
     )
@@ -110,19 +110,3 @@ def _size(store: Store, name: str) -> tuple[int, int] | None:
         if image_reason(error) is None:
             raise
         return None
-
-
-def _whole_files(source: LlavaJsonSourceSpec, names: Sequence[str]) -> list[bytes]:
-    """The first few that can be decoded."""
-    store, found = Store(source.images), list[bytes]()
-    for name in names[: 2 * _FILES]:
-        if len(found) == _FILES:
-            break
-        try:
-            decode_image(data := store.read_bytes(name))
-        except (ImageError, StorageError) as error:
-            if image_reason(error) is None:
-                raise
-            continue
-        found.append(data)
-    return found
