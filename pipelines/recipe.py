@@ -22,6 +22,7 @@ from model.specs import (
     ChatTemplate,
     ConnectorSpec,
     EncoderSpec,
+    FeatureOrigin,
     FeatureSpec,
     FusionSpec,
     GlobalBranchSpec,
@@ -164,7 +165,7 @@ class Features(Table):
     """Of int8: a map that keeps less signal over rounding is stored in fp16."""
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the encoder's weights and hidden states; bf16 is an accelerator's fast one. Maps are summed in fp32 all the same."""
-    source: Literal["cached", "global_cached", "live"] = "cached"
+    source: FeatureOrigin = "cached"
     """`live`: nothing is stored; the encoder runs in training and evaluation, on every view whenever it is seen. `global_cached`: so with local views
     alone, which are most of the bytes; those of global views are stored."""
     table: Annotated[str, Field(pattern=r"^features/[0-9a-f]{16}$"), allowed("a table's folder, such as features/0123456789abcdef")] | None = None
@@ -422,12 +423,12 @@ class Recipe(Table):
         return CalibrationRule(num_images=self.features.calibration_images, min_snr_db=self.features.min_snr_db)
 
     def cached_features(self, features: FeatureSpec) -> FeatureSpec:
-        """What is stored out of the features that training sees.
+        """What is stored out of the features that training sees; all of them where nothing is.
 
         Args:
             features: of both branches.
         """
-        return features.only("global") if self.features.source == "global_cached" else features
+        return features.cached(self.features.source) or features
 
     def calibration_spec(self, features: FeatureSpec) -> CalibrationSpec | None:
         """How the maps of a cache are measured; None where its precision needs no measuring.

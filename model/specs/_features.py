@@ -15,6 +15,7 @@ __all__ = [
     "EncoderFamily",
     "EncoderSpec",
     "EncodingSpec",
+    "FeatureOrigin",
     "FeatureSpec",
     "MapSpec",
     "Precision",
@@ -112,6 +113,10 @@ Precision = Literal["fp32", "fp16", "int8"]
 
 Compute = Literal["fp32", "bf16", "fp16"]
 """In which type an encoder's weights and hidden states are held. Maps are summed and pooled in fp32 whatever it is."""
+
+FeatureOrigin = Literal["cached", "global_cached", "live"]
+"""Where training has features from. `live`: every view is encoded whenever it is seen. `global_cached`: local views are, features of global ones are
+stored."""
 
 _BYTES_PER_NUMBER = {"fp32": 4, "fp16": 2, "int8": 1}
 _STEP_BYTES = 2
@@ -219,6 +224,20 @@ class FeatureSpec:
             local_maps=self.local_maps if branch == "local" else (),
             fp16_maps=tuple(place for place in self.fp16_maps if place.startswith(f"{branch}/")),
         )
+
+    def cached(self, source: FeatureOrigin) -> "FeatureSpec | None":
+        """What of the features is stored; None where nothing is.
+
+        Args:
+            source: where those of a training come from.
+        """
+        match source:
+            case "cached":
+                return self
+            case "global_cached":
+                return self.only("global")
+            case "live":
+                return None
 
     def unpacked(self) -> "FeatureSpec":
         """The same features where nothing is stored and no calibration is needed: of int8 in fp16, of another precision as they are."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import SpecError
-from model.specs import ConnectorSpec, FeatureSpec, LanguageModelSpec, LoraSpec, MapSpec, ScheduleSpec
+from model.specs import ConnectorSpec, FeatureOrigin, FeatureSpec, LanguageModelSpec, LoraSpec, MapSpec, ScheduleSpec
 
 __all__ = ["LanguageModelSpec", "PhaseRecord", "TrainingRecord", "TrainingSpec"]
 
@@ -28,8 +28,7 @@ class TrainingSpec:
     lora: LoraSpec | None = None
     """What fine-tuning trains of the language model: adapters, or every weight when None. Not part of LanguageModelSpec, which names bytes on a disk:
     those stay the same, and verifiable, with adapters and without."""
-    feature_source: Literal["cached", "global_cached", "live"] = "cached"
-    """`global_cached`: global views' features are read from a cache, local views are encoded whenever one is seen."""
+    feature_source: FeatureOrigin = "cached"
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of matrix products; trained weights and optimizer state are fp32 always. A frozen language model is held in this type, also below
     adapters."""
@@ -41,13 +40,7 @@ class TrainingSpec:
     @property
     def cache(self) -> FeatureSpec | None:
         """What it reads from a cache; None where nothing is stored."""
-        match self.feature_source:
-            case "cached":
-                return self.features
-            case "global_cached":
-                return self.features.only("global")
-            case "live":
-                return None
+        return self.features.cached(self.feature_source)
 
     @property
     def selects(self) -> bool:
