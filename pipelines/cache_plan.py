@@ -9,12 +9,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from model.architectures import encoder_flops
 from model.errors import ImageError
 from model.images import DEFAULT_LIMITS, decode_image
-from model.specs import CalibrationRule, FeatureSpec, Precision, UnknownDigest, deepest_layer, fingerprint
+from model.specs import BranchMix, CalibrationRule, FeatureSpec, Precision, UnknownDigest, deepest_layer, fingerprint
 from model.views import plan_views
 from pipelines.cache_plan_text import CachePlan, CachePlanText, TrainRate, plan_text
 from pipelines.costs import WRITTEN_BYTES_CORE_S, CacheCosts, CacheOption, Cluster, TrainMode, Work, cache_bytes, cache_costs, recommend
@@ -41,6 +41,8 @@ _PROBED_IMAGES = 6
 _PLAN = "plan.json"
 
 _MOST_IMAGES = 10**12
+
+_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
 
 _TEXT_TOKENS = 150
 """Of a conversation beside its image."""
@@ -76,7 +78,8 @@ class ImageSizes:
     @property
     def typical_px(self) -> tuple[int, int]:
         """The size that comes nearest to the mean, by pixels: what decoding all images takes is a matter of the mean."""
-        return min(self.sizes_px, key=lambda size_px: abs(size_px[0] * size_px[1] - self.mean_pixels))
+        mean_pixels = self.mean_pixels  # once: a dataset may have as many sizes as images
+        return min(self.sizes_px, key=lambda size_px: abs(size_px[0] * size_px[1] - mean_pixels))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,12 +154,13 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     sizes = _sizes(experiment, samples, images, size_px)
     histogram = _local_views(features, sizes)
     num_local = round(sum(count * weight for count, weight in histogram.items()))
+    typical_px = sizes.typical_px
     stated = None if at_hand else recipe.plan.cluster
     execution = experiment.execution
     machine = probe_machine(
         features,
         _readable(experiment.store, sizes.references),
-        sizes.typical_px,
+        typical_px,
         sizes.mean_pixels,
         device=execution.device,
         cores=execution.num_cpus,
@@ -191,7 +195,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
     )
     costs = []
     options = cache_options(features, recipe.calibration_rule(), global_alone=_global_alone(experiment))
-    measured = {stored.precision: file_overhead(stored, *sizes.typical_px) for _, stored in options}
+    measured = {stored.precision: file_overhead(stored, *typical_px) for _, stored in options}
     for option, stored in options:
         overhead_bytes, file_bytes = _overhead(option, measured[stored.precision])
         costs.append(
@@ -224,7 +228,7 @@ def make_cache_plan(experiment: Experiment, *, images: int | None = None, size_p
         months=recipe.plan.months,
         hardware=hardware,
         prepare_core_s=machine.prepare_core_s,
-        prepared=f"a made-up photograph of {sizes.typical_px[0]} x {sizes.typical_px[1]} px" if machine.made_up else "a few of its own",
+        prepared=f"a made-up photograph of {typical_px[0]} x {typical_px[1]} px" if machine.made_up else "a few of its own",
         views_per_s=num_views / (costs[0].hours.encode * 3600),
         num_calibrated=work.num_calibrated,
         train_rates=_train_rates(experiment, products_flop_s, num_local / sizes.num_images, costs),
@@ -333,16 +337,10 @@ def _train_rates(experiment: Experiment, flop_s: float, local_views: float, cost
     of_local = 0.0 if connector.local_branch is None else local_views * connector.local_branch.view_tokens(num_patches)
     of_global = connector.global_tokens(num_patches)
     num_parameters = planned_shape(experiment.language_model.model).num_parameters
-    mixes = [phase.mix() for phase in experiment.file.recipe.schedule.phases]
-    shown: dict[TrainMode, bool] = {
-        "both": any(mix.both > 0 for mix in mixes),
-        "global": any(mix.global_only > 0 for mix in mixes),
-        "local": any(mix.local_only > 0 for mix in mixes),
-    }
+    mixes = [_shares(phase.mix()) for phase in experiment.file.recipe.schedule.phases]
+    shown = [mode for mode in _MODES if any(shares[mode] > 0 for shares in mixes)]
     rates = []
-    for mode, is_shown in shown.items():
-        if not is_shown and any(shown.values()):
-            continue
+    for mode in shown or _MODES:
         tokens = (of_global if mode != "local" else 0) + (of_local if mode != "global" else 0) + _TEXT_TOKENS
         images_per_s = flop_s / (4 * num_parameters * tokens)
         read = {
@@ -352,6 +350,11 @@ def _train_rates(experiment: Experiment, flop_s: float, local_views: float, cost
         }
         rates.append(TrainRate(mode=mode, images_per_s=images_per_s, read_bytes_per_s=read))
     return tuple(rates)
+
+
+def _shares(mix: BranchMix) -> dict[TrainMode, float]:
+    """Which share of a phase's samples is shown what; blind ones are shown nothing."""
+    return {"both": mix.both, "global": mix.global_only, "local": mix.local_only}
 
 
 def _num_fetched(experiment: Experiment, sizes: ImageSizes) -> float:
@@ -494,16 +497,14 @@ def _passes(experiment: Experiment, sizes: ImageSizes, local_views: float) -> tu
         return recipe.plan.passes, "plan.passes", {"both": 1.0}
     labels = recipe.source_labels
     train = sizes.num_images * (1 - experiment.dataset.held_out_fraction)
-    seen: dict[TrainMode, float] = {"both": 0.0, "global": 0.0, "local": 0.0}
+    seen = dict.fromkeys(_MODES, 0.0)
     for phase in recipe.schedule.phases:
         named = phase.source_labels(labels) or labels
         # Of images that were given by their number alone, every source has as many.
         share = sum(sizes.by_source.get(label, 0.0) for label in named) / sizes.num_images if sizes.by_source else len(named) / len(labels)
         images = phase.epochs * train * share if phase.epochs is not None else (phase.steps or 0) * phase.batch_size
-        mix = phase.mix()
-        shares: dict[TrainMode, float] = {"both": mix.both, "global": mix.global_only, "local": mix.local_only}
-        for mode in seen:
-            seen[mode] += images * shares[mode] / sizes.num_images
+        for mode, part in _shares(phase.mix()).items():
+            seen[mode] += images * part / sizes.num_images
     views: dict[TrainMode, float] = {"both": 1 + local_views, "global": 1.0, "local": local_views}
     each, seeds = sum(seen[mode] * views[mode] for mode in seen) / (1 + local_views), len(recipe.seeds)
     told = f"views that the schedule sees over those of the cache, {number_text(each)}{f' for each of {seeds} seeds' if seeds > 1 else ''}"

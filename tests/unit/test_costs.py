@@ -707,3 +707,12 @@ def test_a_recipe_that_stores_global_views_alone_is_planned_as_it_stores(experim
     assert noted.total_bytes == pytest.approx(made.written_bytes, rel=0.02)
     assert make_cache_plan(split).is_made
     assert not make_cache_plan(experiment).is_made
+
+
+def test_as_many_sizes_as_images_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    mean = ImageSizes.mean_pixels.fget
+    monkeypatch.setattr(ImageSizes, "mean_pixels", property(lambda sizes: asked.append(1) or mean(sizes)))
+    sizes = ImageSizes(num_images=1000, sizes_px=tuple((side, side) for side in range(1, 1001)), weights=(1.0,) * 1000, by_source={}, source="")
+    assert sizes.typical_px == (578, 578)
+    assert len(asked) == 1
