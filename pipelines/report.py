@@ -11,7 +11,7 @@ import math
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -476,9 +476,9 @@ def _clipped(box: Box, plan: ViewPlan) -> tuple[float, float, float, float]:
     return max(0.0, box.left), max(0.0, box.top), min(float(width), box.right), min(float(height), box.bottom)
 
 
-def _shown_turns(turns: Sequence[Turn]) -> list[int]:
-    """Small details first, since the picture frames the first one's answer."""
-    order = sorted(range(len(turns)), key=lambda place: (turns[place].detail != "small" or turns[place].evidence is None, place))
+def _shown_turns(turns: Sequence[Turn], asked: Collection[int]) -> list[int]:
+    """Of those that were asked. Small details first, since the picture frames the first one's answer."""
+    order = sorted(asked, key=lambda place: (turns[place].detail != "small" or turns[place].evidence is None, place))
     return order[:TURNS_PER_SAMPLE]
 
 
@@ -515,8 +515,9 @@ def _page_sample(
     image = decode_image(experiment.store.read_reference(sample.image_path))
     plan = plan_views(image.width, image.height, experiment.encoder.view_px, experiment.dataset.views)
     views = cut_views(image, plan, mean_colour=experiment.encoder.mean_colour)
-    turns = [(place, sample.turns[place]) for place in _shown_turns(sample.turns) if (sample.sample_id, place) in given]
-    evidence = turns[0][1].evidence if turns else None
+    asked = [place for place in range(len(sample.turns)) if (sample.sample_id, place) in given]  # not all, under `max_questions`
+    turns = [(place, sample.turns[place]) for place in _shown_turns(sample.turns, asked)]
+    evidence = turns[0][1].evidence
     holder = answer_view(plan, evidence)
 
     def encoded(picture: Any, kind: str) -> str:

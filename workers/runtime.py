@@ -40,6 +40,7 @@ __all__ = [
     "RayCluster",
     "encodes_on_gpu",
     "encoding_cluster",
+    "gpu_failure",
     "ray_runtime",
     "stream_tasks",
     "translate_ray_error",
@@ -147,17 +148,15 @@ class _Finisher:
         try:
             return self._finish(prepared)
         except RuntimeError as error:
-            if not _is_gpu_failure(error):
+            failure = gpu_failure(error, "finished units are kept")
+            if failure is None:
                 raise
             self._is_ending = True
             traceback.print_exc()
             end = threading.Timer(_ANSWERS_WITHIN_S, os._exit, (1,))
             end.daemon = True
             end.start()
-            raise GpuFailedError(
-                f"CUDA failed on {platform.node()} in process {os.getpid()}: {first_line(error)}. If it goes on, look at that machine's GPUs "
-                "(nvidia-smi, dmesg) or leave it out; finished units are kept"
-            ) from error
+            raise failure from error
 
     def stacks(self) -> str:
         """Where every thread of this process is."""
@@ -167,14 +166,27 @@ class _Finisher:
         return f"process {os.getpid()} on {platform.node()}\n" + "\n".join(parts)
 
 
-def _is_gpu_failure(error: RuntimeError) -> bool:
-    """Whether CUDA's own state is lost; a lack of memory passes."""
+def gpu_failure(error: RuntimeError, what_is_kept: str) -> GpuFailedError | None:
+    """What to raise in place of an error after which CUDA computes nothing more in this process.
+
+    Args:
+        error: that was caught.
+        what_is_kept: of the work, in words, for whoever reads it.
+
+    Returns:
+        None for every other error, a lack of memory among them: that passes.
+    """
     torch = sys.modules.get("torch")  # not there, it raised nothing
     if not isinstance(error, getattr(torch, "AcceleratorError", ())) and not str(error).startswith("CUDA error"):
-        return False
+        return None
     from model.encoder_execution import is_out_of_memory
 
-    return not is_out_of_memory(error)
+    if is_out_of_memory(error):
+        return None
+    return GpuFailedError(
+        f"CUDA failed on {platform.node()} in process {os.getpid()}: {first_line(error)}. If it goes on, look at that machine's GPUs "
+        f"(nvidia-smi, dmesg) or leave it out; {what_is_kept}"
+    )
 
 
 class RayCluster:

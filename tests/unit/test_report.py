@@ -75,7 +75,9 @@ def test_small_details_with_a_place_are_shown_first() -> None:
         return Turn(question="q", answer="a", kind="k", detail=detail, evidence=evidence)
 
     box = (0.0, 0.0, 1.0, 1.0)
-    assert _shown_turns([turn("large", box), turn("small", None), turn("small", box)]) == [2, 0, 1]
+    turns = [turn("large", box), turn("small", None), turn("small", box), turn("small", box)]
+    assert _shown_turns(turns, range(3)) == [2, 0, 1]
+    assert _shown_turns(turns, [3, 1]) == [3, 1], "and what nobody asked is not shown in place of what was asked"
 
 
 @pytest.fixture

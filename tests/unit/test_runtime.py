@@ -11,7 +11,7 @@ import torch
 
 from workers import runtime, scratch
 from workers.devices import choose_device
-from workers.errors import ClusterError, ExecutionError, StaleCacheError
+from workers.errors import ClusterError, ExecutionError, GpuFailedError, StaleCacheError
 from workers.execution import ExecutionSettings
 
 
@@ -167,12 +167,12 @@ def test_a_stage_is_told_how_many_encoders_a_cluster_has_left(monkeypatch):
     ],
 )
 def test_which_errors_leave_a_process_without_its_gpu(error, expected):
-    assert runtime._is_gpu_failure(error) is expected
+    assert isinstance(runtime.gpu_failure(error, "finished units are kept"), GpuFailedError) is expected
 
 
 def test_errors_of_cuda_are_known_without_torch(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
-    assert not runtime._is_gpu_failure(RuntimeError("shapes differ"))
+    assert runtime.gpu_failure(RuntimeError("shapes differ"), "finished units are kept") is None
     assert "torch" not in sys.modules
 
 

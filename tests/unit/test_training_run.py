@@ -3,11 +3,12 @@
 import signal
 
 import pytest
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from model.errors import FrozenBlockChangedError
 from tests.tiny_training import tiny_training_spec
-from workers.errors import ClusterError, StaleCacheError, StoreUnavailableError, WorkFailedError
+from workers.errors import ClusterError, GpuFailedError, StaleCacheError, StoreUnavailableError, WorkFailedError
 from workers.execution import ExecutionSettings, SilentProgress
 from workers.training import run
 
@@ -105,6 +106,30 @@ def test_our_own_error_is_told_before_deaths_and_deaths_before_foreign_errors():
     told = run._translated([RuntimeError("a bug\nin two lines")], "sft")
     assert type(told) is WorkFailedError
     assert "stage sft failed with RuntimeError" in str(told)
+
+
+def failing(monkeypatch, error):
+    """Let a worker's stage end in this error."""
+
+    def train_stage(*_arguments, **_settings):
+        raise error
+
+    monkeypatch.setattr(run, "train_stage", train_stage)
+
+
+def test_a_worker_that_lost_its_gpu_says_so_and_is_replaced(monkeypatch, job):
+    failing(monkeypatch, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(GpuFailedError, match=r"^CUDA failed on .+: CUDA error: an illegal .+; it goes on from its last checkpoint$") as failed:
+        run._train_worker({"job": job()})
+    tries = fitting(monkeypatch, run._translated([failed.value], "align"), None)
+    run._fit(job(max_failures=1, train_workers=1), [], SilentProgress())
+    assert len(tries) == 2
+
+
+def test_a_lack_of_the_gpu_s_memory_is_no_loss_of_it(monkeypatch, job):
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run._train_worker({"job": job()})
 
 
 def test_a_wrapped_error_of_ours_is_found():

@@ -25,7 +25,7 @@ from model.specs import CONNECTOR_BLOCKS, fingerprint
 from workers.commits import Stage, from_json
 from workers.errors import ClusterError, ObjectNotFoundError, StorageError, TrainingError, WorkerError, WorkFailedError
 from workers.execution import ExecutionSettings, Progress, SilentProgress
-from workers.runtime import ray_runtime
+from workers.runtime import gpu_failure, ray_runtime
 from workers.storage import Store
 from workers.training.spec import PhaseRecord, TrainingRecord, TrainingSpec
 
@@ -355,7 +355,13 @@ def _translated(failures: list[Exception], stage: str) -> Exception:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs in every worker of Ray Train; its torch backend has made the process group."""
     job: _StageJob = config["job"]
-    train_stage(job.spec, Store(job.root), job.execution, job.stage, threads=job.threads)
+    try:
+        train_stage(job.spec, Store(job.root), job.execution, job.stage, threads=job.threads)
+    except RuntimeError as error:
+        failure = gpu_failure(error, "it goes on from its last checkpoint")
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def train_stage(spec: TrainingSpec, store: Store, execution: ExecutionSettings, stage: str, *, threads: int) -> None:
