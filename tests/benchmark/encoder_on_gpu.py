@@ -281,6 +281,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--folder", help="where files are written; the system's folder for temporary ones when absent")
     options = parser.parse_args(words)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no GPU here. --device cpu measures the CPU, and --device cpu --tiny whether all of it runs")
     if options.tiny:
         options.shape, options.views, options.unit_views, options.repeats, options.compile = "tiny", 40, 20, 2, False
     sys.path.insert(0, str(REPOSITORY))
