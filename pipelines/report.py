@@ -413,7 +413,7 @@ def _planned_rows(experiment: "Experiment") -> tuple[PlannedRow, ...]:
         ("bytes", planned.total_bytes, made.written_bytes, bytes_text(planned.total_bytes), bytes_text(made.written_bytes)),
     ]
     if planned.seconds is not None:
-        rows.append(("time", planned.seconds, made.seconds, duration_text(planned.seconds), duration_text(made.seconds)))
+        rows.append(("time, with starting", planned.seconds, made.seconds, duration_text(planned.seconds), duration_text(made.seconds)))
     return tuple(
         PlannedRow(what=what, planned=shown, found=shown_found, difference=f"{100 * (found / max(plan, 1e-9) - 1):+.1f} %")
         for what, plan, found, shown, shown_found in rows

@@ -96,7 +96,7 @@ def test_a_plan_stands_beside_what_came_of_it(experiment: Experiment, tmp_path: 
     cache_features(experiment.features, experiment.store, ExecutionSettings(), SilentProgress(), cluster=InlineCluster())
     views, size, time = _planned_rows(experiment)
     assert (views.what, views.planned, views.difference) == ("views", views.found, "+0.0 %")
-    assert (size.what, time.what) == ("bytes", "time")
+    assert (size.what, time.what) == ("bytes", "time, with starting")
     assert abs(float(size.difference.split()[0])) < 2
     told = _planned_options(experiment)
     assert told is not None
