@@ -184,6 +184,7 @@ class PageSample:
     """The local view that holds the answer."""
     answer_view: int
     turns: tuple[PageTurn, ...]
+    """At least one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
